@@ -1,0 +1,187 @@
+"""Architectures as frozen dataclasses, and the eight published variants."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from sparse_ops.grid import GRN_SCOPES, GRNScope
+
+PATCH_SIZES = (32, 16, 8)
+NUM_STAGES = 4
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """Shape of the ConvNeXt V2 encoder.
+
+    Args:
+        depths: blocks in each of the four stages.
+        dims: channels in each of the four stages.
+        in_chans: channels of the images.
+        patch_size: pixels a side of a patch, the unit of masking and the encoder's total stride: 32, 16 or 8.
+            The stem's stride is an eighth of it (4, 2 or 1), so a patch is 8×8 cells after the stem.
+        kernel_size: side of the depthwise kernels.
+        drop_path_rate: stochastic depth of the last block; it grows linearly from 0 at the first.
+    """
+
+    depths: tuple[int, int, int, int]
+    dims: tuple[int, int, int, int]
+    in_chans: int = 3
+    patch_size: int = 32
+    kernel_size: int = 7
+    drop_path_rate: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("depths", "dims"):
+            value = tuple(getattr(self, name))
+            object.__setattr__(self, name, value)
+            if len(value) != NUM_STAGES or any(not isinstance(v, int) or v < 1 for v in value):
+                raise ValueError(f"{name} must be four positive integers, got {value}")
+        if self.patch_size not in PATCH_SIZES:
+            raise ValueError(f"patch_size must be one of {PATCH_SIZES}, got {self.patch_size}")
+        if self.in_chans < 1:
+            raise ValueError(f"in_chans must be at least 1, got {self.in_chans}")
+        if self.kernel_size < 1 or self.kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size must be odd, got {self.kernel_size}")
+        if not 0 <= self.drop_path_rate < 1:
+            raise ValueError(f"drop_path_rate must be in [0, 1), got {self.drop_path_rate}")
+
+    @property
+    def stem_stride(self) -> int:
+        """Pixels a side of a cell after the stem."""
+        return self.patch_size // 2 ** (NUM_STAGES - 1)
+
+
+@dataclass(frozen=True)
+class FCMAEConfig:
+    """Shape of the masked autoencoder.
+
+    Args:
+        encoder: the encoder.
+        img_size: (height, width) in pixels of the training images; other multiples of the patch size work too.
+        mask_ratio: share of the patches that is removed.
+        decoder_depth: blocks of the decoder.
+        decoder_dim: channels of the decoder.
+        norm_pix_loss: normalise each target patch by its own mean and variance.
+        grn_scope: GRN norms over each image ("image", as the dense network does) or over the batch ("batch", as the
+            official sparse pre-training does).
+    """
+
+    encoder: EncoderConfig
+    img_size: tuple[int, int] = (224, 224)
+    mask_ratio: float = 0.6
+    decoder_depth: int = 1
+    decoder_dim: int = 512
+    norm_pix_loss: bool = True
+    grn_scope: GRNScope = "image"
+
+    def __post_init__(self) -> None:
+        size = (self.img_size, self.img_size) if isinstance(self.img_size, int) else tuple(self.img_size)
+        object.__setattr__(self, "img_size", size)
+        check_image_size(size, self.encoder.patch_size)
+        if self.decoder_depth < 1 or self.decoder_dim < 1:
+            raise ValueError(
+                f"decoder_depth and decoder_dim must be positive, got {self.decoder_depth}, {self.decoder_dim}"
+            )
+        if self.grn_scope not in GRN_SCOPES:
+            raise ValueError(f"grn_scope must be one of {GRN_SCOPES}, got {self.grn_scope!r}")
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        """Patches (gh, gw) of an image of ``img_size``."""
+        return self.img_size[0] // self.encoder.patch_size, self.img_size[1] // self.encoder.patch_size
+
+
+@dataclass(frozen=True)
+class ClassifierConfig:
+    """Shape of the dense classifier: an encoder, global average pooling, LayerNorm and a linear head.
+
+    Args:
+        encoder: the encoder.
+        num_classes: outputs of the head; 0 leaves the head out, the network then returns pooled features.
+        head_init_scale: factor on the head's initial weights.
+    """
+
+    encoder: EncoderConfig
+    num_classes: int = 1000
+    head_init_scale: float = 1.0
+    class_names: tuple[str, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "class_names", tuple(self.class_names))
+        if self.num_classes < 0:
+            raise ValueError(f"num_classes must not be negative, got {self.num_classes}")
+
+
+def check_image_size(size: tuple[int, ...], patch_size: int) -> None:
+    """Raise ValueError unless ``size`` is (H, W), both positive multiples of ``patch_size``."""
+    if len(size) != 2 or any(s < 1 or s % patch_size for s in size):
+        near = tuple(max(1, round(s / patch_size)) * patch_size for s in size)
+        raise ValueError(
+            f"image size {' × '.join(map(str, size))} is not divisible by the patch size {patch_size}; "
+            f"the nearest that is: {' × '.join(map(str, near))}"
+        )
+
+
+VARIANTS: Mapping[str, tuple[tuple[int, int, int, int], tuple[int, int, int, int]]] = {
+    "convnextv2_atto": ((2, 2, 6, 2), (40, 80, 160, 320)),
+    "convnextv2_femto": ((2, 2, 6, 2), (48, 96, 192, 384)),
+    "convnextv2_pico": ((2, 2, 6, 2), (64, 128, 256, 512)),
+    "convnextv2_nano": ((2, 2, 8, 2), (80, 160, 320, 640)),
+    "convnextv2_tiny": ((3, 3, 9, 3), (96, 192, 384, 768)),
+    "convnextv2_base": ((3, 3, 27, 3), (128, 256, 512, 1024)),
+    "convnextv2_large": ((3, 3, 27, 3), (192, 384, 768, 1536)),
+    "convnextv2_huge": ((3, 3, 27, 3), (352, 704, 1408, 2816)),
+}
+"""Depths and widths of the published variants (ConvNeXt V2, appendix A.1)."""
+
+
+def encoder_config(name: str, **overrides: Any) -> EncoderConfig:
+    """Configuration of a published variant, ``convnextv2_atto`` … ``convnextv2_huge`` (the prefix may be left out).
+
+    Raises:
+        ValueError: if no variant has that name.
+    """
+    full = name if name.startswith("convnextv2_") else f"convnextv2_{name}"
+    if full not in VARIANTS:
+        raise ValueError(f"unknown model {name!r}; choose one of {', '.join(VARIANTS)}")
+    depths, dims = VARIANTS[full]
+    return EncoderConfig(**{"depths": depths, "dims": dims, **overrides})
+
+
+def variant_name(config: EncoderConfig) -> str | None:
+    """Name of the published variant with these depths and widths, or None for a custom one."""
+    return next((name for name, shape in VARIANTS.items() if shape == (config.depths, config.dims)), None)
+
+
+def config_to_dict(config: EncoderConfig | FCMAEConfig | ClassifierConfig) -> dict[str, Any]:
+    """Plain, JSON-serialisable form of a configuration; :func:`config_from_dict` reads it back."""
+    return {"kind": type(config).__name__, **asdict(config)}
+
+
+def config_from_dict(data: Mapping[str, Any]) -> EncoderConfig | FCMAEConfig | ClassifierConfig:
+    """Inverse of :func:`config_to_dict`.
+
+    Raises:
+        ValueError: if the kind is unknown or a field is missing or unknown.
+    """
+    kinds = {cls.__name__: cls for cls in (EncoderConfig, FCMAEConfig, ClassifierConfig)}
+    values = dict(data)
+    kind = values.pop("kind", None)
+    if kind not in kinds:
+        raise ValueError(f"unknown configuration kind {kind!r}; expected one of {', '.join(kinds)}")
+    cls = kinds[kind]
+    unknown = set(values) - {f.name for f in fields(cls)}
+    if unknown:
+        raise ValueError(f"{kind} has no field {', '.join(sorted(unknown))}; written by a newer version?")
+    if "encoder" in values:
+        values["encoder"] = config_from_dict({"kind": "EncoderConfig", **values["encoder"]})
+    for key, value in values.items():
+        if isinstance(value, list):
+            values[key] = tuple(value)
+    try:
+        return cls(**values)
+    except TypeError as error:
+        raise ValueError(f"incomplete {kind}: {error}") from error

@@ -1,0 +1,73 @@
+"""Random masks over the patch grid."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def keep_count(num_patches: int, mask_ratio: float) -> int:
+    """Number of visible patches per image.
+
+    Rounds down, as the official code does: 19 of 49 at ratio 0.6, so slightly more than the ratio is masked.
+
+    Raises:
+        ValueError: if no patch, or every patch, would stay visible, or the ratio is not a number.
+    """
+    if num_patches < 2:
+        raise ValueError(f"an image of {num_patches} patch cannot be masked; use larger images or smaller patches")
+    keep = int(num_patches * (1 - mask_ratio)) if 0 <= mask_ratio <= 1 else 0
+    if not 0 < keep < num_patches:
+        raise ValueError(
+            f"mask_ratio={mask_ratio} keeps {keep} of {num_patches} patches; "
+            f"choose a ratio between {1 / num_patches:.3f} and {1 - 1 / num_patches:.3f}"
+        )
+    return keep
+
+
+def random_mask(
+    batch_size: int,
+    num_patches: int,
+    mask_ratio: float,
+    *,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Mask with the same number of visible patches in every image, uniformly drawn.
+
+    Args:
+        batch_size: B.
+        num_patches: L.
+        mask_ratio: share to mask, see :func:`keep_count`.
+        generator: source of randomness; its device decides where the numbers are drawn.
+        device: where the mask goes.
+
+    Returns:
+        ``[B, L]`` float32: 1 = masked, 0 = visible.
+
+    Raises:
+        ValueError: as :func:`keep_count`.
+    """
+    keep = keep_count(num_patches, mask_ratio)
+    drawn_on = generator.device if generator is not None else device
+    noise = torch.rand(batch_size, num_patches, generator=generator, device=drawn_on)
+    visible = noise.argsort(dim=1)[:, :keep]
+    return torch.ones_like(noise).scatter_(1, visible, 0.0).to(device)
+
+
+def parse_mask(text: str) -> Tensor:
+    """Mask ``[gh, gw]`` (float32) from a text grid, one line a row of patches.
+
+    ``1``, ``#``, ``x`` are masked; ``0``, ``.``, ``_`` are visible; white space and blank lines do not count.
+
+    Raises:
+        ValueError: on other characters, or rows of different lengths.
+    """
+    values = dict.fromkeys("1#xX", 1.0) | dict.fromkeys("0._", 0.0)
+    rows = ["".join(line.split()) for line in text.splitlines() if line.strip()]
+    unknown = sorted(set("".join(rows)) - set(values))
+    if not rows or unknown:
+        raise ValueError(f"a mask is lines of 0 (visible) and 1 (masked); got {'nothing' if not rows else unknown}")
+    if len({len(row) for row in rows}) > 1:
+        raise ValueError(f"the rows of a mask must have one length; got {[len(row) for row in rows]}")
+    return torch.tensor([[values[c] for c in row] for row in rows])

@@ -1,0 +1,21 @@
+"""Sparse operations on the visible patches of masked images. Depends on torch alone."""
+
+from sparse_ops.active_set import ActiveSet, morton_coordinates
+from sparse_ops.backend import Backend, BackendUnavailableError, get_backend, registry, resolve_backend
+from sparse_ops.functional import convnext_mlp, depthwise_conv
+from sparse_ops.grid import DenseGrid, Grid, SparseGrid
+
+__all__ = [
+    "ActiveSet",
+    "Backend",
+    "BackendUnavailableError",
+    "DenseGrid",
+    "Grid",
+    "SparseGrid",
+    "convnext_mlp",
+    "depthwise_conv",
+    "get_backend",
+    "morton_coordinates",
+    "registry",
+    "resolve_backend",
+]

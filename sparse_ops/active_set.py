@@ -1,0 +1,303 @@
+"""Which cells are visible, in which order their features are stored, and the tables derived from that.
+
+Shape letters used here and in the backends:
+    B images, gh × gw patches an image, L = gh·gw, P visible patches in the batch, s cells a patch side,
+    N = P·s² active cells, C channels, K kernel size, R = patches reached by a kernel on each side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+MAX_SIDE = 64
+
+
+def morton_coordinates(side: int) -> list[tuple[int, int]]:
+    """(y, x) of the cells of a ``side × side`` patch in Z-order (Morton order), x in the lowest bit.
+
+    Every aligned run of 4 entries is one 2×2 group of cells, so a stride-2 reduction of Z-ordered rows is a reshape.
+    """
+    if side < 1 or side > MAX_SIDE or side & (side - 1):
+        raise ValueError(f"side must be a power of two between 1 and {MAX_SIDE}, got {side}")
+    cells = [(0, 0)]
+    step = 1
+    while step < side:
+        cells = [(y + dy * step, x + dx * step) for dy in (0, 1) for dx in (0, 1) for y, x in cells]
+        step *= 2
+    return cells
+
+
+class _PatchIndex:
+    """The visible patches of a batch: shared by the active sets of all stages, so that tables are built once."""
+
+    def __init__(self, flat_P: Tensor, batch_size: int, grid_size: tuple[int, int], counts: tuple[int, ...]) -> None:
+        self.flat_P = flat_P
+        self.batch_size = batch_size
+        self.grid_size = grid_size
+        self.counts = counts
+        self._tables: dict[int, Tensor] = {}
+
+    @cached_property
+    def coordinates_P3(self) -> Tensor:
+        gh, gw = self.grid_size
+        image = self.flat_P // (gh * gw)
+        within = self.flat_P % (gh * gw)
+        return torch.stack((image, within // gw, within % gw), dim=1)
+
+    def neighbours(self, reach: int) -> Tensor:
+        if reach not in self._tables:
+            gh, gw = self.grid_size
+            image, py, px = self.coordinates_P3.unbind(1)
+            index = torch.full(
+                (self.batch_size, gh + 2 * reach, gw + 2 * reach), -1, dtype=torch.int32, device=self.flat_P.device
+            )
+            own = torch.arange(self.flat_P.numel(), dtype=torch.int32, device=self.flat_P.device)
+            index[image, py + reach, px + reach] = own
+            offset = torch.arange(2 * reach + 1, device=self.flat_P.device)
+            table = index[
+                image[:, None, None], py[:, None, None] + offset[:, None], px[:, None, None] + offset[None, :]
+            ]
+            self._tables[reach] = table.flatten(1).contiguous()
+        return self._tables[reach]
+
+
+class ActiveSet:
+    """The cells of all visible patches of a batch at one stage. Immutable; tables are computed once and cached.
+
+    Rows of a feature matrix ``[N, C]`` are ordered by image, then by patch (row-major over the patch grid), then by
+    cell in Z-order inside the patch (:func:`morton_coordinates`). Everything follows from the mask: a visible cell
+    whose features are all zero is still active.
+
+    Build one with :meth:`from_mask`; go to the next, coarser stage with :meth:`down`.
+    """
+
+    def __init__(self, patches: _PatchIndex, side: int) -> None:
+        morton_coordinates(side)
+        self._patches = patches
+        self.side = side
+
+    @classmethod
+    def from_mask(
+        cls, mask: Tensor, grid_size: tuple[int, int] | None = None, side: int = 8, *, keep: int | None = None
+    ) -> ActiveSet:
+        """Active set of a mask in which 1 (or True) is masked and 0 (or False) is visible.
+
+        Args:
+            mask: ``[B, L]`` with L patches row-major over ``grid_size``, or ``[B, gh, gw]``.
+            grid_size: (gh, gw); required for a ``[B, L]`` mask.
+            side: cells a patch side at this stage, a power of two (8 after the stem).
+            keep: number of visible patches, promised to be the same for every image. Giving it avoids reading the
+                mask back to the host; it is the caller's word, not checked. Without it counts are read from the
+                mask and may differ from image to image, none included.
+
+        Raises:
+            ValueError: if the shape of the mask and ``grid_size`` do not agree, or ``keep`` is out of range.
+        """
+        if mask.dim() == 3:
+            if grid_size is not None and tuple(mask.shape[1:]) != tuple(grid_size):
+                raise ValueError(f"mask has a patch grid of {tuple(mask.shape[1:])}, grid_size says {tuple(grid_size)}")
+            grid_size = (mask.shape[1], mask.shape[2])
+            mask = mask.flatten(1)
+        if mask.dim() != 2 or grid_size is None:
+            raise ValueError(
+                f"mask must be [B, gh, gw], or [B, L] with grid_size given; got shape {tuple(mask.shape)} "
+                f"and grid_size={grid_size}"
+            )
+        batch_size, num_patches = mask.shape
+        gh, gw = int(grid_size[0]), int(grid_size[1])
+        if gh * gw != num_patches:
+            raise ValueError(f"mask has {num_patches} patches an image, but grid_size {gh}×{gw} has {gh * gw}")
+        masked = mask != 0
+        if keep is not None:
+            if not 0 <= keep <= num_patches:
+                raise ValueError(f"keep={keep} is not between 0 and {num_patches}")
+            order = torch.argsort(masked.to(torch.uint8), dim=1, stable=True)[:, :keep]
+            first = torch.arange(batch_size, device=mask.device)[:, None] * num_patches
+            flat = (order + first).flatten()
+            counts = (keep,) * batch_size
+        else:
+            flat = (~masked).flatten().nonzero().flatten()
+            counts = tuple((~masked).sum(1).tolist())
+        return cls(_PatchIndex(flat, batch_size, (gh, gw), counts), side)
+
+    @classmethod
+    def full(
+        cls, batch_size: int, grid_size: tuple[int, int], side: int = 8, device: torch.device | None = None
+    ) -> ActiveSet:
+        """Active set with every patch of every image visible."""
+        num_patches = grid_size[0] * grid_size[1]
+        flat = torch.arange(batch_size * num_patches, device=device)
+        return cls(_PatchIndex(flat, batch_size, (grid_size[0], grid_size[1]), (num_patches,) * batch_size), side)
+
+    def down(self) -> ActiveSet:
+        """The same patches at the next stage, where a patch has half as many cells a side.
+
+        Raises:
+            ValueError: if a patch is one cell already.
+        """
+        if self.side == 1:
+            raise ValueError("a patch is a single cell here; there is no coarser stage")
+        return ActiveSet(self._patches, self.side // 2)
+
+    # Sizes ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        return self._patches.flat_P.device
+
+    @property
+    def batch_size(self) -> int:
+        return self._patches.batch_size
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        """Patches (gh, gw) of an image, masked ones included."""
+        return self._patches.grid_size
+
+    @property
+    def map_size(self) -> tuple[int, int]:
+        """Cells (H, W) of the dense feature map at this stage."""
+        return self.grid_size[0] * self.side, self.grid_size[1] * self.side
+
+    @property
+    def num_patches(self) -> int:
+        """P, the visible patches of the whole batch."""
+        return self._patches.flat_P.numel()
+
+    @property
+    def num_cells(self) -> int:
+        """N, the rows of a feature matrix."""
+        return self.num_patches * self.side * self.side
+
+    @property
+    def cell_counts(self) -> tuple[int, ...]:
+        """Active cells of each image."""
+        return tuple(c * self.side * self.side for c in self._patches.counts)
+
+    @property
+    def uniform_count(self) -> int | None:
+        """Active cells of every image if all have the same number, else None."""
+        counts = self._patches.counts
+        return counts[0] * self.side * self.side if counts and min(counts) == max(counts) else None
+
+    # Tables --------------------------------------------------------------------------------------------------------
+
+    @property
+    def patch_coordinates(self) -> Tensor:
+        """``[P, 3]`` int64: image, patch row, patch column."""
+        return self._patches.coordinates_P3
+
+    @cached_property
+    def row_offsets(self) -> Tensor:
+        """``[B + 1]`` int64 on the host: image b owns rows ``row_offsets[b]`` to ``row_offsets[b + 1]``."""
+        return torch.tensor((0, *self.cell_counts)).cumsum(0)
+
+    @cached_property
+    def image_index(self) -> Tensor:
+        """``[N]`` int64: the image each row belongs to."""
+        return self.patch_coordinates[:, 0].repeat_interleave(self.side * self.side, output_size=self.num_cells)
+
+    @cached_property
+    def coordinates(self) -> Tensor:
+        """``[N, 3]`` int64: image, row y and column x of each active cell on the dense map."""
+        within = torch.tensor(morton_coordinates(self.side), device=self.device)
+        corner = self.patch_coordinates[:, None, 1:] * self.side
+        yx = (corner + within[None]).flatten(0, 1)
+        return torch.cat((self.image_index[:, None], yx), dim=1)
+
+    def patch_neighbours(self, kernel_size: int) -> Tensor:
+        """``[P, (2R + 1)²]`` int32: the visible patch at each neighbouring position, -1 where masked or outside.
+
+        R is the number of patches an odd ``kernel_size`` reaches on each side of a patch at this stage.
+        """
+        return self._patches.neighbours(reach(kernel_size, self.side))
+
+    def cell_neighbours(self, kernel_size: int) -> Tensor:
+        """``[N, K²]`` int64: the row under each tap, row-major over the kernel, and N where there is none.
+
+        Large (``N·K²·8`` bytes): for the readable reference, not for fast backends.
+        """
+        cache = self.__dict__.setdefault("_cell_tables", {})
+        if kernel_size not in cache:
+            reach_cells = kernel_size // 2
+            height, width = self.map_size
+            image, y, x = self.coordinates.unbind(1)
+            index = torch.full(
+                (self.batch_size, height + 2 * reach_cells, width + 2 * reach_cells),
+                self.num_cells,
+                device=self.device,
+            )
+            index[image, y + reach_cells, x + reach_cells] = torch.arange(self.num_cells, device=self.device)
+            tap = torch.arange(kernel_size, device=self.device)
+            table = index[image[:, None, None], y[:, None, None] + tap[:, None], x[:, None, None] + tap[None, :]]
+            cache[kernel_size] = table.flatten(1)
+        return cache[kernel_size]
+
+    # Between rows and dense maps -----------------------------------------------------------------------------------
+
+    def densify(self, x: Tensor, fill: Tensor | float = 0.0) -> Tensor:
+        """Rows ``[N, C]`` placed on a dense map ``[B, H, W, C]``; other cells hold ``fill`` (a number or ``[C]``)."""
+        self.check_rows(x)
+        height, width = self.map_size
+        shape = (self.batch_size, height, width, x.shape[1])
+        dense = fill.to(x.dtype).expand(shape) if isinstance(fill, Tensor) else x.new_full(shape, fill)
+        return dense.index_put(tuple(self.coordinates.unbind(1)), x)
+
+    def gather(self, dense: Tensor) -> Tensor:
+        """The active cells of a dense map ``[B, H, W, C]`` as rows ``[N, C]``."""
+        expected = (self.batch_size, *self.map_size)
+        if tuple(dense.shape[:3]) != expected:
+            raise ValueError(f"expected a dense map [{expected}, C] in channels-last order, got {tuple(dense.shape)}")
+        return dense[tuple(self.coordinates.unbind(1))]
+
+    def gather_patches(self, images: Tensor) -> Tensor:
+        """Pixels of the visible patches, cell by cell, for the stem.
+
+        Args:
+            images: ``[B, C, H, W]`` with H and W divisible by the patch grid at this stage.
+
+        Returns:
+            ``[N, C·k·k]`` in the active set's order, where k is the number of pixels a cell side. The layout of a row
+            is that of a convolution weight ``[out, C, k, k]`` flattened after its first axis.
+        """
+        batch, channels, height, width = images.shape
+        gh, gw = self.grid_size
+        if batch != self.batch_size or height % (gh * self.side) or width % (gw * self.side):
+            raise ValueError(
+                f"images {tuple(images.shape)} do not divide into {self.batch_size} × {gh}×{gw} patches "
+                f"of {self.side}×{self.side} cells"
+            )
+        ky, kx = height // (gh * self.side), width // (gw * self.side)
+        levels = self.side.bit_length() - 1
+        patches = images.view(batch, channels, gh, self.side * ky, gw, self.side * kx).permute(0, 2, 4, 1, 3, 5)
+        visible = patches[tuple(self.patch_coordinates.unbind(1))]
+        # The bits of y and x become axes of their own; interleaving them is Z-order.
+        bits = visible.reshape(self.num_patches, channels, *(2,) * levels, ky, *(2,) * levels, kx)
+        y_axes = range(2, 2 + levels)
+        x_axes = range(3 + levels, 3 + 2 * levels)
+        interleaved = [axis for pair in zip(y_axes, x_axes, strict=True) for axis in pair]
+        order = (0, *interleaved, 1, 2 + levels, 3 + 2 * levels)
+        return bits.permute(order).reshape(self.num_cells, channels * ky * kx)
+
+    def check_rows(self, x: Tensor) -> None:
+        """Raise ValueError unless ``x`` is ``[N, C]`` with this set's N."""
+        if x.dim() != 2 or x.shape[0] != self.num_cells:
+            raise ValueError(f"expected features [{self.num_cells}, C] for this active set, got {tuple(x.shape)}")
+
+    def __repr__(self) -> str:
+        counts: int | Sequence[int] = self._patches.counts
+        return (
+            f"ActiveSet(batch={self.batch_size}, grid={self.grid_size}, side={self.side}, "
+            f"visible={counts}, cells={self.num_cells}, device={self.device})"
+        )
+
+
+def reach(kernel_size: int, side: int) -> int:
+    """Patches that a kernel of odd ``kernel_size`` reaches on each side of a patch of ``side`` cells."""
+    if kernel_size < 1 or kernel_size % 2 == 0:
+        raise ValueError(f"kernel_size must be odd, got {kernel_size}")
+    return -(-(kernel_size // 2) // side)

@@ -1,0 +1,155 @@
+"""The contract of a backend, and the registry that finds them.
+
+A backend is one module in ``sparse_ops/backends`` with a module-level ``BACKEND``. Its third-party imports happen in
+:meth:`Backend.unavailable_reason` and in its kernels, never when the module is imported.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import pkgutil
+from abc import ABC, abstractmethod
+from functools import cache
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from sparse_ops.active_set import ActiveSet
+
+logger = logging.getLogger(__name__)
+
+
+class BackendUnavailableError(RuntimeError):
+    """The backend asked for by name cannot run here; the message says why and what to do."""
+
+
+class Backend(ABC):
+    """An implementation of the sparse depthwise convolution.
+
+    Rows come and go in the active set's order. Kernels are plain functions of their arguments; autograd is one level
+    up, in :mod:`sparse_ops.functional`.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    #: ``auto`` takes the highest priority among the backends that are available and accept the device.
+    priority: ClassVar[int]
+
+    @abstractmethod
+    def unavailable_reason(self) -> str | None:
+        """None if the backend can run on this machine, else why not and how to get it."""
+
+    @abstractmethod
+    def rejects(self, device: torch.device, dtype: torch.dtype, kernel_size: int) -> str | None:
+        """None if such inputs are served, else why not."""
+
+    @abstractmethod
+    def depthwise(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, active: ActiveSet, *, reverse_taps: bool
+    ) -> Tensor:
+        """Depthwise convolution over the active cells; masked cells and the outside count as zero.
+
+        Args:
+            x: ``[N, C]``, contiguous.
+            weight: ``[C, 1, K, K]``, contiguous, of the same dtype.
+            bias: ``[C]`` or None.
+            reverse_taps: use the taps in reverse order: with ``x`` a gradient, this is the gradient for the input.
+
+        Returns:
+            ``[N, C]`` in the dtype of ``x``, accumulated in float32 or wider.
+        """
+
+    @abstractmethod
+    def depthwise_weight_grad(self, x: Tensor, grad: Tensor, active: ActiveSet, kernel_size: int) -> Tensor:
+        """Gradient for the weight, ``[C, 1, K, K]`` in the dtype of ``x``, from ``x`` and ``grad``, both ``[N, C]``."""
+
+    def fuses_mlp(self, device: torch.device, dtype: torch.dtype) -> bool:
+        """Whether :meth:`gelu_grn` and :meth:`gelu_grn_backward` are implemented for such inputs."""
+        return False
+
+    def gelu_grn(
+        self, h: Tensor, gamma: Tensor, beta: Tensor, row_offsets: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        """GRN of the GELU of ``h`` (ConvNeXt V2, eq. 1-3).
+
+        Args:
+            h: ``[N, D]``, contiguous. gamma, beta: ``[D]``.
+            row_offsets: ``[G + 1]`` int64 on the host; norms are taken over the rows of each of the G groups.
+
+        Returns:
+            ``(y, norms)``: ``[N, D]`` and the channel norms ``[G, D]``.
+        """
+        raise NotImplementedError(f"backend {self.name!r} has no fused GELU + GRN")
+
+    def gelu_grn_backward(
+        self,
+        grad: Tensor,
+        h: Tensor,
+        gamma: Tensor,
+        beta: Tensor,
+        norms: Tensor,
+        row_offsets: Tensor,
+        eps: float,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Backward of :meth:`gelu_grn`, which also recomputes its output so that it need not be kept.
+
+        Returns:
+            ``(grad_h, grad_gamma, grad_beta, y)``.
+        """
+        raise NotImplementedError(f"backend {self.name!r} has no fused GELU + GRN")
+
+
+@cache
+def registry() -> dict[str, Backend]:
+    """All backends by name, highest priority first."""
+    from sparse_ops import backends
+
+    found: list[Backend] = []
+    for module in pkgutil.iter_modules(backends.__path__):
+        if module.name.startswith("_"):
+            continue
+        backend = getattr(importlib.import_module(f"{backends.__name__}.{module.name}"), "BACKEND", None)
+        if backend is not None:
+            found.append(backend)
+    found.sort(key=lambda backend: (-backend.priority, backend.name))
+    return {backend.name: backend for backend in found}
+
+
+def get_backend(name: str) -> Backend:
+    """The backend of that name, ready to run.
+
+    Raises:
+        ValueError: if no backend has that name.
+        BackendUnavailableError: if it cannot run here.
+    """
+    backends = registry()
+    if name not in backends:
+        raise ValueError(f"unknown backend {name!r}; choose auto or one of {', '.join(backends)}")
+    reason = backends[name].unavailable_reason()
+    if reason is not None:
+        raise BackendUnavailableError(f"backend {name!r} is not available: {reason}")
+    return backends[name]
+
+
+@cache
+def _auto(device_type: str) -> Backend:
+    device = torch.device(device_type)
+    for backend in registry().values():
+        if backend.unavailable_reason() is None and backend.rejects(device, torch.float32, 7) is None:
+            logger.info("backend auto: chose %s for %s", backend.name, device_type)
+            return backend
+    raise BackendUnavailableError(f"no backend serves device {device_type!r}")
+
+
+def resolve_backend(name: str | Backend, device: torch.device) -> Backend:
+    """The backend for ``name`` on ``device``; ``auto`` takes the best that is available there and logs the choice.
+
+    Raises:
+        ValueError: if no backend has that name, or the named one does not serve the device.
+        BackendUnavailableError: if the named one cannot run here. There is no silent fallback.
+    """
+    if isinstance(name, Backend):
+        return name
+    return _auto(device.type) if name == "auto" else get_backend(name)

@@ -1,0 +1,1 @@
+"""One module a backend; see :mod:`sparse_ops.backend` for the contract."""
