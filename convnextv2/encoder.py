@@ -60,7 +60,7 @@ class Stem(nn.Sequential):
     def __init__(self, in_chans: int, dim: int, stride: int) -> None:
         super().__init__(nn.Conv2d(in_chans, dim, stride, stride=stride), nn.LayerNorm(dim, eps=EPS))
 
-    def forward(self, images: Tensor, grid: Grid) -> Tensor:
+    def forward(self, images: Tensor, grid: Grid) -> Tensor:  # type: ignore[override]  # a container with its own call
         conv, norm = cast(nn.Conv2d, self[0]), self[1]
         return norm(grid.stem(images, conv.weight, conv.bias))
 
@@ -71,7 +71,7 @@ class Downsample(nn.Sequential):
     def __init__(self, dim: int, out_dim: int) -> None:
         super().__init__(nn.LayerNorm(dim, eps=EPS), nn.Conv2d(dim, out_dim, 2, stride=2))
 
-    def forward(self, x: Tensor, grid: Grid) -> tuple[Tensor, Grid]:
+    def forward(self, x: Tensor, grid: Grid) -> tuple[Tensor, Grid]:  # type: ignore[override]  # as above
         norm, conv = self[0], cast(nn.Conv2d, self[1])
         return grid.downsample(norm(x), conv.weight, conv.bias)
 
