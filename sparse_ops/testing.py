@@ -426,7 +426,8 @@ def check_mlp_conformance(
     """Compare the fused pointwise half of a block, and its nine gradients, with separate operations in float64.
 
     The plain computation runs in two orders of the rows, the second reversed, and the larger error counts: sums over
-    rows round differently in each, and in float64 only the second shows any error. The floor of a tensor is ``4 · eps(dtype) · max|oracle|``.
+    rows round differently in each, and in float64 only the second shows any error. The floor of a tensor is
+    ``4 · eps(dtype) · max|oracle|``.
 
     Returns:
         The errors of ``output`` and of ``grad of x``, ``norm_weight``, ``norm_bias``, ``w1``, ``b1``, ``gamma``,
