@@ -92,11 +92,13 @@ class Backend(ABC):
         norms: Tensor,
         row_offsets: Tensor,
         eps: float,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Backward of :meth:`gelu_grn`, which also recomputes its output so that it need not be kept.
 
+        ``grad`` is the caller's to give away: it may be overwritten.
+
         Returns:
-            ``(grad_h, grad_gamma, grad_beta, y)``.
+            ``(grad_h, grad_gamma, grad_beta, grad_h summed over the rows, y)``.
         """
         raise NotImplementedError(f"backend {self.name!r} has no fused GELU + GRN")
 

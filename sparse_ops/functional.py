@@ -119,13 +119,13 @@ class _ConvNeXtMLP(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, mean, rstd, norm_weight, norm_bias, w1, h, gamma, beta, norms, w2, row_offsets = ctx.saved_tensors
         grad = grad.contiguous()
-        grad_h, grad_gamma, grad_beta, y = ctx.backend.gelu_grn_backward(
+        grad_h, grad_gamma, grad_beta, grad_b1, y = ctx.backend.gelu_grn_backward(
             grad @ w2, h, gamma, beta, norms, row_offsets, ctx.eps
         )
         grad_w2, grad_b2 = grad.t() @ y, grad.sum(0)
         del y
         normed = torch.addcmul(norm_bias, (x - mean) * rstd, norm_weight)
-        grad_w1, grad_b1 = grad_h.t() @ normed, grad_h.sum(0)
+        grad_w1 = grad_h.t() @ normed
         del normed
         grad_x, grad_norm_weight, grad_norm_bias = torch.ops.aten.native_layer_norm_backward(
             grad_h @ w1, x, [x.shape[1]], mean, rstd, norm_weight, norm_bias, [True, True, True]

@@ -1,0 +1,246 @@
+"""The compiled CPU backend: C++ kernels that work patch by patch with a halo, vectorised over channels.
+
+The library in ``csrc`` knows neither torch nor Python (it is called through ``ctypes`` with plain pointers), so it
+keeps working when either is upgraded. The instruction set is chosen when it is loaded, by what the processor has;
+``SPARSE_OPS_CPU=baseline|avx2|avx512`` asks for a lower one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sparse_ops.active_set import ActiveSet
+from sparse_ops.backend import Backend
+
+INTERFACE_VERSION = 1
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
+KERNEL_SIZES = (3, 5, 7)
+_REMEDY = (
+    "install a C++ compiler (Debian: apt install g++; conda: conda install -c conda-forge gxx) "
+    "and reinstall: pip install --force-reinstall --no-deps ."
+)
+
+
+class _DepthwiseArgs(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "other", "bias", "neighbours", "out")),
+        *((name, ctypes.c_int64) for name in ("patches", "channels")),
+        *((name, ctypes.c_int) for name in ("side", "kernel", "reverse_taps", "threads")),
+    )
+
+
+class _GeluGrnArgs(ctypes.Structure):
+    _fields_ = (
+        *(
+            (name, ctypes.c_void_p)
+            for name in "h gamma beta offsets norms y grad grad_gamma grad_beta grad_bias".split()
+        ),
+        ("eps", ctypes.c_double),
+        *((name, ctypes.c_int64) for name in ("groups", "dim")),
+        ("threads", ctypes.c_int),
+    )
+
+
+@cache
+def _load() -> tuple[ctypes.CDLL | None, str | None]:
+    """The library, or why there is none."""
+    found = sorted(Path(__file__).parent.glob("_cpu*.so"))
+    if not found:
+        return None, f"its C++ extension was not compiled when the package was installed; {_REMEDY}"
+    try:
+        library = ctypes.CDLL(os.fspath(found[0]))
+        version = library.sparse_ops_interface_version()
+    except (OSError, AttributeError) as error:
+        return None, f"its C++ extension {found[0].name} cannot be loaded ({error}); {_REMEDY}"
+    if version != INTERFACE_VERSION:
+        return None, (
+            f"its C++ extension has interface version {version}, this package needs {INTERFACE_VERSION}; "
+            "reinstall: pip install --force-reinstall --no-deps ."
+        )
+    library.sparse_ops_instruction_set.restype = ctypes.c_char_p
+    library.sparse_ops_threads.restype = ctypes.c_char_p
+    return library, None
+
+
+def _call(function: str, args: ctypes.Structure, dtype: torch.dtype) -> None:
+    library, _ = _load()
+    assert library is not None
+    status = getattr(library, function)(ctypes.byref(args), DTYPES[dtype])
+    assert status == 0, f"{function} has no kernel for {dtype}"
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    assert tensor is None or tensor.is_contiguous()
+    return None if tensor is None else tensor.data_ptr()
+
+
+@torch.library.custom_op("sparse_ops::cpu_depthwise", mutates_args=(), device_types="cpu")
+def cpu_depthwise(
+    x: Tensor, weight: Tensor, bias: Tensor | None, neighbours: Tensor, side: int, reverse_taps: bool
+) -> Tensor:
+    """See :meth:`sparse_ops.backend.Backend.depthwise`; ``neighbours`` is the patch table ``[P, (2R + 1)²]``."""
+    out = torch.empty_like(x)
+    args = _DepthwiseArgs(
+        x=_pointer(x),
+        other=_pointer(weight),
+        bias=_pointer(bias),
+        neighbours=_pointer(neighbours),
+        out=_pointer(out),
+        patches=neighbours.shape[0],
+        channels=x.shape[1],
+        side=side,
+        kernel=weight.shape[-1],
+        reverse_taps=reverse_taps,
+        threads=torch.get_num_threads(),
+    )
+    _call("sparse_ops_depthwise", args, x.dtype)
+    return out
+
+
+@cpu_depthwise.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, neighbours: Tensor, side: int, reverse_taps: bool) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("sparse_ops::cpu_depthwise_weight_grad", mutates_args=(), device_types="cpu")
+def cpu_depthwise_weight_grad(x: Tensor, grad: Tensor, neighbours: Tensor, side: int, kernel_size: int) -> Tensor:
+    """See :meth:`sparse_ops.backend.Backend.depthwise_weight_grad`."""
+    out = x.new_empty(x.shape[1], 1, kernel_size, kernel_size)
+    args = _DepthwiseArgs(
+        x=_pointer(x),
+        other=_pointer(grad),
+        neighbours=_pointer(neighbours),
+        out=_pointer(out),
+        patches=neighbours.shape[0],
+        channels=x.shape[1],
+        side=side,
+        kernel=kernel_size,
+        threads=torch.get_num_threads(),
+    )
+    _call("sparse_ops_depthwise_weight_grad", args, x.dtype)
+    return out
+
+
+@cpu_depthwise_weight_grad.register_fake
+def _(x: Tensor, grad: Tensor, neighbours: Tensor, side: int, kernel_size: int) -> Tensor:
+    return x.new_empty(x.shape[1], 1, kernel_size, kernel_size)
+
+
+@torch.library.custom_op("sparse_ops::cpu_gelu_grn", mutates_args=(), device_types="cpu")
+def cpu_gelu_grn(h: Tensor, gamma: Tensor, beta: Tensor, row_offsets: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """See :meth:`sparse_ops.backend.Backend.gelu_grn`."""
+    groups = row_offsets.numel() - 1
+    y, norms = torch.empty_like(h), h.new_empty(groups, h.shape[1])
+    args = _GeluGrnArgs(
+        h=_pointer(h),
+        gamma=_pointer(gamma),
+        beta=_pointer(beta),
+        offsets=_pointer(row_offsets),
+        norms=_pointer(norms),
+        y=_pointer(y),
+        eps=eps,
+        groups=groups,
+        dim=h.shape[1],
+        threads=torch.get_num_threads(),
+    )
+    _call("sparse_ops_gelu_grn", args, h.dtype)
+    return y, norms
+
+
+@cpu_gelu_grn.register_fake
+def _(h: Tensor, gamma: Tensor, beta: Tensor, row_offsets: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(h), h.new_empty(row_offsets.numel() - 1, h.shape[1])
+
+
+@torch.library.custom_op("sparse_ops::cpu_gelu_grn_backward", mutates_args=("grad",), device_types="cpu")
+def cpu_gelu_grn_backward(
+    grad: Tensor, h: Tensor, gamma: Tensor, beta: Tensor, norms: Tensor, row_offsets: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See :meth:`sparse_ops.backend.Backend.gelu_grn_backward`; ``grad`` becomes the gradient for ``h``."""
+    grad_gamma, grad_beta, grad_bias = torch.empty_like(gamma), torch.empty_like(beta), torch.empty_like(beta)
+    y = torch.empty_like(h)
+    args = _GeluGrnArgs(
+        h=_pointer(h),
+        gamma=_pointer(gamma),
+        beta=_pointer(beta),
+        offsets=_pointer(row_offsets),
+        norms=_pointer(norms),
+        y=_pointer(y),
+        grad=_pointer(grad),
+        grad_gamma=_pointer(grad_gamma),
+        grad_beta=_pointer(grad_beta),
+        grad_bias=_pointer(grad_bias),
+        eps=eps,
+        groups=row_offsets.numel() - 1,
+        dim=h.shape[1],
+        threads=torch.get_num_threads(),
+    )
+    _call("sparse_ops_gelu_grn_backward", args, h.dtype)
+    return grad_gamma, grad_beta, grad_bias, y
+
+
+@cpu_gelu_grn_backward.register_fake
+def _(
+    grad: Tensor, h: Tensor, gamma: Tensor, beta: Tensor, norms: Tensor, row_offsets: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return torch.empty_like(gamma), torch.empty_like(beta), torch.empty_like(beta), torch.empty_like(h)
+
+
+class CPUBackend(Backend):
+    """Patch-and-halo kernels in C++ for float32, float64 and bfloat16 (accumulated in float32)."""
+
+    name = "cpu"
+    priority = 10
+
+    @property
+    def summary(self) -> str:  # type: ignore[override]  # says what was found on this machine
+        library, _ = _load()
+        if library is None:
+            return "compiled C++ for processors"
+        chosen = library.sparse_ops_instruction_set().decode()
+        return f"compiled C++ ({chosen}; threads: {library.sparse_ops_threads().decode()})"
+
+    def unavailable_reason(self) -> str | None:
+        return _load()[1]
+
+    def rejects(self, device: torch.device, dtype: torch.dtype, kernel_size: int) -> str | None:
+        if device.type != "cpu":
+            return f"it runs on the CPU, not on {device}"
+        if dtype not in DTYPES:
+            return f"dtype {dtype} is not one of {', '.join(map(str, DTYPES))}"
+        if kernel_size not in KERNEL_SIZES:
+            return f"kernel size {kernel_size} is not one of {KERNEL_SIZES}"
+        return None
+
+    def depthwise(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, active: ActiveSet, *, reverse_taps: bool
+    ) -> Tensor:
+        neighbours = active.patch_neighbours(weight.shape[-1])
+        return cpu_depthwise(x, weight, bias, neighbours, active.side, reverse_taps)
+
+    def depthwise_weight_grad(self, x: Tensor, grad: Tensor, active: ActiveSet, kernel_size: int) -> Tensor:
+        return cpu_depthwise_weight_grad(x, grad, active.patch_neighbours(kernel_size), active.side, kernel_size)
+
+    def fuses_mlp(self, device: torch.device, dtype: torch.dtype) -> bool:
+        return device.type == "cpu" and dtype in (torch.float32, torch.float64)
+
+    def gelu_grn(
+        self, h: Tensor, gamma: Tensor, beta: Tensor, row_offsets: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        return cpu_gelu_grn(h, gamma, beta, row_offsets, eps)
+
+    def gelu_grn_backward(
+        self, grad: Tensor, h: Tensor, gamma: Tensor, beta: Tensor, norms: Tensor, row_offsets: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        grad = grad.contiguous()
+        grad_gamma, grad_beta, grad_bias, y = cpu_gelu_grn_backward(grad, h, gamma, beta, norms, row_offsets, eps)
+        return grad, grad_gamma, grad_beta, grad_bias, y
+
+
+BACKEND = CPUBackend()

@@ -1,0 +1,3 @@
+#define KERNELS kAvx2Kernels
+#define INSTRUCTION_SET "avx2"
+#include "kernels.inc"

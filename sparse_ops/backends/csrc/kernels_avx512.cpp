@@ -1,0 +1,3 @@
+#define KERNELS kAvx512Kernels
+#define INSTRUCTION_SET "avx512"
+#include "kernels.inc"

@@ -1,0 +1,3 @@
+#define KERNELS kBaselineKernels
+#define INSTRUCTION_SET "baseline"
+#include "kernels.inc"
