@@ -1,0 +1,263 @@
+"""From a decoded image to a normalised tensor: timm's transforms, made reproducible per sample."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+Transform = Callable[[Any], Tensor]
+
+WIDEST_ASPECT = 8
+"""Longer sides are cut to this multiple of the shorter one before the evaluation's resize, which scales the shorter
+side: the centre crop throws the rest away anyhow, but a 1×20000 image would first become gigabytes."""
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Random changes of training images. None leaves the choice to the task and the data set.
+
+    Args:
+        crop_scale: smallest and largest share of the image's area that a random crop takes.
+        hflip: probability of a horizontal flip.
+        color_jitter: strength of the colour jitter; ignored with ``auto_augment``, as timm does.
+        auto_augment: timm's policy string, such as ``rand-m9-mstd0.5-inc1``; None for none.
+        random_erasing: probability that a rectangle is replaced by noise.
+    """
+
+    crop_scale: tuple[float, float] | None = None
+    hflip: float | None = None
+    color_jitter: float = 0.0
+    auto_augment: str | None = None
+    random_erasing: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.crop_scale is not None:
+            scale = tuple(self.crop_scale)
+            object.__setattr__(self, "crop_scale", scale)
+            if len(scale) != 2 or not 0 < scale[0] <= scale[1] <= 1:
+                raise ValueError(f"crop_scale must be two numbers, 0 < smallest ≤ largest ≤ 1, got {scale}")
+        for name in ("hflip", "random_erasing"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise ValueError(f"{name} must be a probability in [0, 1], got {value}")
+        if not self.color_jitter >= 0:
+            raise ValueError(f"color_jitter must not be negative, got {self.color_jitter}")
+
+
+def default_statistics(in_chans: int) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Mean and standard deviation for pixels in [0, 1]: ImageNet's for 3 channels, 0.5 for 1, None for others."""
+    if in_chans == 3:
+        return IMAGENET_MEAN, IMAGENET_STD
+    return ((0.5,), (0.5,)) if in_chans == 1 else None
+
+
+def check_statistics(mean: Sequence[float], std: Sequence[float], in_chans: int) -> None:
+    """Raise ValueError unless there is one finite mean and one positive standard deviation a channel."""
+    if len(mean) != in_chans or len(std) != in_chans:
+        raise ValueError(f"expected {in_chans} means and standard deviations, got {len(mean)} and {len(std)}")
+    if not np.isfinite([*mean, *std]).all() or min(std) <= 0:
+        raise ValueError(f"mean must be finite and std positive, got mean={list(mean)}, std={list(std)}")
+
+
+def preprocessing_from_metadata(
+    metadata: Mapping[str, Any], in_chans: int, default_size: tuple[int, int] = (224, 224)
+) -> tuple[tuple[float, ...], tuple[float, ...], tuple[int, int]]:
+    """What a checkpoint says about its images: (mean, std, (H, W)).
+
+    Args:
+        metadata: ``mean``, ``std`` and ``img_size`` as lists or JSON text; what is missing gets the default.
+        in_chans: channels of the network.
+        default_size: (H, W) where the metadata has no ``img_size``.
+
+    Raises:
+        ValueError: if an entry is malformed, or nothing is known for this number of channels.
+    """
+
+    def numbers(name: str) -> list[float] | None:
+        value = metadata.get(name)
+        try:
+            value = json.loads(value) if isinstance(value, str) else value
+            return (
+                None if value is None else [float(v) for v in (value if isinstance(value, list | tuple) else [value])]
+            )
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"the checkpoint's {name!r} should be a list of numbers, got {value!r}") from error
+
+    mean, std, size = numbers("mean"), numbers("std"), numbers("img_size")
+    if mean is None or std is None:
+        known = default_statistics(in_chans)
+        if known is None:
+            raise ValueError(f"the checkpoint does not say the mean and std of its {in_chans} channels")
+        mean, std = list(known[0]), list(known[1])
+    check_statistics(mean, std, in_chans)
+    if size is None:
+        return tuple(mean), tuple(std), default_size
+    if len(size) > 2 or min(size) < 1:
+        raise ValueError(f"the checkpoint's 'img_size' should be a height and a width, got {size}")
+    return tuple(mean), tuple(std), (int(size[0]), int(size[-1]))
+
+
+def crop_share(img_size: tuple[int, int]) -> float:
+    """Share of the resized image that the evaluation's centre crop keeps: 0.875 as usual, all of a small image."""
+    return 0.875 if min(img_size) >= 160 else 1.0
+
+
+@contextlib.contextmanager
+def sample_seed(seed: int, epoch: int, index: int) -> Iterator[None]:
+    """Seed Python's, numpy's and torch's CPU generator for one sample, and give them their state back afterwards.
+
+    With it a sample looks the same in the same epoch whatever was drawn before: after a resume, and with any number
+    of workers. Costs well below a millisecond.
+    """
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002  # timm draws from it
+    words = np.random.SeedSequence((seed, epoch, index)).generate_state(3)
+    random.seed(int(words[0]))
+    np.random.seed(words[1])  # noqa: NPY002
+    torch.default_generator.manual_seed(int(words[2]))
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002
+        torch.set_rng_state(states[2])
+
+
+class FirstChannel:
+    """``[1, H, W]`` of a gray image that went through the pipeline as three equal channels."""
+
+    def __call__(self, image: Tensor) -> Tensor:
+        return image[:1].clone()
+
+
+class LimitAspect:
+    """Cut a PIL image around its centre so that no side is longer than :data:`WIDEST_ASPECT` times the other."""
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        width, height = image.size
+        limit = WIDEST_ASPECT * min(width, height)
+        if max(width, height) <= limit:
+            return image
+        left, top = max(0, width - limit) // 2, max(0, height - limit) // 2
+        return image.crop((left, top, left + min(width, limit), top + min(height, limit)))
+
+
+class ArrayToTensor:
+    """``[H, W, C]`` float32 array to ``[C, H, W]``."""
+
+    def __call__(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(np.moveaxis(array, -1, 0)))
+
+
+def train_transform(
+    img_size: tuple[int, int],
+    mean: Sequence[float],
+    std: Sequence[float],
+    augmentation: Augmentation,
+    *,
+    crop_scale: tuple[float, float],
+    hflip: float,
+) -> Transform:
+    """Random resized crop (bicubic), flip, and what ``augmentation`` asks for; then normalisation.
+
+    Args:
+        img_size: (H, W).
+        mean, std: one number a channel. For 1 or 3 channels the transform takes RGB images, else ``[H, W, C]`` arrays,
+            for which there are crops and flips only.
+        augmentation: the user's wishes.
+        crop_scale, hflip: what to do where those are None.
+
+    Raises:
+        ValueError: if colour augmentation is asked for where the images are arrays.
+    """
+    scale = augmentation.crop_scale or crop_scale
+    flip = hflip if augmentation.hflip is None else augmentation.hflip
+    if len(mean) not in (1, 3):
+        from torchvision import transforms as tv
+
+        if augmentation.color_jitter or augmentation.auto_augment:
+            raise ValueError(
+                f"color_jitter and auto_augment know images of 1 or 3 channels, not {len(mean)}; leave them out"
+            )
+        steps: list[Any] = [
+            ArrayToTensor(),
+            tv.RandomResizedCrop(img_size, scale=scale, interpolation=tv.InterpolationMode.BICUBIC, antialias=True),
+            tv.RandomHorizontalFlip(flip),
+            tv.Normalize(mean, std),
+            tv.RandomErasing(augmentation.random_erasing, value="random"),
+        ]
+        return tv.Compose(steps)
+    from timm.data import create_transform
+
+    transform = create_transform(
+        (3, *img_size),
+        is_training=True,
+        scale=scale,
+        hflip=flip,
+        color_jitter=augmentation.color_jitter,
+        auto_augment=augmentation.auto_augment,
+        interpolation="bicubic",
+        mean=_three(mean),
+        std=_three(std),
+        re_prob=augmentation.random_erasing,
+        re_mode="pixel",
+    )
+    return _one_channel(transform, len(mean))
+
+
+def eval_transform(img_size: tuple[int, int], mean: Sequence[float], std: Sequence[float]) -> Transform:
+    """Resize (bicubic), centre crop and normalisation; arguments as :func:`train_transform`."""
+    if len(mean) not in (1, 3):
+        from torchvision import transforms as tv
+
+        height, width = (round(side / crop_share(img_size)) for side in img_size)
+        resize = tv.Resize((height, width), interpolation=tv.InterpolationMode.BICUBIC, antialias=True)
+        return tv.Compose(
+            [ArrayToTensor(), _CentreAspect(width / height), resize, tv.CenterCrop(img_size), tv.Normalize(mean, std)]
+        )
+    from timm.data import create_transform
+
+    transform = create_transform(
+        (3, *img_size),
+        is_training=False,
+        interpolation="bicubic",
+        mean=_three(mean),
+        std=_three(std),
+        crop_pct=crop_share(img_size),
+    )
+    transform.transforms.insert(0, LimitAspect())
+    return _one_channel(transform, len(mean))
+
+
+class _CentreAspect:
+    """Cut ``[C, H, W]`` around its centre to the aspect ratio (width / height) wanted."""
+
+    def __init__(self, aspect: float) -> None:
+        self.aspect = aspect
+
+    def __call__(self, image: Tensor) -> Tensor:
+        height, width = image.shape[1:]
+        new_width = max(1, min(width, round(height * self.aspect)))
+        new_height = max(1, min(height, round(width / self.aspect)))
+        top, left = (height - new_height) // 2, (width - new_width) // 2
+        return image[:, top : top + new_height, left : left + new_width]
+
+
+def _three(values: Sequence[float]) -> tuple[float, ...]:
+    return tuple(values) * 3 if len(values) == 1 else tuple(values)
+
+
+def _one_channel(transform: Any, channels: int) -> Transform:
+    if channels == 1:
+        transform.transforms.append(FirstChannel())
+    return transform

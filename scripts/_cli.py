@@ -1,0 +1,167 @@
+"""What the scripts share: one-line errors, progress, notices, and the parsing of everyday options."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from pathlib import Path
+from typing import Generic, NoReturn, TypeVar
+
+import torch
+from safetensors import SafetensorError
+
+from sparse_ops.backend import BackendUnavailableError
+
+T = TypeVar("T")
+
+TRACEBACK_VARIABLE = "CONVNEXTV2_TRACEBACK"
+"""Set this environment variable to 1 to see the traceback of an error that is otherwise told in one line."""
+
+EXPECTED_ERRORS = (ValueError, TypeError, OSError, BackendUnavailableError, SafetensorError, torch.OutOfMemoryError)
+"""What wrong options, files, folders and machines raise. CheckpointError and DataError are ValueErrors."""
+
+
+def run(main: Callable[[], int | None]) -> NoReturn:
+    """Run a script's ``main`` and exit with its status.
+
+    Errors that the user can act on become one line on stderr and status 2; Ctrl-C is status 130; a closed pipe
+    (``| head``) ends the script quietly. Anything else is a defect and keeps its traceback.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # names of any alphabet on a terminal of any encoding
+            stream.reconfigure(errors="backslashreplace")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {one_line(message)}\n"
+    try:
+        status = main()
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        warn("interrupted")
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter's own flush complains
+        sys.exit(1)
+    except EXPECTED_ERRORS as error:
+        if os.environ.get(TRACEBACK_VARIABLE) == "1":
+            raise
+        warn(f"error: {describe(error)}")
+        sys.exit(2)
+    sys.exit(status or 0)
+
+
+def describe(error: BaseException) -> str:
+    """An error in one line: for the operating system's the file and the reason, else the message."""
+    if isinstance(error, OSError) and error.strerror:
+        return one_line(f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror)
+    return one_line(error) or type(error).__name__
+
+
+def one_line(text: object) -> str:
+    """Text without line breaks and doubled blanks."""
+    return " ".join(str(text).split())
+
+
+def say(text: str = "") -> None:
+    """One line of results, on stdout."""
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
+
+
+def warn(text: str) -> None:
+    """One line beside the results, on stderr."""
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
+
+
+def say_skipped(skipped: Sequence[tuple[Path, str]], shown: int = 5) -> None:
+    """Tell how many files were left out, and why, naming the first ``shown``."""
+    if not skipped:
+        return
+    warn(f"notice: skipped {len(skipped)} unusable file{'s' if len(skipped) > 1 else ''}:")
+    for path, reason in skipped[:shown]:
+        warn(f"  {one_line(path)}: {one_line(reason)}")
+    if len(skipped) > shown:
+        warn(f"  … and {len(skipped) - shown} more")
+
+
+class Progress(Generic[T]):
+    """Iterate with a progress bar on a terminal, and with a plain line every ``seconds`` where stderr is piped.
+
+    Args:
+        iterable: what to iterate over.
+        total: number of items; None takes ``len(iterable)`` where it has one.
+        description: what is going on.
+        seconds: least time between two plain lines; the last item always gets one.
+    """
+
+    def __init__(
+        self, iterable: Iterable[T], total: int | None = None, description: str = "", seconds: float = 10.0
+    ) -> None:
+        self._iterable = iterable
+        self._total = len(iterable) if total is None and isinstance(iterable, Sized) else total
+        self._description = description
+        self._seconds = seconds
+        self._note = ""
+
+    def note(self, text: str) -> None:
+        """Text to show behind the count, such as the current loss."""
+        self._note = text
+
+    def __iter__(self) -> Iterator[T]:
+        return self._bar() if sys.stderr.isatty() else self._lines()
+
+    def _bar(self) -> Iterator[T]:
+        from tqdm import tqdm
+
+        with tqdm(total=self._total, desc=self._description, leave=False, dynamic_ncols=True) as bar:
+            for item in self._iterable:
+                yield item
+                bar.set_postfix_str(self._note, refresh=False)
+                bar.update()
+
+    def _lines(self) -> Iterator[T]:
+        start = last = time.monotonic()
+        for count, item in enumerate(self._iterable, 1):
+            yield item
+            now = time.monotonic()
+            if now - last >= self._seconds or count == self._total:
+                last = now
+                of = "" if self._total is None else f"/{self._total}"
+                note = f", {self._note}" if self._note else ""
+                warn(f"{self._description}: {count}{of} in {now - start:.0f} s{note}")
+
+
+def progress(iterable: Iterable[T], total: int | None = None, description: str = "") -> Progress[T]:
+    """A :class:`Progress` over ``iterable``."""
+    return Progress(iterable, total, description)
+
+
+def image_size(text: str) -> tuple[int, int]:
+    """(height, width) in pixels from ``224`` or ``192x256``; an argparse type."""
+    parts = text.lower().replace("×", "x").replace(",", "x").split("x")
+    if len(parts) > 2 or not all(part.strip().isdigit() and int(part) > 0 for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size in pixels; write 224, or HEIGHTxWIDTH as in 192x256")
+    height, width = int(parts[0]), int(parts[-1])
+    return height, width
+
+
+def positive_int(text: str) -> int:
+    """A whole number of at least 1; an argparse type."""
+    if not text.strip().isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def device(text: str) -> torch.device:
+    """A torch device that is there; ``auto`` is the GPU if there is one; an argparse type."""
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if text == "auto" else text
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise argparse.ArgumentTypeError(f"device {text!r} cannot be used: {one_line(error)[:160]}") from error
+    return torch.device(name)
