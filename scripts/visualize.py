@@ -1,0 +1,102 @@
+"""Draw what a pre-training checkpoint makes of images.
+
+One row an image: original, masked, prediction, and prediction with the visible patches pasted back. A mask file is a
+grid of text, a line for a row of patches: 1 or # is masked, 0 or . is visible.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import _cli
+import torch
+
+from convnextv2 import FCMAE
+from convnextv2.checkpoint import CheckpointError, load_checkpoint, load_model
+from convnextv2.config import check_image_size
+from convnextv2.data import DataError, build_predict_dataset
+from convnextv2.masking import parse_mask
+from convnextv2.transforms import preprocessing_from_metadata
+from convnextv2.visual import save_reconstructions
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parse, load, draw."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("checkpoint", type=Path, help="checkpoint of a pre-training run, or its run folder")
+    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files, and folders of images")
+    parser.add_argument("--output", type=Path, default=Path("reconstructions.png"), help="PNG file to write")
+    parser.add_argument("--mask-ratio", type=float, help="share of the patches to mask; default: the checkpoint's")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random masks")
+    parser.add_argument("--mask", type=Path, metavar="FILE", help="text grid to use as the mask of every image")
+    parser.add_argument("--max-images", type=_cli.positive_int, default=8, help="rows to draw at most")
+    parser.add_argument("--img-size", type=_cli.image_size, help="pixels, 224 or 192x256; default: the checkpoint's")
+    parser.add_argument("--device", type=_cli.device, default="auto", help="cpu, cuda, cuda:1, or auto")
+    parser.add_argument("--backend", default="auto", help="backend of the sparse convolution (python -m sparse_ops)")
+    options = parser.parse_args(arguments)
+    if options.mask is not None and options.mask_ratio is not None:
+        parser.error("give --mask or --mask-ratio, not both")
+    if options.output.is_dir():
+        parser.error(f"argument --output: {options.output} is a folder; name a file in it")
+
+    checkpoint = load_checkpoint(options.checkpoint)
+    model = load_model(checkpoint.path, backend=options.backend, device=options.device)
+    if not isinstance(model, FCMAE):
+        raise CheckpointError(f"{checkpoint.path}: is a classifier; expected a checkpoint of scripts/pretrain.py")
+    encoder = model.config.encoder
+    mean, std, img_size = preprocessing_from_metadata(checkpoint.metadata, encoder.in_chans, model.config.img_size)
+    img_size = options.img_size or img_size
+    check_image_size(img_size, encoder.patch_size)
+    mask = None
+    if options.mask is not None:
+        mask = read_mask(options.mask, (img_size[0] // encoder.patch_size, img_size[1] // encoder.patch_size))
+
+    dataset = build_predict_dataset(options.images, img_size, encoder.in_chans, mean, std)
+    images, unreadable = [], list(dataset.skipped)
+    for number, path in enumerate(dataset.files):
+        image, _, reason = dataset[number]
+        if reason:
+            unreadable.append((path, reason))
+        else:
+            images.append(image)
+        if len(images) == options.max_images:
+            break
+    _cli.say_skipped(unreadable)
+    if not images:
+        raise DataError(f"none of the {len(dataset)} files given is a readable image")
+    save_reconstructions(
+        options.output,
+        model,
+        torch.stack(images),
+        None if mask is None else mask.expand(len(images), *mask.shape),
+        torch.Generator().manual_seed(options.seed),
+        mean=mean,
+        std=std,
+        max_images=options.max_images,
+        mask_ratio=options.mask_ratio,
+    )
+    _cli.say(f"{len(images)} reconstructions: {options.output}")
+
+
+def read_mask(path: Path, grid_size: tuple[int, int]) -> torch.Tensor:
+    """Mask ``[gh, gw]`` from a text grid.
+
+    Raises:
+        ValueError: if it is no grid of text, or of another size.
+    """
+    try:
+        mask = parse_mask(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    if tuple(mask.shape) != grid_size:
+        raise ValueError(
+            f"{path}: a mask of {mask.shape[0]}×{mask.shape[1]} patches, expected {grid_size[0]}×{grid_size[1]} "
+            f"(lines × characters) for these images"
+        )
+    return mask
+
+
+if __name__ == "__main__":
+    _cli.run(main)
