@@ -244,8 +244,11 @@ def _read_pickle(path: Path) -> Any:
                 "where you trust it, save its state dict alone"
             ) from error
         raise CheckpointError(f"{path}: not a torch checkpoint ({_first_line(error)})") from error
-    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError, UnicodeError) as error:
-        # What torch.load raises for damaged files depends on where the damage is.
+    except (RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError, OSError) as error:
+        # What torch.load raises for damaged files depends on where the damage is; an OSError without a file name
+        # comes from a seek beyond the end.
+        if isinstance(error, OSError) and error.filename is not None:
+            raise
         raise CheckpointError(
             f"{path}: truncated or damaged, or no torch checkpoint ({_first_line(error)}); copy or download it again"
         ) from error

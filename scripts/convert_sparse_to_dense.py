@@ -1,0 +1,178 @@
+"""Turn a pre-training checkpoint into the ordinary dense network's weights, and check that both compute the same."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from _cli import run, say
+from torch import Tensor
+
+from convnextv2.checkpoint import SUFFIXES, CheckpointError, Config, load_checkpoint, save_checkpoint
+from convnextv2.classifier import ConvNeXtV2
+from convnextv2.config import ClassifierConfig
+from convnextv2.convert import (
+    DECODER_PARTS,
+    HEAD_PARTS,
+    Layout,
+    Weights,
+    describe,
+    foreign_name,
+    read_checkpoint,
+    weights_config,
+    write_layout,
+)
+from convnextv2.verify import verify_conversion
+
+TARGETS: tuple[Layout, ...] = ("official-dense", "sparse-official", "timm")
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The options, checked."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog="The source may be one of our checkpoints or run folders, an official sparse (MinkowskiEngine) or dense "
+        "checkpoint, or weights of timm or transformers; its layout, depths, widths, channels and patch size are read "
+        "from the weights.",
+    )
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="file or run folder to convert")
+    parser.add_argument("output", metavar="OUTPUT", type=Path, help="file to write: .safetensors, .pth or .pt")
+    parser.add_argument(
+        "--to",
+        choices=TARGETS,
+        default="official-dense",
+        help="layout to write: official-dense, which is ours as well (default); sparse-official, the MinkowskiEngine "
+        "layout of the official pre-training, with the decoder if the source has it; timm",
+    )
+    parser.add_argument(
+        "--num-classes",
+        type=int,
+        metavar="N",
+        help="add a final norm if there is none and a fresh head for N classes, so that the file holds a whole "
+        "classifier; without it, norm and head are written only if the source has them",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the fresh head, and of the image and mask of --verify (0)"
+    )
+    parser.add_argument(
+        "--verify",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="run the sparse and the dense network on random images and a random mask in float64, and write nothing "
+        "if they differ (default)",
+    )
+    parser.add_argument("--verbose", action="store_true", help="list every tensor instead of counts")
+    args = parser.parse_args()
+    if args.output.suffix not in SUFFIXES:
+        parser.error(f"OUTPUT must end in {', '.join(SUFFIXES)}, got {str(args.output)!r}")
+    if args.num_classes is not None and (args.num_classes < 1 or args.to == "sparse-official"):
+        parser.error("--num-classes needs a number of at least 1, and a layout with a head (not sparse-official)")
+    return args
+
+
+def add_head(weights: Weights, num_classes: int, seed: int) -> tuple[Weights, list[str]]:
+    """The weights with a fresh head and, where there is none, a fresh final norm; and the names that are new."""
+    torch.manual_seed(seed)
+    whole = ConvNeXtV2(ClassifierConfig(weights.config, num_classes)).state_dict()
+    head = {name: whole[name] for name in whole if name.split(".")[0] in HEAD_PARTS}
+    kept = {name: tensor for name, tensor in weights.head.items() if name.startswith("norm.")}
+    result = Weights(**{**vars(weights), "head": head | kept})
+    return result, [name for name in head if name not in kept]
+
+
+def part_of(name: str) -> str:
+    """The part of the network that a tensor of the dense network belongs to."""
+    first, second = (*name.split("."), "")[:2]
+    if first == "downsample_layers":
+        return "stem" if second == "0" else f"downsampling {second}"
+    return f"stage {int(second) + 1}" if first == "stages" else {"norm": "final norm"}.get(first, first)
+
+
+def table(
+    weights: Weights, kept: list[str], to: Layout, tensors: tuple[Mapping[str, Tensor], Mapping[str, Tensor]]
+) -> list[tuple[str, ...]]:
+    """Rows that tell what became of each part: its name, tensors, parameters, and the names of the first tensor."""
+    rows: dict[str, tuple[int, int, str]] = {}
+    for name in kept:
+        origin, target = weights.names[name], foreign_name(name, to)
+        count, numbers, first = rows.get(part_of(name), (0, 0, f"{origin} -> {target}" if origin != target else origin))
+        rows[part_of(name)] = (count + 1, numbers + tensors[1][target].numel(), first)
+    header = ("part", "tensors", "parameters", "first of them")
+    return [header, *((part, str(count), f"{numbers:,}", first) for part, (count, numbers, first) in rows.items())]
+
+
+def full_table(
+    weights: Weights, kept: list[str], to: Layout, tensors: tuple[Mapping[str, Tensor], Mapping[str, Tensor]]
+) -> list[tuple[str, ...]]:
+    """Rows with the name and shape of every tensor, in the source and as written."""
+    source, written = tensors
+    pairs = ((weights.names[name], foreign_name(name, to)) for name in kept)
+    return [(f"{a} {list(source[a].shape)}", "->", f"{b} {list(written[b].shape)}") for a, b in pairs]
+
+
+def listed(names: list[str], verbose: bool) -> str:
+    """Names in full, or the parts they belong to with their number."""
+    if verbose or not names:
+        return ", ".join(names) or "nothing"
+    parts: dict[str, int] = {}
+    for name in names:
+        parts[part_of(name)] = parts.get(part_of(name), 0) + 1
+    return ", ".join(f"{part} ({count} tensor{'s' if count > 1 else ''})" for part, count in parts.items())
+
+
+def output_config(weights: Weights, to: Layout, original: Config | None) -> Config:
+    """The configuration to store: of the classifier or encoder for dense layouts, of the source for the sparse one."""
+    if to == "sparse-official":
+        return original if original is not None and weights.decoder else weights_config(weights)
+    return ClassifierConfig(weights.config, weights.num_classes or 0) if weights.head else weights.config
+
+
+def main() -> None:
+    """Parse, convert, verify, write."""
+    args = parse_arguments()
+    checkpoint = load_checkpoint(args.checkpoint)
+    if args.output.exists() and os.path.samefile(checkpoint.path, args.output):  # noqa: PTH121  # of two paths
+        raise CheckpointError(f"{args.output}: is the checkpoint itself; choose another name for the output")
+    source = read_checkpoint(checkpoint)
+    weights, new = (source, []) if args.num_classes is None else add_head(source, args.num_classes, args.seed)
+    written = write_layout(weights, args.to)
+
+    say(f"source: {checkpoint.path}, layout {source.layout}, {describe(source.config)}")
+    if "weights" in checkpoint.metadata:
+        say(f"weights: the file holds several sets; taken: {checkpoint.metadata['weights']}")
+    if source.widened:
+        say("precision: 16-bit weights are written as float32, which loses nothing")
+    kept = [name for name, _ in source if foreign_name(name, args.to) in written and name not in new]
+    rows = (full_table if args.verbose else table)(source, kept, args.to, (checkpoint.state_dict, written))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    say(f"mapped to {args.to}:")
+    for row in rows:
+        say("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    say(f"dropped: {listed([name for name, _ in source if name not in kept], args.verbose)}")
+    if args.to == "sparse-official":
+        without = [] if source.decoder else [*DECODER_PARTS]
+        say(f"missing in the source, so not in the file: {', '.join(without) or 'nothing'}")
+    else:
+        absent = [f"{part}.{end}" for part in HEAD_PARTS for end in ("weight", "bias")]
+        absent = [name for name in absent if name not in weights.head]
+        say(f"new, freshly initialised: {listed(new, args.verbose)}")
+        say(f"new, left to fine-tuning (not in the file): {listed(absent, args.verbose)}")
+
+    if args.verify:
+        verification = verify_conversion(checkpoint.state_dict, written, args.seed)
+        if not verification.passed:
+            raise CheckpointError(
+                f"{checkpoint.path}: sparse and dense network differ, nothing written: {verification}"
+            )
+        say(f"verified: {verification}")
+    metadata = {key: value for key, value in checkpoint.metadata.items() if key != "weights"}
+    metadata |= {"converted_from": source.layout, "layout": args.to}
+    save_checkpoint(args.output, written, output_config(weights, args.to, checkpoint.config), metadata)
+    say(f"written: {args.output}, {len(written)} tensors, {sum(t.numel() for t in written.values()):,} parameters")
+
+
+if __name__ == "__main__":
+    run(main)
