@@ -1,0 +1,37 @@
+"""Pre-train ConvNeXt V2 with masked images (FCMAE) on a folder of images or on the embedded digits.
+
+Writes to OUTPUT: checkpoints/last.safetensors, metrics.jsonl, loss.png, reconstructions/, config.yaml, and the state
+that --resume continues from. Examples:
+  pretrain.py --data photos --output runs/pretrain --img-size 128 --patch-size 16
+  pretrain.py --config configs/pretrain_digits.yaml --output runs/digits
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import _cli
+
+from convnextv2.options import parse_options
+from convnextv2.pretrain import PretrainOptions, pretrain
+from convnextv2.train import RunStoppedError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse, train, report."""
+    options = parse_options(PretrainOptions, arguments, __doc__ or "")
+    try:
+        result = pretrain(options, log=_cli.warn, progress=_cli.progress)
+    except RunStoppedError as stopped:
+        _cli.warn(str(stopped))
+        return stopped.status
+    change = 100 * (1 - result.last_loss / result.first_loss)
+    _cli.say(
+        f"loss fell from {result.first_loss:.4f} to {result.last_loss:.4f} ({change:.1f} %) in {result.epochs} epochs: "
+        f"{result.output / 'checkpoints' / 'last.safetensors'}"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    _cli.run(main)
