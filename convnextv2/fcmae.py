@@ -155,7 +155,7 @@ class FCMAE(nn.Module):
         """
         patches = hidden.gather_patches(images).float()
         channels = self.config.encoder.in_chans
-        target = patches.view(patches.shape[0], channels, -1).transpose(1, 2).flatten(1)
+        target = patches.view(patches.shape[0], channels, patches.shape[1] // channels).transpose(1, 2).flatten(1)
         if self.config.norm_pix_loss:
             variance, mean = torch.var_mean(target, dim=1, keepdim=True)
             target = (target - mean) / (variance + TARGET_EPS).sqrt()

@@ -18,9 +18,10 @@ def keep_count(num_patches: int, mask_ratio: float) -> int:
         raise ValueError(f"an image of {num_patches} patch cannot be masked; use larger images or smaller patches")
     keep = int(num_patches * (1 - mask_ratio)) if 0 <= mask_ratio <= 1 else 0
     if not 0 < keep < num_patches:
+        highest = max(ratio for ratio in range(1000) if int(num_patches * (1 - ratio / 1000)) > 0) / 1000
         raise ValueError(
             f"mask_ratio={mask_ratio} keeps {keep} of {num_patches} patches; "
-            f"choose a ratio between {1 / num_patches:.3f} and {1 - 1 / num_patches:.3f}"
+            f"choose a ratio between {1 / num_patches:.3f} and {highest:.3f}"
         )
     return keep
 

@@ -79,13 +79,14 @@ def largest_relative_error(found: dict[str, Tensor], expected: dict[str, Tensor]
 
 
 def check_rule(found: dict[str, Tensor], plain: dict[str, Tensor], oracle: dict[str, Tensor]) -> None:
-    """Error against float64 at most twice that of plain torch, plus 4 eps of the largest value."""
-    for name, value in oracle.items():
-        if value.numel() == 0:
-            continue
-        errors = [(side[name].double() - value).abs().max().item() for side in (found, plain)]
-        floor = 4 * torch.finfo(found[name].dtype).eps * value.abs().max().item()
-        assert errors[0] <= 2 * errors[1] + floor, f"{name}: {errors[0]:.3g} > 2 × {errors[1]:.3g} + {floor:.3g}"
+    """Worst relative error against float64 at most twice that of plain torch, plus 4 eps.
+
+    Over all tensors, not one by one: through a whole network the rounding of a single tensor is a matter of luck, in
+    either implementation.
+    """
+    error, plain_error = largest_relative_error(found, oracle), largest_relative_error(plain, oracle)
+    floor = 4 * torch.finfo(next(iter(found.values())).dtype).eps
+    assert error <= 2 * plain_error + floor, f"{error:.3g} > 2 × {plain_error:.3g} + {floor:.3g}"
 
 
 def official_loss(images: Tensor, pred: Tensor, mask: Tensor, patch: int, norm_pix: bool = True) -> Tensor:

@@ -81,6 +81,7 @@ def test_depthwise_conforms(name, device, dtype, case):
 @pytest.mark.parametrize("chunk", range(4))
 @pytest.mark.parametrize(("name", "device"), sorted({(name, device) for name, device, _ in served()}))
 def test_depthwise_conforms_on_random_cases(name, device, chunk):
+    torch.set_num_threads(1 + chunk)
     backend = registry()[name]
     checked = 0
     for seed in range(chunk * 50, chunk * 50 + 50):
@@ -130,6 +131,7 @@ def test_two_runs_are_bit_identical(name, device, dtype):
     grad = values.pop("grad")
     active = ActiveSet.from_mask((~case.visible).to(device), side=case.side)
     runs = []
+    torch.set_num_threads(2)
     for _ in range(2):
         leaves = [values[k].detach().requires_grad_() for k in ("x", "weight", "bias")]
         out = depthwise_conv(*leaves, active, registry()[name])
