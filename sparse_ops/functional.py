@@ -68,6 +68,8 @@ def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None, active: Activ
         raise ValueError(f"kernel size must be odd, got {weight.shape[2]}")
     if bias is not None and bias.shape != (channels,):
         raise ValueError(f"expected a bias [{channels}], got {tuple(bias.shape)}")
+    if active.device != x.device:
+        raise ValueError(f"x is on {x.device} but the active set is on {active.device}")
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
@@ -79,11 +81,10 @@ def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None, active: Activ
             raise TypeError(f"x is {x.dtype} but {name} is {operand.dtype}; cast one of them")
         if operand.device != x.device:
             raise ValueError(f"x is on {x.device} but {name} is on {operand.device}")
-    if active.device != x.device:
-        raise ValueError(f"x is on {x.device} but the active set is on {active.device}")
     reason = backend.rejects(x.device, x.dtype, weight.shape[-1])
     if reason is not None:
         raise ValueError(f"backend {backend.name!r} does not serve this input: {reason}; try backend='reference'")
+    bias = None if bias is None else bias.contiguous()
     return _DepthwiseConv.apply(x.contiguous(), weight.contiguous(), bias, active, backend)
 
 
