@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -328,12 +329,14 @@ def _decoder_config(encoder: EncoderConfig, decoder: Mapping[str, Tensor]) -> FC
         raise CheckpointError(f"the decoder is incomplete: {error}") from error
 
 
-def _expected(module_class: type[nn.Module], config: Config) -> dict[str, Tensor]:
+@lru_cache(maxsize=8)
+def _expected(module_class: Callable[[Any], nn.Module], config: Config) -> Mapping[str, torch.Size]:
+    """Names and shapes of a network's tensors; cached because building one takes seconds for the large variants."""
     with torch.device("meta"):
-        return module_class(config).state_dict()
+        return {name: tensor.shape for name, tensor in module_class(config).state_dict().items()}
 
 
-def _check(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], names: Mapping[str, str]) -> None:
+def _check(found: Mapping[str, Tensor], expected: Mapping[str, torch.Size], names: Mapping[str, str]) -> None:
     missing = expected.keys() - found.keys()
     if missing:
         raise CheckpointError(f"incomplete: {len(missing)} tensors are missing ({_some(missing)})")
@@ -341,10 +344,8 @@ def _check(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], names: M
     if unexpected:
         raise CheckpointError(f"{len(unexpected)} tensors too many ({_some(unexpected)})")
     for name, tensor in found.items():
-        if tensor.shape != expected[name].shape:
-            raise CheckpointError(
-                f"{names[name]} has the shape {list(tensor.shape)}, expected {list(expected[name].shape)}"
-            )
+        if tensor.shape != expected[name]:
+            raise CheckpointError(f"{names[name]} has the shape {list(tensor.shape)}, expected {list(expected[name])}")
 
 
 def _check_values(found: Mapping[str, Tensor], names: Mapping[str, str]) -> None:
