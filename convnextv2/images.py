@@ -20,8 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
-"""Formats that are read. Those that run a program (EPS) or have no signature (TGA, PCD) are not."""
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+"""Formats that are read; JPEG includes MPO. Those that run a program (EPS) or have no signature (TGA, PCD) are not."""
 
 BACKGROUND = "white"
 _ORIENTATION_TAG = 0x0112
