@@ -158,7 +158,7 @@ def save_loss_curve(path: str | os.PathLike[str], metrics: Sequence[Mapping[str,
     from matplotlib.ticker import MaxNLocator
 
     curves = {name: _series(metrics, name) for name in ("loss", "train_loss", "val_loss", "val_top1")}
-    curves = {name: points for name, points in curves.items() if len(points)}
+    curves = {name: points for name, points in curves.items() if np.isfinite(points[:, 1]).any()}
     if not any(name != "val_top1" for name in curves):
         raise ValueError(f"no loss to draw in {len(metrics)} epochs; expected 'loss', 'train_loss' or 'val_loss'")
     figure = Figure(figsize=(8, 4.5), dpi=_DPI, layout="constrained")
@@ -178,15 +178,15 @@ def save_loss_curve(path: str | os.PathLike[str], metrics: Sequence[Mapping[str,
         right = axes.twinx()
         handles += right.plot(*curves["val_top1"].T, "--", color="C2", label="validation top-1", marker=marker, ms=3)
         right.set_ylabel("top-1 accuracy, %")
-    axes.legend(handles=handles, frameon=False)
+    figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False)
     _save(path, figure)
 
 
 def _series(metrics: Sequence[Mapping[str, Any]], name: str) -> NDArray[np.float64]:
-    """``[n, 2]``: epoch and value, where there is a finite value."""
-    points = [(row.get("epoch", number), row.get(name)) for number, row in enumerate(metrics)]
-    finite = [(float(x), float(y)) for x, y in points if y is not None and math.isfinite(y)]
-    return np.array(finite, dtype=np.float64).reshape(-1, 2)
+    """``[n, 2]``: epoch and value, NaN where there is none."""
+    values = [(row.get("epoch", number), row.get(name)) for number, row in enumerate(metrics)]
+    points = [(float(x), math.nan if y is None else float(y)) for x, y in values]
+    return np.array(points, dtype=np.float64).reshape(-1, 2)
 
 
 def save_confusion_matrix(
