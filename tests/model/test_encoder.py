@@ -153,3 +153,18 @@ def test_copies_and_pickles_compute_the_same():
     expected = encoder(images, sparse_grid(RAGGED))
     for clone in (copy.deepcopy(encoder), pickle.loads(pickle.dumps(encoder))):
         assert torch.equal(clone(images, sparse_grid(RAGGED)), expected)
+
+
+@pytest.mark.slow
+def test_compiled_block_computes_the_same():
+    block, grid = Block(8, kernel_size=3), sparse_grid(RAGGED, "auto")
+    randomise(block)
+    x = torch.randn(grid.active.num_cells, 8)
+    torch._dynamo.reset()
+    compiled = torch.compile(block, backend="aot_eager")
+    names, parameters = zip(*block.named_parameters(), strict=True)
+    found, expected = (
+        dict(zip(("output", *names), (out, *torch.autograd.grad(out.square().sum(), parameters)), strict=True))
+        for out in (compiled(x, grid), block(x, grid))
+    )
+    assert largest_relative_error(found, expected) < 1e-5
