@@ -39,7 +39,7 @@ class _GeluGrnArgs(ctypes.Structure):
     _fields_ = (
         *(
             (name, ctypes.c_void_p)
-            for name in "h gamma beta offsets norms y grad grad_gamma grad_beta grad_bias".split()
+            for name in ["h", "gamma", "beta", "offsets", "norms", "y", "grad", "grad_gamma", "grad_beta", "grad_bias"]
         ),
         ("eps", ctypes.c_double),
         *((name, ctypes.c_int64) for name in ("groups", "dim")),
