@@ -37,6 +37,7 @@ from convnextv2.train import (
     EpochSampler,
     Log,
     Loop,
+    Occasionally,
     ProgressBar,
     RunFolder,
     RunOptions,
@@ -293,10 +294,13 @@ def finetune(options: FinetuneOptions, *, log: Log = logger.info, progress: Prog
                 images, labels = mix(images, labels)
             return loss_function(wrapped(images).float(), labels), size
 
+        draw = Occasionally()
+        confusion: Tensor | None = None
         for epoch in range(start, options.epochs):
             set_seed(derived_seed(options.seed, epoch, accelerator.process_index))
             sampler.epoch = epoch
             train_set.set_epoch(epoch)
+            loader.set_epoch(epoch)  # accelerate's own count, which it hands to the data set, starts anew on resuming
             wrapped.train(not options.linear_probe)
             title = f"epoch {epoch + 1}/{options.epochs}"
             result = loop.epoch(epoch, progress(loader, len(loader), title) if main else loader, loss_of)
@@ -330,7 +334,9 @@ def finetune(options: FinetuneOptions, *, log: Log = logger.info, progress: Prog
                 save_checkpoint(folder.checkpoint("last"), validated, model.config, metadata)
                 if better:
                     save_checkpoint(folder.checkpoint("best"), validated, model.config, metadata)
-                _pictures(folder, evaluation.confusion if better else None, classes)
+                confusion = evaluation.confusion if better else confusion
+                if draw(epoch + 1 == options.epochs):
+                    _pictures(folder, confusion, classes)
             if options.tracker is not None:
                 accelerator.log(row, step=epoch + 1)
             state = {"epoch": epoch + 1, "step": loop.step, "best": best, "config": config_to_dict(model.config)}
@@ -395,7 +401,7 @@ def evaluate(accelerator: Accelerator, model: nn.Module, loader: Any, num_classe
 
 
 def _pictures(folder: RunFolder, confusion: Tensor | None, classes: list[str]) -> None:
-    """The loss curve, and the confusion matrix of the best epoch where it is a new one."""
+    """The loss curve, and the confusion matrix of the best epoch unless an earlier session drew it."""
     from convnextv2.visual import save_confusion_matrix, save_loss_curve
 
     save_loss_curve(folder.path / "loss.png", folder.metrics())

@@ -23,6 +23,7 @@ from convnextv2.train import (
     EpochSampler,
     Log,
     Loop,
+    Occasionally,
     ProgressBar,
     RunFolder,
     RunOptions,
@@ -168,6 +169,7 @@ def pretrain(options: PretrainOptions, *, log: Log = logger.info, progress: Prog
             f"pre-training {sum(p.numel() for p in model.parameters()):,} parameters on {accelerator.device}: "
             f"{len(loader)} steps an epoch of batch {effective_batch}, peak learning rate {lr:.2e}"
         )
+        draw = Occasionally()
         pictures = every(options.reconstruct_every, options.epochs)
 
         def loss_of(images: Tensor) -> tuple[Tensor, int]:
@@ -178,6 +180,7 @@ def pretrain(options: PretrainOptions, *, log: Log = logger.info, progress: Prog
             masks.manual_seed(derived_seed(options.seed, epoch, accelerator.process_index, MASK_STREAM))
             sampler.epoch = epoch
             dataset.set_epoch(epoch)
+            loader.set_epoch(epoch)  # accelerate's own count, which it hands to the data set, starts anew on resuming
             wrapped.train()
             title = f"epoch {epoch + 1}/{options.epochs}"
             result = loop.epoch(epoch, progress(loader, len(loader), title) if main else loader, loss_of)
@@ -199,7 +202,7 @@ def pretrain(options: PretrainOptions, *, log: Log = logger.info, progress: Prog
             folder.save_state(
                 accelerator, {"epoch": epoch + 1, "step": loop.step, "config": config_to_dict(model.config)}
             )
-            if main:
+            if main and draw(epoch + 1 in {*pictures, options.epochs}):
                 _pictures(folder, model, dataset, examples, epoch + 1 if epoch + 1 in pictures else None)
             say(f"{title}: loss {result.loss:.4f}, {row['images_per_s']} images/s, feature diversity {diversity:.3f}")
     if options.tracker is not None:

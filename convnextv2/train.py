@@ -425,6 +425,22 @@ def fitting_batch_size(options: RunOptions, images: int, processes: int, log: Lo
     return size
 
 
+class Occasionally:
+    """True at most once in ``seconds``: for pictures, which may take longer than a short epoch."""
+
+    def __init__(self, seconds: float = 15.0) -> None:
+        self.seconds = seconds
+        self._last = -math.inf
+
+    def __call__(self, certainly: bool = False) -> bool:
+        """Whether it is time again; ``certainly`` makes it so."""
+        now = time.monotonic()
+        due = certainly or now - self._last >= self.seconds
+        if due:
+            self._last = now
+        return due
+
+
 def resuming(done: int, epochs: int) -> str:
     """A line on where a resumed run stands."""
     return f"resuming after epoch {done}" if done < epochs else f"nothing to do: {done} epochs are done; raise --epochs"

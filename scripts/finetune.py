@@ -5,7 +5,7 @@ converted one, or a published one; without it the network starts from scratch. W
 checkpoints/best.safetensors and last.safetensors, class_indices.json, metrics.jsonl, loss.png, confusion_matrix.png,
 config.yaml, and the state that --resume continues from. Examples:
   finetune.py --data photos --init runs/pretrain --output runs/finetune
-  finetune.py --config configs/finetune_digits.yaml --init runs/digits --output runs/digits-finetune
+  finetune.py --config configs/digits_finetune.yaml --init runs/digits --output runs/digits-finetune
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Writes to OUTPUT: checkpoints/last.safetensors, metrics.jsonl, loss.png, reconstructions/, config.yaml, and the state
 that --resume continues from. Examples:
   pretrain.py --data photos --output runs/pretrain --img-size 128 --patch-size 16
-  pretrain.py --config configs/pretrain_digits.yaml --output runs/digits
+  pretrain.py --config configs/digits_pretrain.yaml --output runs/digits
 """
 
 from __future__ import annotations

@@ -1,0 +1,100 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from convnextv2 import VARIANTS
+from convnextv2.finetune import FinetuneOptions
+from convnextv2.options import parse_options
+from convnextv2.pretrain import PretrainOptions
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "scripts" / "finetune.py"
+RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
+TINY = [
+    "--depths",
+    "1",
+    "1",
+    "1",
+    "1",
+    "--dims",
+    "8",
+    "8",
+    "8",
+    "8",
+    "--patch-size",
+    "8",
+    "--batch-size",
+    "4",
+    "--workers",
+    "0",
+    "--img-size",
+    "32",
+]
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(SCRIPT), *map(str, arguments)], capture_output=True, text=True, timeout=120
+    )
+
+
+def make_classes(folder: Path, classes: tuple[str, ...]) -> Path:
+    rng = np.random.default_rng(0)
+    for name in classes:
+        (folder / name).mkdir(parents=True)
+        for index in range(4):
+            Image.fromarray(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(folder / name / f"{index}.png")
+    return folder
+
+
+def test_train_and_val_folders_are_used_and_the_result_told(tmp_path: Path) -> None:
+    make_classes(tmp_path / "data" / "train", ("роза", "tulip"))
+    make_classes(tmp_path / "data" / "val", ("роза", "tulip"))
+    result = run("--data", tmp_path / "data", "--output", tmp_path / "run", *TINY, "--epochs", "1")
+    assert result.returncode == 0, result.stderr
+    assert "on 8 validation images (epoch 1 of 1)" in result.stdout
+    assert json.loads((tmp_path / "run" / "class_indices.json").read_text()) == {"0": "tulip", "1": "роза"}
+
+
+def test_one_class_and_a_missing_checkpoint_are_one_line(tmp_path: Path) -> None:
+    make_classes(tmp_path / "data", ("rose",))
+    result = run("--data", tmp_path / "data", "--output", tmp_path / "run", *TINY)
+    assert result.returncode == 2
+    assert len(result.stderr.splitlines()) == 1
+    assert "at least two classes" in result.stderr
+    result = run("--data", "digits", "--output", tmp_path / "run", "--init", tmp_path / "none.pth")
+    assert result.returncode == 2
+    assert result.stderr.startswith(f"error: {tmp_path / 'none.pth'}")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_parses_and_names_its_launch_command(recipe: Path) -> None:
+    text = recipe.read_text()
+    assert f"--config configs/{recipe.name}" in text
+    assert "# Expect: " in text
+    kind = PretrainOptions if "scripts/pretrain.py" in text else FinetuneOptions
+    options = parse_options(kind, ["--config", str(recipe), "--data", "digits", "--output", "run"], "")
+    options.check()
+    for key, value in yaml.safe_load(text).items():
+        parsed = getattr(options, key)
+        if key == "img_size":
+            value = (value, value)
+        elif isinstance(value, list):
+            value = tuple(value)
+        assert parsed == value if not isinstance(value, str) or isinstance(parsed, str) else parsed == float(value)
+
+
+def test_every_variant_has_its_published_recipe() -> None:
+    names = [name.removeprefix("convnextv2_") for name in VARIANTS]
+    assert [name for name in names if not (ROOT / "configs" / f"finetune_{name}.yaml").is_file()] == []
+    for name in names:
+        options = parse_options(FinetuneOptions, ["--config", str(ROOT / "configs" / f"finetune_{name}.yaml")], "")
+        assert options.model == f"convnextv2_{name}"
+        assert options.batch_size * options.accum * 8 == 1024
