@@ -151,7 +151,11 @@ def build(options: argparse.Namespace) -> FCMAE | ConvNeXtV2:
         encoder = encoder_config(options.model, in_chans=options.in_chans, patch_size=options.patch_size)
         with torch.device("meta"):
             if options.fcmae:
-                return create_fcmae(encoder, img_size=options.img_size or 224, mask_ratio=options.mask_ratio or 0.6)
+                return create_fcmae(
+                    encoder,
+                    img_size=options.img_size or 224,
+                    mask_ratio=0.6 if options.mask_ratio is None else options.mask_ratio,
+                )
             return create_model(encoder, num_classes=options.num_classes)
     config = load_checkpoint(path).config
     with torch.device("meta"):

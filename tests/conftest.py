@@ -1,0 +1,85 @@
+"""Shared fixtures: a tiny architecture, folders of images, and scripts run in this process."""
+
+from __future__ import annotations
+
+import importlib
+import random
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from convnextv2 import EncoderConfig
+
+SCRIPTS = Path(__file__).parent.parent / "scripts"
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> Iterator[None]:
+    """Every test starts from the same random state and uses at most two threads."""
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002  # timm draws from it
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(min(2, threads))
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def tiny_encoder() -> EncoderConfig:
+    return EncoderConfig(depths=(1, 1, 1, 1), dims=(8, 16, 16, 24), patch_size=16)
+
+
+@pytest.fixture
+def image_folder(tmp_path: Path) -> Callable[..., Path]:
+    """Makes a folder of small noisy images: ``image_folder({"red": 3, "green": 3}, name="data")``.
+
+    The class "" stands for images directly in the folder.
+    """
+
+    def make(classes: dict[str, int], name: str = "data", size: tuple[int, int] = (40, 30)) -> Path:
+        rng = np.random.default_rng(0)
+        root = tmp_path / name
+        root.mkdir(parents=True)
+        for number, (label, count) in enumerate(classes.items()):
+            (root / label).mkdir(exist_ok=True)
+            for index in range(count):
+                pixels = rng.integers(0, 60, (size[1], size[0], 3)).astype(np.uint8)
+                pixels[..., number % 3] += 150
+                Image.fromarray(pixels).save(root / label / f"{index:03d}.png")
+        return root
+
+    return make
+
+
+class ScriptResult(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., ScriptResult]:
+    """Runs ``scripts/<name>.py`` as the command line would, in this process."""
+    monkeypatch.syspath_prepend(SCRIPTS)
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+
+    def run(name: str, *arguments: object) -> ScriptResult:
+        cli = importlib.import_module("_cli")
+        main = importlib.import_module(name).main
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            cli.run(main)
+        captured = capsys.readouterr()
+        assert isinstance(stop.value.code, int)
+        return ScriptResult(stop.value.code, captured.out, captured.err)
+
+    return run
