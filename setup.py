@@ -6,9 +6,11 @@ installation succeeds and the backend says how to get it.
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -57,16 +59,26 @@ class BuildKernels(build_ext):
     def build_extension(self, ext: Extension) -> None:
         if sys.platform == "win32":
             raise CompileError("the C++ kernels need GCC or Clang; on Windows use the reference backend or WSL")
-        options = {"output_dir": self.build_temp, "depends": ext.depends}
+        units: list[tuple[str, list[str]]] = [("kernels_baseline", [])]
         macros: list[tuple[str, str | None]] = []
-        objects = self.compiler.compile([f"{CSRC}/kernels_baseline.cpp"], extra_postargs=FLAGS, **options)
         if platform.machine().lower() in ("x86_64", "amd64"):
             for name, flags in INSTRUCTION_SETS.items():
-                objects += self.compiler.compile(
-                    [f"{CSRC}/kernels_{name}.cpp"], extra_postargs=FLAGS + flags, **options
-                )
+                units.append((f"kernels_{name}", flags))
                 macros.append((f"SPARSE_OPS_HAVE_{name.upper()}", None))
-        objects += self.compiler.compile([f"{CSRC}/dispatch.cpp"], macros=macros, extra_postargs=FLAGS, **options)
+        units.append(("dispatch", []))
+
+        def compile_unit(unit: tuple[str, list[str]]) -> list[str]:
+            name, flags = unit
+            return self.compiler.compile(
+                [f"{CSRC}/{name}.cpp"],
+                output_dir=self.build_temp,
+                macros=macros,
+                extra_postargs=FLAGS + flags,
+                depends=ext.depends,
+            )
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = [path for paths in pool.map(compile_unit, units) for path in paths]
         libraries = [] if sys.platform == "darwin" else ["dl", "pthread"]
         self.compiler.link_shared_object(
             objects, self.get_ext_fullpath(ext.name), libraries=libraries, target_lang="c++"
@@ -84,7 +96,9 @@ setup(
     packages=find_packages(include=["convnextv2*", "sparse_ops*"]),
     package_data={"sparse_ops.backends": ["csrc/*"], "convnextv2": ["py.typed"], "sparse_ops": ["py.typed"]},
     install_requires=requirements(),
-    extras_require={"test": ["pytest>=8", "pytest-cov>=5", "hypothesis>=6", "ruff>=0.8", "mypy>=1.11"]},
+    extras_require={
+        "test": ["pytest>=8", "pytest-cov>=5", "pytest-xdist>=3.6", "hypothesis>=6", "ruff>=0.8", "mypy>=1.11"]
+    },
     ext_modules=[
         Extension(
             "sparse_ops.backends._cpu",

@@ -1,0 +1,53 @@
+# Two commands do all the set-up: `make demo` and `make test`. `make help` lists the rest.
+
+PYTHON ?= python3
+VENV ?= .venv
+DATA ?= digits
+DEMO ?= demo
+CONSTRAINTS ?= -c constraints.txt
+PIP_ARGS = $(CONSTRAINTS) -e .
+
+BIN = $(VENV)/bin
+SOURCES = setup.py pyproject.toml requirements.txt constraints.txt $(wildcard sparse_ops/backends/csrc/*)
+
+.PHONY: help demo test lint format bench clean
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed; say make PYTHON=python3.11, say")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+
+$(VENV)/.installed: $(BIN)/python $(SOURCES)
+	@echo "Installing into $(VENV); torch alone is several GB, so this takes a few minutes the first time."
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS)
+	@$(BIN)/python -m sparse_ops
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS)[test]
+	@touch $@
+
+demo: $(VENV)/.installed ## pre-train, convert, fine-tune, predict; DATA=<folder of class folders> for your own images
+	$(BIN)/python scripts/demo.py --data "$(DATA)" --output "$(DEMO)"
+
+test: $(VENV)/.installed-test ## the whole suite, with coverage of both packages
+	$(BIN)/python -m pytest -n auto --cov --cov-report=term --cov-fail-under=90
+
+lint: $(VENV)/.installed-test ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-test ## format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.installed ## speed and memory against dense masked, on this machine
+	$(BIN)/python benchmarks/encoder.py --models atto pico tiny --batch-size 16 --json benchmarks/results/local.json
+
+clean: ## remove what the demo and the build made; the environment stays
+	rm -rf $(DEMO) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage*

@@ -1,0 +1,121 @@
+"""The whole path on real images, in a few minutes on a laptop: pre-train, look, convert, fine-tune, predict.
+
+Runs the other scripts as a user would, shows their commands, and prints the evidence at the end. With ``--data FOLDER``
+on your own images: a folder of class folders, or of ``train`` and ``val`` with class folders; images without classes
+are pre-trained on only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from _cli import positive_int, run, say
+
+from convnextv2.data import export_digits, scan_images
+
+SCRIPTS = Path(__file__).parent
+CONFIGS = SCRIPTS.parent / "configs"
+
+
+def call(script: str, *options: object) -> str:
+    """Run a script, showing its command and output; returns its standard output. Ends the demo where it fails."""
+    arguments = [str(option) for option in options]
+    say(f"\n$ python scripts/{script} {shlex.join(arguments)}")
+    command = [sys.executable, str(SCRIPTS / script), *arguments]
+    lines = []
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, encoding="utf-8") as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            lines.append(line)
+            say(line.rstrip("\n"))
+    if process.returncode:
+        sys.exit(process.returncode)
+    return "".join(lines)
+
+
+def metrics(folder: Path) -> list[dict[str, float]]:
+    """The lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="digits", help="folder of images, or digits (default)")
+    parser.add_argument("--output", type=Path, default=Path("demo"), help="folder for everything the demo makes")
+    parser.add_argument(
+        "--epochs", type=positive_int, help="epochs of pre-training (default: the recipe's; 8 of a folder)"
+    )
+    parser.add_argument("--finetune-epochs", type=positive_int, help="the same for fine-tuning")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Run the scripts one after the other, then print what they showed."""
+    args = parse_arguments()
+    start = time.monotonic()
+    out: Path = args.output
+    digits = args.data == "digits"
+    if digits:
+        recipe = ["--config", CONFIGS / "digits_pretrain.yaml"]
+        finetune_recipe = ["--config", CONFIGS / "digits_finetune.yaml"]
+        pretrain_data, classes = "digits", True
+    else:
+        folder = Path(args.data)
+        train = folder / "train" if (folder / "train").is_dir() else folder
+        classes = len(scan_images(train).classes) > 1
+        pretrain_data = str(train)
+        recipe = ["--config", CONFIGS / "pretrain_small.yaml", "--epochs", args.epochs or 8, "--warmup-epochs", 1]
+        finetune_recipe = ["--config", CONFIGS / "finetune_small.yaml", "--epochs", args.finetune_epochs or 6]
+        finetune_recipe += ["--warmup-epochs", 1, "--data", folder]
+    if digits and args.epochs:
+        recipe += ["--epochs", args.epochs]
+    if digits and args.finetune_epochs:
+        finetune_recipe += ["--epochs", args.finetune_epochs]
+
+    pretrained, dense, finetuned = out / "pretrain", out / "backbone.safetensors", out / "finetune"
+    call("pretrain.py", *recipe, "--data", pretrain_data, "--output", pretrained, "--overwrite")
+    converted = call("convert_sparse_to_dense.py", pretrained, dense)
+    samples = out / "samples"
+    if digits:
+        shutil.rmtree(samples, ignore_errors=True)
+        export_digits(samples)
+    else:
+        samples = folder / "val" if (folder / "val").is_dir() else folder
+    pictures = out / "reconstructions.png"
+    call("visualize.py", pretrained, samples, "--output", pictures)
+    if classes:
+        call("finetune.py", *finetune_recipe, "--init", dense, "--output", finetuned, "--overwrite")
+        call("predict.py", finetuned, samples, "--output", out / "results.csv")
+
+    losses = [line["loss"] for line in metrics(pretrained)]
+    error = re.search(r"^verified: (.*)$", converted, re.M)
+    assert error is not None
+    say(f"\nDone in {time.monotonic() - start:.0f} s. What it showed:")
+    say(f"  pre-training loss     from {losses[0]:.3f} to {losses[-1]:.3f} ({1 - losses[-1] / losses[0]:.0%} less)")
+    say(f"  sparse = dense        {error[1]}")
+    if classes:
+        best = max(line["val_top1"] for line in metrics(finetuned))
+        with (out / "results.csv").open(encoding="utf-8", newline="") as table:
+            rows = sum(1 for _ in csv.DictReader(table))
+        say(f"  fine-tuned accuracy   {best:.1f} % top-1 on the validation part, from the pre-trained weights")
+        say(f"  predictions           {out / 'results.csv'}, {rows} images")
+    else:
+        say("  fine-tuning           left out: these images have no class folders")
+    say("Pictures to look at:")
+    found = [pictures, pretrained / "loss.png", *sorted((pretrained / "reconstructions").glob("*.png"))[-1:]]
+    for path in [*found, *([finetuned / "confusion_matrix.png"] if classes else [])]:
+        say(f"  {path}")
+
+
+if __name__ == "__main__":
+    run(main)
