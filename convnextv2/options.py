@@ -6,11 +6,12 @@ the defaults.
 
 from __future__ import annotations
 
+import itertools
 import types
 from collections.abc import Sequence
 from dataclasses import asdict, field, fields
 from pathlib import Path
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml  # type: ignore[import-untyped]  # its stubs are a package of their own
 
@@ -23,20 +24,24 @@ def option(default: Any, help: str, choices: Sequence[Any] | None = None) -> Any
     return field(default=default, metadata={"help": help, "choices": choices})
 
 
-def image_size(value: Any) -> tuple[int, int]:
-    """(height, width) in pixels from ``224``, ``192x256`` or ``[192, 256]``.
+class ImageSize:
+    """(height, width) in pixels from ``224``, ``192x256`` or ``[192, 256]``; ValueError on anything else."""
 
-    Raises:
-        ValueError: on anything else.
-    """
-    parts = list(value) if isinstance(value, list | tuple) else str(value).lower().replace("×", "x").split("x")
-    try:
-        sides = [int(part) for part in parts]
-    except ValueError:
-        sides = []
-    if len(sides) not in (1, 2) or min(sides) < 1:
-        raise ValueError(f"{value!r} is not a size in pixels; write 224, or HEIGHTxWIDTH as in 192x256")
-    return sides[0], sides[-1]
+    def __call__(self, value: Any) -> tuple[int, int]:
+        parts = list(value) if isinstance(value, list | tuple) else str(value).lower().replace("×", "x").split("x")
+        try:
+            sides = [int(part) for part in parts]
+        except ValueError:
+            sides = []
+        if len(sides) not in (1, 2) or min(sides) < 1:
+            raise ValueError(f"{value!r} is not a size in pixels; write 224, or HEIGHTxWIDTH as in 192x256")
+        return sides[0], sides[-1]
+
+    def __repr__(self) -> str:
+        return "size"  # --help prints it
+
+
+image_size = ImageSize()
 
 
 def parse_options(cls: type[T], argv: Sequence[str] | None, description: str) -> T:
@@ -58,6 +63,9 @@ def parse_options(cls: type[T], argv: Sequence[str] | None, description: str) ->
 
     arguments = _recipes_first(list(sys.argv[1:] if argv is None else argv))
     parser = _parser(cls, description)
+    for item, value in itertools.pairwise(["", *arguments]):
+        if item == "--config" or value.startswith("--config="):
+            _check_recipe(Path(value.removeprefix("--config=")))
     try:
         values = parser.parse_args(arguments)
         own = Path(values.output or "") / "config.yaml"
@@ -65,8 +73,6 @@ def parse_options(cls: type[T], argv: Sequence[str] | None, description: str) ->
             values = parser.parse_args([f"--config={own}", *arguments])
     except ArgumentError as error:
         raise ValueError(" ".join(str(error).split())) from error
-    except yaml.YAMLError as error:
-        raise ValueError(f"recipe is no valid YAML: {' '.join(str(error).split())}") from error
     values = values.as_dict()
     return cls(**{f.name: _tuples(values[f.name]) for f in fields(cls)})  # type: ignore[arg-type]
 
@@ -78,6 +84,15 @@ def write_recipe(path: Path, options: Any) -> None:
     values = {key: _plain(value) for key, value in asdict(options).items() if key not in NOT_IN_RECIPE}
     with atomic_path(path) as temporary:
         temporary.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def _check_recipe(path: Path) -> None:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a recipe, lines of 'option: value', got {type(content).__name__}")
 
 
 def _plain(value: Any) -> Any:
@@ -118,7 +133,7 @@ def _parser(cls: type, description: str) -> Any:
         elif get_origin(kind) is tuple:
             extra |= {"type": get_args(kind)[0], "nargs": len(get_args(kind)), "metavar": "N"}
         elif item.metadata["choices"]:
-            extra["choices"] = item.metadata["choices"]
+            extra["type"] = Literal[tuple(item.metadata["choices"])]
         else:
             extra |= {"type": kind, "metavar": kind.__name__.upper()}
         parser.add_argument(flag, **extra)

@@ -132,9 +132,7 @@ def test_a_stopped_and_resumed_run_is_bit_identical(images: Path, tmp_path: Path
         assert all(torch.equal(expected[key], got[key]) for key in expected)
     assert metrics(tmp_path / "whole")[-1]["val_loss"] == metrics(tmp_path / "parts")[-1]["val_loss"]
     raw = torch.load(tmp_path / "parts/checkpoints/state/custom_checkpoint_0.pkl", weights_only=True)
-    assert torch.equal(
-        raw["module.head.weight"], weights(tmp_path / "parts")["head.weight"]
-    )  # the average is published
+    assert torch.equal(raw["module.head.weight"], weights(tmp_path / "parts")["head.weight"])
 
 
 def test_odd_batches_are_made_even_for_mixup(images: Path, tmp_path: Path) -> None:
