@@ -79,7 +79,9 @@ class RunOptions:
     seed: int = option(0, "of initial weights, order, augmentation and masks")
     workers: int = option(2, "processes that load images; 0 loads in the main process")
     device: str = option("auto", "auto (a GPU if there is one), cpu, cuda or cuda:N")
-    precision: str = option("no", "mixed precision: no, bf16 or fp16 (fp16 needs a GPU)", PRECISIONS)
+    precision: str = option(
+        "no", "mixed precision: no, bf16 or fp16 (fp16 needs a GPU); quote 'no' in a recipe", PRECISIONS
+    )
     accum: int = option(1, "batches whose gradients are added up before an update")
     lr: float | None = option(None, "peak learning rate; overrides --blr")
     min_lr: float = option(0.0, "learning rate at the end of the cosine")
