@@ -26,9 +26,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _cli.warn(str(stopped))
         return stopped.status
     change = 100 * (1 - result.last_loss / result.first_loss)
+    verb = "fell" if change >= 0 else "rose"
     _cli.say(
-        f"loss fell from {result.first_loss:.4f} to {result.last_loss:.4f} ({change:.1f} %) in {result.epochs} epochs: "
-        f"{result.output / 'checkpoints' / 'last.safetensors'}"
+        f"loss {verb} from {result.first_loss:.4f} to {result.last_loss:.4f} ({abs(change):.1f} %) in {result.epochs} "
+        f"epochs: {result.output / 'checkpoints' / 'last.safetensors'}"
     )
     return 0
 

@@ -222,3 +222,20 @@ def test_workers_do_not_change_the_result(images: Path, tmp_path: Path) -> None:
     for workers in (0, 1):
         pretrain(pretrain_options(images, tmp_path / str(workers), workers=workers))
     assert all(torch.equal(value, weights(tmp_path / "1")[name]) for name, value in weights(tmp_path / "0").items())
+
+
+def test_a_full_disk_keeps_the_old_state(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = tmp_path / "run"
+    pretrain(pretrain_options(images, output, epochs=1))
+
+    def full(self: Any, folder: str) -> None:
+        Path(folder).mkdir()
+        (Path(folder) / "model.safetensors").write_bytes(b"half")
+        raise RuntimeError("unexpected pos 83200 vs 83092")  # torch.save on a full disk
+
+    monkeypatch.setattr("accelerate.Accelerator.save_state", full)
+    with pytest.raises(OSError, match="is the disk full"):
+        pretrain(pretrain_options(images, output, epochs=2, resume=True))
+    state = output / "checkpoints" / "state"
+    assert json.loads((state / "progress.json").read_text())["epoch"] == 1
+    assert not state.with_name("state.tmp").exists()
