@@ -36,8 +36,11 @@ class Block(nn.Module):
         self.pwconv2 = nn.Linear(4 * dim, dim)
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Tensor, grid: Grid) -> Tensor:
-        """``[N, C]`` on a sparse grid, ``[B, H, W, C]`` on a dense one; the same shape comes back."""
+    def forward(self, x: Tensor, grid: Grid, rows: Tensor | None = None) -> Tensor:
+        """``[N, C]`` on a sparse grid, ``[B, H, W, C]`` on a dense one; the same shape comes back.
+
+        With ``rows``, the indices ``[M]`` of cells in row-major order, only those are computed: ``[M, C]``.
+        """
         h = grid.depthwise_conv(x, self.dwconv.weight, self.dwconv.bias)
         if grid.fuses_mlp(h):
             h = grid.fused_mlp(
@@ -48,9 +51,14 @@ class Block(nn.Module):
                 (self.pwconv2.weight, self.pwconv2.bias),
                 norm_eps=EPS,
                 grn_eps=EPS,
+                rows=rows,
             )
         else:
-            h = self.pwconv2(self.grn(self.act(self.pwconv1(self.norm(h))), grid))
+            h = self.grn(self.act(self.pwconv1(self.norm(h))), grid)
+            h = self.pwconv2(h if rows is None else h.flatten(0, -2)[rows])
+        if rows is not None:
+            assert self.drop_path.rate == 0, "drop path is per image; rows are not grouped by image"
+            return x.flatten(0, -2)[rows] + h
         return x + self.drop_path(h, grid)
 
 

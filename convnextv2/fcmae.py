@@ -67,8 +67,8 @@ class FCMAE(nn.Module):
             mask: ``[B, L]`` or ``[B, gh, gw]``, 1 = masked; any number of visible patches per image. Drawn if None.
             mask_ratio: share to mask where ``mask`` is drawn; the configuration's if None.
             generator: source of randomness of the mask.
-            return_pred: False computes the decoder's last layer for the masked patches only and returns None for the
-                prediction; the loss is the same to rounding.
+            return_pred: False computes the decoder's last layers for the masked patches only and returns None for
+                the prediction; the loss is the same to rounding.
 
         Returns:
             ``(loss, pred, mask)``. The loss is the mean over the masked patches of the mean squared error of a
@@ -87,14 +87,16 @@ class FCMAE(nn.Module):
 
         visible = ActiveSet.from_mask(mask, grid_size, keep=keep)
         hidden = ActiveSet.from_mask(1 - mask, grid_size, side=1, keep=None if keep is None else mask.shape[1] - keep)
-        decoded = self.decode(*self.encode(images, visible))
+        features, grid = self.encode(images, visible)
         pred = None
         if return_pred:
+            decoded = self.decode(features, grid)
             pred = pointwise_linear(decoded, self.pred.weight, self.pred.bias)
             pred_hidden = hidden.gather(pred)
             pred = pred.permute(0, 3, 1, 2)
         else:
-            pred_hidden = pointwise_linear(hidden.gather(decoded), self.pred.weight, self.pred.bias)
+            decoded = self.decode(features, grid, hidden.patch_index)
+            pred_hidden = pointwise_linear(decoded, self.pred.weight, self.pred.bias)
         return FCMAEOutput(self.loss(pred_hidden, self.targets(images, hidden)), pred, mask)
 
     def _mask(
@@ -131,10 +133,11 @@ class FCMAE(nn.Module):
         assert isinstance(grid, SparseGrid)
         return features, grid
 
-    def decode(self, features: Tensor, grid: SparseGrid) -> Tensor:
+    def decode(self, features: Tensor, grid: SparseGrid, rows: Tensor | None = None) -> Tensor:
         """Decoder output ``[B, gh, gw, decoder_dim]`` from the features of the visible patches.
 
-        The mask token takes the place of masked patches after the projection, as in the official code.
+        The mask token takes the place of masked patches after the projection, as in the official code. With ``rows``,
+        the indices ``[M]`` of patches in the batch, only those are computed: ``[M, decoder_dim]``.
         """
         projected = pointwise_linear(features, self.proj.weight, self.proj.bias)
         x = grid.active.densify(projected, fill=self.mask_token.flatten())
@@ -144,9 +147,11 @@ class FCMAE(nn.Module):
             full = ActiveSet.full(grid.batch_size, grid.active.map_size, side=1, device=x.device)
             everything = SparseGrid(full, grid.backend)
         h = x.flatten(0, 2) if isinstance(everything, SparseGrid) else x
-        for block in self.decoder:
+        *blocks, last = self.decoder
+        for block in blocks:
             h = block(h, everything)
-        return h.view(x.shape)
+        h = last(h, everything, rows)
+        return h.view(x.shape) if rows is None else h
 
     def targets(self, images: Tensor, hidden: ActiveSet) -> Tensor:
         """Target pixels ``[M, patch_size² · in_chans]`` of the masked patches, float32, channels last in a patch.

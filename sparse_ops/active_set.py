@@ -184,6 +184,11 @@ class ActiveSet:
         counts = self._patches.counts
         return counts[0] * self.side * self.side if counts and min(counts) == max(counts) else None
 
+    @property
+    def patch_index(self) -> Tensor:
+        """``[P]`` int64: each visible patch's place among all patches of the batch, ``image · L + patch``."""
+        return self._patches.flat_P
+
     # Tables --------------------------------------------------------------------------------------------------------
 
     @property

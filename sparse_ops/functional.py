@@ -104,6 +104,7 @@ class _ConvNeXtMLP(torch.autograd.Function):
         w2: Tensor,
         b2: Tensor,
         row_offsets: Tensor,
+        rows: Tensor | None,
         norm_eps: float,
         grn_eps: float,
         backend: Backend,
@@ -111,19 +112,22 @@ class _ConvNeXtMLP(torch.autograd.Function):
         normed, mean, rstd = torch.native_layer_norm(x, [x.shape[1]], norm_weight, norm_bias, norm_eps)
         h = torch.addmm(b1, normed, w1.t())
         y, norms = backend.gelu_grn(h, gamma, beta, row_offsets, grn_eps)
-        ctx.save_for_backward(x, mean, rstd, norm_weight, norm_bias, w1, h, gamma, beta, norms, w2, row_offsets)
+        ctx.save_for_backward(x, mean, rstd, norm_weight, norm_bias, w1, h, gamma, beta, norms, w2, row_offsets, rows)
         ctx.eps, ctx.backend = grn_eps, backend
-        return torch.addmm(b2, y, w2.t())
+        return torch.addmm(b2, y if rows is None else y[rows], w2.t())
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, mean, rstd, norm_weight, norm_bias, w1, h, gamma, beta, norms, w2, row_offsets = ctx.saved_tensors
+        x, mean, rstd, norm_weight, norm_bias, w1, h, gamma, beta, norms, w2, row_offsets, rows = ctx.saved_tensors
         grad = grad.contiguous()
+        grad_y = grad @ w2
+        if rows is not None:
+            grad_y = torch.zeros_like(h).index_copy_(0, rows, grad_y)
         grad_h, grad_gamma, grad_beta, grad_b1, y = ctx.backend.gelu_grn_backward(
-            grad @ w2, h, gamma, beta, norms, row_offsets, ctx.eps
+            grad_y, h, gamma, beta, norms, row_offsets, ctx.eps
         )
-        grad_w2, grad_b2 = grad.t() @ y, grad.sum(0)
+        grad_w2, grad_b2 = grad.t() @ (y if rows is None else y[rows]), grad.sum(0)
         del y
         normed = torch.addcmul(norm_bias, (x - mean) * rstd, norm_weight)
         grad_w1 = grad_h.t() @ normed
@@ -145,6 +149,7 @@ class _ConvNeXtMLP(torch.autograd.Function):
             None,
             None,
             None,
+            None,
         )
 
 
@@ -159,6 +164,7 @@ def convnext_mlp(
     *,
     norm_eps: float,
     grn_eps: float,
+    rows: Tensor | None = None,
 ) -> Tensor:
     """The pointwise half of a ConvNeXt V2 block, fused: ``pwconv2(grn(gelu(pwconv1(layer_norm(x)))))``.
 
@@ -174,8 +180,9 @@ def convnext_mlp(
         row_offsets: ``[G + 1]`` int64 on the host: GRN norms are taken over the rows of each group.
         backend: the backend that fuses GELU and GRN.
         norm_eps, grn_eps: added to the variance, and to the mean of the norms.
+        rows: ``[M]`` int64, distinct: the rows of the output to compute; all of them if None.
     """
-    return _ConvNeXtMLP.apply(x, *norm, *pwconv1, *grn, *pwconv2, row_offsets, norm_eps, grn_eps, backend)
+    return _ConvNeXtMLP.apply(x, *norm, *pwconv1, *grn, *pwconv2, row_offsets, rows, norm_eps, grn_eps, backend)
 
 
 def channel_norm(energy: Tensor) -> Tensor:

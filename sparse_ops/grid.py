@@ -81,6 +81,7 @@ class Grid(ABC):
         *,
         norm_eps: float,
         grn_eps: float,
+        rows: Tensor | None = None,
     ) -> Tensor:
         """The pointwise half of a block in one piece; arguments as :func:`sparse_ops.functional.convnext_mlp`."""
         raise NotImplementedError(f"{type(self).__name__} has no fused MLP; ask fuses_mlp first")
@@ -178,9 +179,10 @@ class SparseGrid(Grid):
         *,
         norm_eps: float,
         grn_eps: float,
+        rows: Tensor | None = None,
     ) -> Tensor:
         offsets = self.active.row_offsets
         groups = offsets if self.grn_scope == "image" else offsets[[0, -1]]
         return functional.convnext_mlp(
-            x, norm, pwconv1, grn, pwconv2, groups, self.backend, norm_eps=norm_eps, grn_eps=grn_eps
+            x, norm, pwconv1, grn, pwconv2, groups, self.backend, norm_eps=norm_eps, grn_eps=grn_eps, rows=rows
         )

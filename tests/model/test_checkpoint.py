@@ -330,3 +330,13 @@ def test_safetensors_header_of_another_program(tmp_path):
     checkpoint = load_checkpoint(tmp_path / "a.safetensors")
     assert checkpoint.config is None
     assert checkpoint.metadata == {}
+
+
+def test_files_are_readable_as_the_umask_says(tmp_path):
+    before = os.umask(0o027)
+    try:
+        path = tmp_path / "weights.safetensors"
+        save_checkpoint(path, {"norm.weight": torch.ones(2)}, None)
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == 0o640
