@@ -35,7 +35,7 @@ demo: $(VENV)/.installed ## pre-train, convert, fine-tune, predict; DATA=<folder
 	$(BIN)/python scripts/demo.py --data "$(DATA)" --output "$(DEMO)"
 
 test: $(VENV)/.installed-test ## the whole suite, with coverage of both packages
-	$(BIN)/python -m pytest -n auto --cov --cov-report=term --cov-fail-under=90
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --cov --cov-report=term --cov-fail-under=90
 
 lint: $(VENV)/.installed-test ## ruff and mypy
 	$(BIN)/ruff check .

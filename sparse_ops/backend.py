@@ -139,9 +139,13 @@ def get_backend(name: str) -> Backend:
 def _auto(device_type: str) -> Backend:
     device = torch.device(device_type)
     for backend in registry().values():
-        if backend.unavailable_reason() is None and backend.rejects(device, torch.float32, 7) is None:
+        if backend.rejects(device, torch.float32, 7) is not None:
+            continue
+        reason = backend.unavailable_reason()
+        if reason is None:
             logger.info("backend auto: chose %s for %s", backend.name, device_type)
             return backend
+        logger.warning("backend auto: the faster %s is not available: %s", backend.name, reason)
     raise BackendUnavailableError(f"no backend serves device {device_type!r}")
 
 
