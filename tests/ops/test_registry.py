@@ -61,7 +61,10 @@ def test_auto_skips_the_unavailable_and_logs_its_choice_once(with_broken, caplog
         if b.unavailable_reason() is None and b.rejects(torch.device("cpu"), torch.float32, 7) is None
     )
     assert chosen == [expected] * 3
-    assert [r.getMessage() for r in caplog.records] == [f"backend auto: chose {expected.name} for cpu"]
+    warning, choice = caplog.records
+    assert warning.levelno == logging.WARNING
+    assert "broken is not available: unobtainium is not installed" in warning.getMessage()
+    assert choice.getMessage() == f"backend auto: chose {expected.name} for cpu"
 
 
 def test_auto_without_any_backend_raises(monkeypatch):
