@@ -1,4 +1,4 @@
-"""Both ways to install agree, requirements are what is imported, all modules import anywhere, no file names a machine."""
+"""Both ways to install agree, requirements are what is imported, modules import anywhere, no file names a machine."""
 
 import ast
 import os
