@@ -13,6 +13,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from sparse_ops.workspace import Workspace
+
 MAX_SIDE = 64
 
 
@@ -39,6 +41,7 @@ class _PatchIndex:
         self.batch_size = batch_size
         self.grid_size = grid_size
         self.counts = counts
+        self.workspace = Workspace()
         self._tables: dict[int, Tensor] = {}
 
     @cached_property
@@ -183,6 +186,11 @@ class ActiveSet:
         """Active cells of every image if all have the same number, else None."""
         counts = self._patches.counts
         return counts[0] * self.side * self.side if counts and min(counts) == max(counts) else None
+
+    @property
+    def workspace(self) -> Workspace:
+        """Memory for temporaries, shared by all stages of a pass."""
+        return self._patches.workspace
 
     @property
     def patch_index(self) -> Tensor:

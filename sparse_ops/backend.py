@@ -69,17 +69,16 @@ class Backend(ABC):
         """Whether :meth:`gelu_grn` and :meth:`gelu_grn_backward` are implemented for such inputs."""
         return False
 
-    def gelu_grn(
-        self, h: Tensor, gamma: Tensor, beta: Tensor, row_offsets: Tensor, eps: float
-    ) -> tuple[Tensor, Tensor]:
+    def gelu_grn(self, h: Tensor, gamma: Tensor, beta: Tensor, row_offsets: Tensor, eps: float, out: Tensor) -> Tensor:
         """GRN of the GELU of ``h`` (ConvNeXt V2, eq. 1-3).
 
         Args:
             h: ``[N, D]``, contiguous. gamma, beta: ``[D]``.
             row_offsets: ``[G + 1]`` int64 on the host; norms are taken over the rows of each of the G groups.
+            out: ``[N, D]``, receives the result.
 
         Returns:
-            ``(y, norms)``: ``[N, D]`` and the channel norms ``[G, D]``.
+            The channel norms ``[G, D]``.
         """
         raise NotImplementedError(f"backend {self.name!r} has no fused GELU + GRN")
 
@@ -92,13 +91,17 @@ class Backend(ABC):
         norms: Tensor,
         row_offsets: Tensor,
         eps: float,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        out: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Backward of :meth:`gelu_grn`, which also recomputes its output so that it need not be kept.
 
-        ``grad`` is the caller's to give away: it may be overwritten.
+        Args:
+            grad: ``[N, D]``, the gradient for the output; overwritten with the gradient for ``h``.
+            h, gamma, beta, norms, row_offsets, eps: as forward.
+            out: ``[N, D]``, receives the output of the forward pass again.
 
         Returns:
-            ``(grad_h, grad_gamma, grad_beta, grad_h summed over the rows, y)``.
+            ``(grad_gamma, grad_beta, gradient for h summed over the rows)``, each ``[D]``.
         """
         raise NotImplementedError(f"backend {self.name!r} has no fused GELU + GRN")
 

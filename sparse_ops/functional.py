@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from sparse_ops.active_set import ActiveSet
 from sparse_ops.backend import Backend
+from sparse_ops.workspace import Workspace
 
 
 class _DepthwiseConv(torch.autograd.Function):
@@ -108,12 +109,14 @@ class _ConvNeXtMLP(torch.autograd.Function):
         norm_eps: float,
         grn_eps: float,
         backend: Backend,
+        workspace: Workspace,
     ) -> Tensor:
         normed, mean, rstd = torch.native_layer_norm(x, [x.shape[1]], norm_weight, norm_bias, norm_eps)
         h = torch.addmm(b1, normed, w1.t())
-        y, norms = backend.gelu_grn(h, gamma, beta, row_offsets, grn_eps)
+        y = workspace.take("y", h.shape, h)
+        norms = backend.gelu_grn(h, gamma, beta, row_offsets, grn_eps, y)
         ctx.save_for_backward(x, mean, rstd, norm_weight, norm_bias, w1, h, gamma, beta, norms, w2, row_offsets, rows)
-        ctx.eps, ctx.backend = grn_eps, backend
+        ctx.eps, ctx.backend, ctx.workspace = grn_eps, backend, workspace
         return torch.addmm(b2, y if rows is None else y[rows], w2.t())
 
     @staticmethod
@@ -121,14 +124,15 @@ class _ConvNeXtMLP(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, mean, rstd, norm_weight, norm_bias, w1, h, gamma, beta, norms, w2, row_offsets, rows = ctx.saved_tensors
         grad = grad.contiguous()
-        grad_y = grad @ w2
-        if rows is not None:
-            grad_y = torch.zeros_like(h).index_copy_(0, rows, grad_y)
-        grad_h, grad_gamma, grad_beta, grad_b1, y = ctx.backend.gelu_grn_backward(
-            grad_y, h, gamma, beta, norms, row_offsets, ctx.eps
+        grad_h, y = (ctx.workspace.take(slot, h.shape, h) for slot in ("grad", "y"))
+        if rows is None:
+            torch.mm(grad, w2, out=grad_h)
+        else:
+            grad_h.zero_().index_copy_(0, rows, grad @ w2)
+        grad_gamma, grad_beta, grad_b1 = ctx.backend.gelu_grn_backward(
+            grad_h, h, gamma, beta, norms, row_offsets, ctx.eps, y
         )
         grad_w2, grad_b2 = grad.t() @ (y if rows is None else y[rows]), grad.sum(0)
-        del y
         normed = torch.addcmul(norm_bias, (x - mean) * rstd, norm_weight)
         grad_w1 = grad_h.t() @ normed
         del normed
@@ -150,6 +154,7 @@ class _ConvNeXtMLP(torch.autograd.Function):
             None,
             None,
             None,
+            None,
         )
 
 
@@ -165,6 +170,7 @@ def convnext_mlp(
     norm_eps: float,
     grn_eps: float,
     rows: Tensor | None = None,
+    workspace: Workspace | None = None,
 ) -> Tensor:
     """The pointwise half of a ConvNeXt V2 block, fused: ``pwconv2(grn(gelu(pwconv1(layer_norm(x)))))``.
 
@@ -181,8 +187,12 @@ def convnext_mlp(
         backend: the backend that fuses GELU and GRN.
         norm_eps, grn_eps: added to the variance, and to the mean of the norms.
         rows: ``[M]`` int64, distinct: the rows of the output to compute; all of them if None.
+        workspace: memory for temporaries; fresh if None.
     """
-    return _ConvNeXtMLP.apply(x, *norm, *pwconv1, *grn, *pwconv2, row_offsets, rows, norm_eps, grn_eps, backend)
+    workspace = Workspace() if workspace is None else workspace
+    return _ConvNeXtMLP.apply(
+        x, *norm, *pwconv1, *grn, *pwconv2, row_offsets, rows, norm_eps, grn_eps, backend, workspace
+    )
 
 
 def channel_norm(energy: Tensor) -> Tensor:

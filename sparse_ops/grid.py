@@ -184,5 +184,15 @@ class SparseGrid(Grid):
         offsets = self.active.row_offsets
         groups = offsets if self.grn_scope == "image" else offsets[[0, -1]]
         return functional.convnext_mlp(
-            x, norm, pwconv1, grn, pwconv2, groups, self.backend, norm_eps=norm_eps, grn_eps=grn_eps, rows=rows
+            x,
+            norm,
+            pwconv1,
+            grn,
+            pwconv2,
+            groups,
+            self.backend,
+            norm_eps=norm_eps,
+            grn_eps=grn_eps,
+            rows=rows,
+            workspace=self.active.workspace,
         )

@@ -132,46 +132,45 @@ def _(x: Tensor, grad: Tensor, neighbours: Tensor, side: int, kernel_size: int) 
     return x.new_empty(x.shape[1], 1, kernel_size, kernel_size)
 
 
-@torch.library.custom_op("sparse_ops::cpu_gelu_grn", mutates_args=(), device_types="cpu")
-def cpu_gelu_grn(h: Tensor, gamma: Tensor, beta: Tensor, row_offsets: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+@torch.library.custom_op("sparse_ops::cpu_gelu_grn", mutates_args=("out",), device_types="cpu")
+def cpu_gelu_grn(h: Tensor, gamma: Tensor, beta: Tensor, row_offsets: Tensor, eps: float, out: Tensor) -> Tensor:
     """See :meth:`sparse_ops.backend.Backend.gelu_grn`."""
     groups = row_offsets.numel() - 1
-    y, norms = torch.empty_like(h), h.new_empty(groups, h.shape[1])
+    norms = h.new_empty(groups, h.shape[1])
     args = _GeluGrnArgs(
         h=_pointer(h),
         gamma=_pointer(gamma),
         beta=_pointer(beta),
         offsets=_pointer(row_offsets),
         norms=_pointer(norms),
-        y=_pointer(y),
+        y=_pointer(out),
         eps=eps,
         groups=groups,
         dim=h.shape[1],
         threads=torch.get_num_threads(),
     )
     _call("sparse_ops_gelu_grn", args, h.dtype)
-    return y, norms
+    return norms
 
 
 @cpu_gelu_grn.register_fake
-def _(h: Tensor, gamma: Tensor, beta: Tensor, row_offsets: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(h), h.new_empty(row_offsets.numel() - 1, h.shape[1])
+def _(h: Tensor, gamma: Tensor, beta: Tensor, row_offsets: Tensor, eps: float, out: Tensor) -> Tensor:
+    return h.new_empty(row_offsets.numel() - 1, h.shape[1])
 
 
-@torch.library.custom_op("sparse_ops::cpu_gelu_grn_backward", mutates_args=("grad",), device_types="cpu")
+@torch.library.custom_op("sparse_ops::cpu_gelu_grn_backward", mutates_args=("grad", "out"), device_types="cpu")
 def cpu_gelu_grn_backward(
-    grad: Tensor, h: Tensor, gamma: Tensor, beta: Tensor, norms: Tensor, row_offsets: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grad: Tensor, h: Tensor, gamma: Tensor, beta: Tensor, norms: Tensor, row_offsets: Tensor, eps: float, out: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """See :meth:`sparse_ops.backend.Backend.gelu_grn_backward`; ``grad`` becomes the gradient for ``h``."""
     grad_gamma, grad_beta, grad_bias = torch.empty_like(gamma), torch.empty_like(beta), torch.empty_like(beta)
-    y = torch.empty_like(h)
     args = _GeluGrnArgs(
         h=_pointer(h),
         gamma=_pointer(gamma),
         beta=_pointer(beta),
         offsets=_pointer(row_offsets),
         norms=_pointer(norms),
-        y=_pointer(y),
+        y=_pointer(out),
         grad=_pointer(grad),
         grad_gamma=_pointer(grad_gamma),
         grad_beta=_pointer(grad_beta),
@@ -182,14 +181,14 @@ def cpu_gelu_grn_backward(
         threads=torch.get_num_threads(),
     )
     _call("sparse_ops_gelu_grn_backward", args, h.dtype)
-    return grad_gamma, grad_beta, grad_bias, y
+    return grad_gamma, grad_beta, grad_bias
 
 
 @cpu_gelu_grn_backward.register_fake
 def _(
-    grad: Tensor, h: Tensor, gamma: Tensor, beta: Tensor, norms: Tensor, row_offsets: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return torch.empty_like(gamma), torch.empty_like(beta), torch.empty_like(beta), torch.empty_like(h)
+    grad: Tensor, h: Tensor, gamma: Tensor, beta: Tensor, norms: Tensor, row_offsets: Tensor, eps: float, out: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(gamma), torch.empty_like(beta), torch.empty_like(beta)
 
 
 class CPUBackend(Backend):
@@ -230,17 +229,21 @@ class CPUBackend(Backend):
     def fuses_mlp(self, device: torch.device, dtype: torch.dtype) -> bool:
         return device.type == "cpu" and dtype in (torch.float32, torch.float64)
 
-    def gelu_grn(
-        self, h: Tensor, gamma: Tensor, beta: Tensor, row_offsets: Tensor, eps: float
-    ) -> tuple[Tensor, Tensor]:
-        return cpu_gelu_grn(h, gamma, beta, row_offsets, eps)
+    def gelu_grn(self, h: Tensor, gamma: Tensor, beta: Tensor, row_offsets: Tensor, eps: float, out: Tensor) -> Tensor:
+        return cpu_gelu_grn(h, gamma, beta, row_offsets, eps, out)
 
     def gelu_grn_backward(
-        self, grad: Tensor, h: Tensor, gamma: Tensor, beta: Tensor, norms: Tensor, row_offsets: Tensor, eps: float
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        grad = grad.contiguous()
-        grad_gamma, grad_beta, grad_bias, y = cpu_gelu_grn_backward(grad, h, gamma, beta, norms, row_offsets, eps)
-        return grad, grad_gamma, grad_beta, grad_bias, y
+        self,
+        grad: Tensor,
+        h: Tensor,
+        gamma: Tensor,
+        beta: Tensor,
+        norms: Tensor,
+        row_offsets: Tensor,
+        eps: float,
+        out: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return cpu_gelu_grn_backward(grad, h, gamma, beta, norms, row_offsets, eps, out)
 
 
 BACKEND = CPUBackend()

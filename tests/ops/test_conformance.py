@@ -167,17 +167,19 @@ class Correct(type(get_backend("reference"))):
     def fuses_mlp(self, device: torch.device, dtype: torch.dtype) -> bool:
         return True
 
-    def gelu_grn(self, h, gamma, beta, row_offsets, eps):
-        with torch.enable_grad():
-            norms, out = self._grn(h, gamma, beta, row_offsets, eps)
-        return out.detach(), norms.detach()
+    def gelu_grn(self, h, gamma, beta, row_offsets, eps, out):
+        norms, result = self._grn(h, gamma, beta, row_offsets, eps)
+        out.copy_(result)
+        return norms
 
-    def gelu_grn_backward(self, grad, h, gamma, beta, norms, row_offsets, eps):
+    def gelu_grn_backward(self, grad, h, gamma, beta, norms, row_offsets, eps, out):
         with torch.enable_grad():
             leaves = [t.detach().requires_grad_() for t in (h, gamma, beta)]
-            _, out = self._grn(*leaves, row_offsets, eps)
-            grad_h, grad_gamma, grad_beta = torch.autograd.grad(out, leaves, grad)
-            return grad_h, grad_gamma, grad_beta, grad_h.sum(0), out.detach()
+            _, result = self._grn(*leaves, row_offsets, eps)
+            grad_h, grad_gamma, grad_beta = torch.autograd.grad(result, leaves, grad.clone())
+        out.copy_(result.detach())
+        grad.copy_(grad_h)
+        return grad_gamma, grad_beta, grad_h.sum(0)
 
     approximate = "none"
 
@@ -346,8 +348,9 @@ def run_every_kernel(backend: Backend, device: str) -> None:
     backend.depthwise_weight_grad(x, grad, active, 7)
     if backend.fuses_mlp(torch.device(device), torch.float32):
         gamma, beta = values["bias"], values["bias"].flip(0)
-        y, norms = backend.gelu_grn(x, gamma, beta, active.row_offsets, 1e-6)
-        backend.gelu_grn_backward(torch.ones_like(y), x, gamma, beta, norms, active.row_offsets, 1e-6)
+        out = torch.empty_like(x)
+        norms = backend.gelu_grn(x, gamma, beta, active.row_offsets, 1e-6, out)
+        backend.gelu_grn_backward(torch.ones_like(x), x, gamma, beta, norms, active.row_offsets, 1e-6, out)
 
 
 def test_registered_operators_pass_opcheck():
