@@ -16,6 +16,7 @@ import yaml
 
 import convnextv2
 from convnextv2.fcmae import create_fcmae
+from sparse_ops import registry
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -132,6 +133,18 @@ def test_python_example_of_the_readme_runs() -> None:
     exec(compile(example, "README.md", "exec"), names)
     shapes = {name: tuple(names[name].shape) for name in ("loss", "pred", "mask", "logits")}  # type: ignore[attr-defined]
     assert shapes == {"loss": (), "pred": (2, 3072, 6, 7), "mask": (2, 42), "logits": (2, 10)}
+
+
+@pytest.mark.skipif(
+    registry()["cpu"].unavailable_reason() is not None, reason=str(registry()["cpu"].unavailable_reason())
+)
+@pytest.mark.parametrize("page", ["numerics", "backends"])
+def test_python_examples_of_the_kernels_run(page: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (example,) = python_blocks(ROOT / "docs" / f"{page}.md")
+    exec(compile(example, page, "exec"), {})
+    printed = re.findall(r"\d\.\d+e-\d+", capsys.readouterr().out)
+    assert len(printed) == {"numerics": 3, "backends": 1}[page]
+    assert max(map(float, printed)) < 1.2e-6
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=relative)
