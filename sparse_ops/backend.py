@@ -105,6 +105,27 @@ class Backend(ABC):
         """
         raise NotImplementedError(f"backend {self.name!r} has no fused GELU + GRN")
 
+    def layer_norm_backward(
+        self, grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, out: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Backward of LayerNorm over the channels, which also recomputes its output.
+
+        Args:
+            grad, x: ``[N, C]``, the gradient for the output and the input, contiguous.
+            mean, rstd: ``[N, 1]``, from the forward pass.
+            weight, bias: ``[C]``.
+            out: ``[N, C]``, receives the output of the forward pass again.
+
+        Returns:
+            ``(grad_x, grad_weight, grad_bias)``.
+        """
+        normed = (x - mean) * rstd
+        torch.addcmul(bias, normed, weight, out=out)
+        grad_x, grad_weight, grad_bias = torch.ops.aten.native_layer_norm_backward(
+            grad, x, [x.shape[1]], mean, rstd, weight, bias, [True, True, True]
+        )
+        return grad_x, grad_weight, grad_bias
+
 
 @cache
 def registry() -> dict[str, Backend]:

@@ -133,12 +133,12 @@ class _ConvNeXtMLP(torch.autograd.Function):
             grad_h, h, gamma, beta, norms, row_offsets, ctx.eps, y
         )
         grad_w2, grad_b2 = grad.t() @ (y if rows is None else y[rows]), grad.sum(0)
-        normed = torch.addcmul(norm_bias, (x - mean) * rstd, norm_weight)
-        grad_w1 = grad_h.t() @ normed
-        del normed
-        grad_x, grad_norm_weight, grad_norm_bias = torch.ops.aten.native_layer_norm_backward(
-            grad_h @ w1, x, [x.shape[1]], mean, rstd, norm_weight, norm_bias, [True, True, True]
+        normed, grad_normed = (ctx.workspace.take(slot, x.shape, x) for slot in ("normed", "grad_normed"))
+        torch.mm(grad_h, w1, out=grad_normed)
+        grad_x, grad_norm_weight, grad_norm_bias = ctx.backend.layer_norm_backward(
+            grad_normed, x, mean, rstd, norm_weight, norm_bias, normed
         )
+        grad_w1 = grad_h.t() @ normed
         return (
             grad_x,
             grad_norm_weight,

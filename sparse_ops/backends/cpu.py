@@ -18,7 +18,7 @@ from torch import Tensor
 from sparse_ops.active_set import ActiveSet
 from sparse_ops.backend import Backend
 
-INTERFACE_VERSION = 1
+INTERFACE_VERSION = 2
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
 KERNEL_SIZES = (3, 5, 7)
 _REMEDY = (
@@ -43,6 +43,17 @@ class _GeluGrnArgs(ctypes.Structure):
         ),
         ("eps", ctypes.c_double),
         *((name, ctypes.c_int64) for name in ("groups", "dim")),
+        ("threads", ctypes.c_int),
+    )
+
+
+class _LayerNormArgs(ctypes.Structure):
+    _fields_ = (
+        *(
+            (name, ctypes.c_void_p)
+            for name in ["grad", "x", "mean", "rstd", "weight", "bias", "normed", "grad_x", "grad_weight", "grad_bias"]
+        ),
+        *((name, ctypes.c_int64) for name in ("rows", "channels")),
         ("threads", ctypes.c_int),
     )
 
@@ -191,6 +202,38 @@ def _(
     return torch.empty_like(gamma), torch.empty_like(beta), torch.empty_like(beta)
 
 
+@torch.library.custom_op("sparse_ops::cpu_layer_norm_backward", mutates_args=("out",), device_types="cpu")
+def cpu_layer_norm_backward(
+    grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, out: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See :meth:`sparse_ops.backend.Backend.layer_norm_backward`."""
+    grad_x, grad_weight, grad_bias = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias)
+    args = _LayerNormArgs(
+        grad=_pointer(grad),
+        x=_pointer(x),
+        mean=_pointer(mean),
+        rstd=_pointer(rstd),
+        weight=_pointer(weight),
+        bias=_pointer(bias),
+        normed=_pointer(out),
+        grad_x=_pointer(grad_x),
+        grad_weight=_pointer(grad_weight),
+        grad_bias=_pointer(grad_bias),
+        rows=x.shape[0],
+        channels=x.shape[1],
+        threads=torch.get_num_threads(),
+    )
+    _call("sparse_ops_layer_norm_backward", args, x.dtype)
+    return grad_x, grad_weight, grad_bias
+
+
+@cpu_layer_norm_backward.register_fake
+def _(
+    grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, out: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias)
+
+
 class CPUBackend(Backend):
     """Patch-and-halo kernels in C++ for float32, float64 and bfloat16 (accumulated in float32)."""
 
@@ -244,6 +287,11 @@ class CPUBackend(Backend):
         out: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         return cpu_gelu_grn_backward(grad, h, gamma, beta, norms, row_offsets, eps, out)
+
+    def layer_norm_backward(
+        self, grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, out: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return cpu_layer_norm_backward(grad, x, mean, rstd, weight, bias, out)
 
 
 BACKEND = CPUBackend()

@@ -351,6 +351,8 @@ def run_every_kernel(backend: Backend, device: str) -> None:
         out = torch.empty_like(x)
         norms = backend.gelu_grn(x, gamma, beta, active.row_offsets, 1e-6, out)
         backend.gelu_grn_backward(torch.ones_like(x), x, gamma, beta, norms, active.row_offsets, 1e-6, out)
+        _, mean, rstd = torch.native_layer_norm(x, [x.shape[1]], gamma, beta, 1e-6)
+        backend.layer_norm_backward(grad, x, mean, rstd, gamma, beta, out)
 
 
 def test_registered_operators_pass_opcheck():

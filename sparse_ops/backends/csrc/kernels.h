@@ -38,6 +38,22 @@ struct GeluGrnArgs {
     int threads;
 };
 
+struct LayerNormArgs {
+    const void* grad;    // [N, C]
+    const void* x;       // [N, C]
+    const void* mean;    // [N]
+    const void* rstd;    // [N]
+    const void* weight;  // [C]
+    const void* bias;    // [C]
+    void* normed;        // [N, C]: the output of the forward pass again
+    void* grad_x;        // [N, C]
+    void* grad_weight;   // [C]
+    void* grad_bias;     // [C]
+    int64_t rows;
+    int64_t channels;
+    int threads;
+};
+
 // Each returns 0, or -1 where the dtype or kernel size is not compiled in.
 struct Kernels {
     const char* name;
@@ -45,6 +61,7 @@ struct Kernels {
     int (*depthwise_weight_grad)(const DepthwiseArgs&, int dtype);
     int (*gelu_grn)(const GeluGrnArgs&, int dtype);
     int (*gelu_grn_backward)(const GeluGrnArgs&, int dtype);
+    int (*layer_norm_backward)(const LayerNormArgs&, int dtype);
 };
 
 extern const Kernels kBaselineKernels;
