@@ -31,7 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--mask-ratio", type=float, help="share of the patches to mask; default: the checkpoint's")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random masks")
     parser.add_argument("--mask", type=Path, metavar="FILE", help="text grid to use as the mask of every image")
-    parser.add_argument("--max-images", type=_cli.positive_int, default=8, help="rows to draw at most")
+    parser.add_argument(
+        "--max-images", type=_cli.positive_int, default=8, help="rows to draw at most, taken evenly from what is given"
+    )
     parser.add_argument("--img-size", type=_cli.image_size, help="pixels, 224 or 192x256; default: the checkpoint's")
     parser.add_argument("--device", type=_cli.device, default="auto", help="cpu, cuda, cuda:1, or auto")
     parser.add_argument("--backend", default="auto", help="backend of the sparse convolution (python -m sparse_ops)")
@@ -55,10 +57,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     dataset = build_predict_dataset(options.images, img_size, encoder.in_chans, mean, std)
     images, unreadable = [], list(dataset.skipped)
-    for number, path in enumerate(dataset.files):
+    for number in spread(len(dataset), options.max_images):
         image, _, reason = dataset[number]
         if reason:
-            unreadable.append((path, reason))
+            unreadable.append((dataset.files[number], reason))
         else:
             images.append(image)
         if len(images) == options.max_images:
@@ -78,6 +80,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         mask_ratio=options.mask_ratio,
     )
     _cli.say(f"{len(images)} reconstructions: {options.output}")
+
+
+def spread(total: int, wanted: int) -> list[int]:
+    """All numbers below ``total``: first ``wanted`` of them evenly spaced, so that folders are sampled throughout."""
+    first = [number * total // wanted for number in range(wanted)] if wanted < total else range(total)
+    return list(dict.fromkeys([*first, *range(total)]))
 
 
 def read_mask(path: Path, grid_size: tuple[int, int]) -> torch.Tensor:

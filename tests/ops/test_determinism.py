@@ -35,7 +35,9 @@ def test_threads_do_not_change_a_bit(side):
             *CPU.gelu_grn_backward(grad_of_h, h, gamma, beta, norms, active.row_offsets, 1e-6, y_again),
             grad_of_h,
             y_again,
-            *CPU.layer_norm_backward(grad, x, *(x[:, :2].T.contiguous()[:, :, None]), bias.flip(0), bias, torch.empty_like(x)),
+            *CPU.layer_norm_backward(
+                grad, x, *(x[:, :2].T.contiguous()[:, :, None]), bias.flip(0), bias, torch.empty_like(x)
+            ),
         ]
         expected = expected or found
         for number, (first, other) in enumerate(zip(expected, found, strict=True)):
