@@ -141,12 +141,10 @@ class Contender:
         self.update = update
         self.times_ms: list[float] = []
 
-    def clear(self) -> None:
+    def clear(self, keep: bool = False) -> None:
+        """Drop the gradients, as an optimiser does before a step; with ``keep`` set them to zero instead."""
         for parameter in self.parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            else:
-                parameter.grad.zero_()
+            parameter.grad = torch.zeros_like(parameter) if keep else None
 
     def run(self) -> None:
         loss, _ = self.forward()
@@ -177,6 +175,7 @@ def encoder_contenders(args: argparse.Namespace, model: FCMAE, images: Tensor, m
     autocast = torch.autocast(images.device.type, DTYPES[args.dtype], enabled=args.dtype != "float32")
     visible = ActiveSet.from_mask(mask, grid_size, keep=keep)
     last = visible.down().down().down()
+    channels_last = images.contiguous(memory_format=torch.channels_last)
     weights = torch.randn(last.num_cells, model.config.encoder.dims[-1], device=images.device)
 
     def sparse(backend: str) -> Callable[[], tuple[Tensor, Tensor]]:
@@ -191,7 +190,7 @@ def encoder_contenders(args: argparse.Namespace, model: FCMAE, images: Tensor, m
     def dense(encoder: Callable[[Tensor, MaskedDenseGrid], Tensor]) -> Callable[[], tuple[Tensor, Tensor]]:
         def forward() -> tuple[Tensor, Tensor]:
             with autocast:
-                rows = last.gather(encoder(images, dense_grid(visible, images.dtype)))
+                rows = last.gather(encoder(channels_last, dense_grid(visible, images.dtype)))
             return (rows.float() * weights).sum(), rows
 
         return forward
@@ -244,7 +243,6 @@ def measure(args: argparse.Namespace, name: str, what: str) -> list[Result]:
     model = create_fcmae(name, img_size=args.img_size, mask_ratio=args.mask_ratio, backend=args.backends[0]).to(device)
     randomise_grn(model)
     images = torch.randn(args.batch_size, 3, *args.img_size, device=device)
-    images = images.contiguous(memory_format=torch.channels_last)
     patches = args.img_size[0] // 32 * (args.img_size[1] // 32)
     mask = random_mask(args.batch_size, patches, args.mask_ratio, device=device)
     build = encoder_contenders if what == "encoder" else step_contenders
@@ -265,7 +263,7 @@ def measure(args: argparse.Namespace, name: str, what: str) -> list[Result]:
             contender.time(device)
     memory = {}
     for contender in contenders:
-        contender.clear()
+        contender.clear(keep=True)
         memory[contender.name] = peak_activation_bytes(contender.run, device)
 
     results = []

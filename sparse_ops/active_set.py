@@ -286,8 +286,12 @@ class ActiveSet:
             )
         ky, kx = height // (gh * self.side), width // (gw * self.side)
         levels = self.side.bit_length() - 1
-        patches = images.view(batch, channels, gh, self.side * ky, gw, self.side * kx).permute(0, 2, 4, 1, 3, 5)
-        visible = patches[tuple(self.patch_coordinates.unbind(1))]
+        # Rows of pixels of a patch are contiguous: taking those of the visible patches is one fast selection.
+        image, py, px = self.patch_coordinates[:, :, None, None].unbind(1)
+        channel = torch.arange(channels, device=images.device)[:, None]
+        line = py * (self.side * ky) + torch.arange(self.side * ky, device=images.device)
+        row = ((image * channels + channel) * height + line) * gw + px
+        visible = images.contiguous().view(-1, self.side * kx).index_select(0, row.flatten())
         # The bits of y and x become axes of their own; interleaving them is Z-order.
         bits = visible.reshape(self.num_patches, channels, *(2,) * levels, ky, *(2,) * levels, kx)
         y_axes = range(2, 2 + levels)

@@ -69,11 +69,13 @@ class Backend(ABC):
         """Whether :meth:`gelu_grn` and :meth:`gelu_grn_backward` are implemented for such inputs."""
         return False
 
-    def gelu_grn(self, h: Tensor, gamma: Tensor, beta: Tensor, row_offsets: Tensor, eps: float, out: Tensor) -> Tensor:
-        """GRN of the GELU of ``h`` (ConvNeXt V2, eq. 1-3).
+    def gelu_grn(
+        self, h: Tensor, bias: Tensor, gamma: Tensor, beta: Tensor, row_offsets: Tensor, eps: float, out: Tensor
+    ) -> Tensor:
+        """GRN of the GELU of ``h + bias`` (ConvNeXt V2, eq. 1-3).
 
         Args:
-            h: ``[N, D]``, contiguous. gamma, beta: ``[D]``.
+            h: ``[N, D]``, contiguous. bias, gamma, beta: ``[D]``.
             row_offsets: ``[G + 1]`` int64 on the host; norms are taken over the rows of each of the G groups.
             out: ``[N, D]``, receives the result.
 
@@ -86,6 +88,7 @@ class Backend(ABC):
         self,
         grad: Tensor,
         h: Tensor,
+        bias: Tensor,
         gamma: Tensor,
         beta: Tensor,
         norms: Tensor,
@@ -97,7 +100,7 @@ class Backend(ABC):
 
         Args:
             grad: ``[N, D]``, the gradient for the output; overwritten with the gradient for ``h``.
-            h, gamma, beta, norms, row_offsets, eps: as forward.
+            h, bias, gamma, beta, norms, row_offsets, eps: as forward.
             out: ``[N, D]``, receives the output of the forward pass again.
 
         Returns:

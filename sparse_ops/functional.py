@@ -112,17 +112,19 @@ class _ConvNeXtMLP(torch.autograd.Function):
         workspace: Workspace,
     ) -> Tensor:
         normed, mean, rstd = torch.native_layer_norm(x, [x.shape[1]], norm_weight, norm_bias, norm_eps)
-        h = torch.addmm(b1, normed, w1.t())
+        h = normed @ w1.t()
         y = workspace.take("y", h.shape, h)
-        norms = backend.gelu_grn(h, gamma, beta, row_offsets, grn_eps, y)
-        ctx.save_for_backward(x, mean, rstd, norm_weight, norm_bias, w1, h, gamma, beta, norms, w2, row_offsets, rows)
+        norms = backend.gelu_grn(h, b1, gamma, beta, row_offsets, grn_eps, y)
+        ctx.save_for_backward(
+            x, mean, rstd, norm_weight, norm_bias, w1, b1, h, gamma, beta, norms, w2, row_offsets, rows
+        )
         ctx.eps, ctx.backend, ctx.workspace = grn_eps, backend, workspace
         return torch.addmm(b2, y if rows is None else y[rows], w2.t())
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, mean, rstd, norm_weight, norm_bias, w1, h, gamma, beta, norms, w2, row_offsets, rows = ctx.saved_tensors
+        x, mean, rstd, norm_weight, norm_bias, w1, b1, h, gamma, beta, norms, w2, row_offsets, rows = ctx.saved_tensors
         grad = grad.contiguous()
         grad_h, y = (ctx.workspace.take(slot, h.shape, h) for slot in ("grad", "y"))
         if rows is None:
@@ -130,7 +132,7 @@ class _ConvNeXtMLP(torch.autograd.Function):
         else:
             grad_h.zero_().index_copy_(0, rows, grad @ w2)
         grad_gamma, grad_beta, grad_b1 = ctx.backend.gelu_grn_backward(
-            grad_h, h, gamma, beta, norms, row_offsets, ctx.eps, y
+            grad_h, h, b1, gamma, beta, norms, row_offsets, ctx.eps, y
         )
         grad_w2, grad_b2 = grad.t() @ (y if rows is None else y[rows]), grad.sum(0)
         normed, grad_normed = (ctx.workspace.take(slot, x.shape, x) for slot in ("normed", "grad_normed"))

@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from sparse_ops.active_set import ActiveSet
 from sparse_ops.backend import Backend
 
-INTERFACE_VERSION = 2
+INTERFACE_VERSION = 3
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
 KERNEL_SIZES = (3, 5, 7)
 _REMEDY = (
@@ -39,7 +42,19 @@ class _GeluGrnArgs(ctypes.Structure):
     _fields_ = (
         *(
             (name, ctypes.c_void_p)
-            for name in ["h", "gamma", "beta", "offsets", "norms", "y", "grad", "grad_gamma", "grad_beta", "grad_bias"]
+            for name in [
+                "h",
+                "bias",
+                "gamma",
+                "beta",
+                "offsets",
+                "norms",
+                "y",
+                "grad",
+                "grad_gamma",
+                "grad_beta",
+                "grad_bias",
+            ]
         ),
         ("eps", ctypes.c_double),
         *((name, ctypes.c_int64) for name in ("groups", "dim")),
@@ -144,12 +159,15 @@ def _(x: Tensor, grad: Tensor, neighbours: Tensor, side: int, kernel_size: int) 
 
 
 @torch.library.custom_op("sparse_ops::cpu_gelu_grn", mutates_args=("out",), device_types="cpu")
-def cpu_gelu_grn(h: Tensor, gamma: Tensor, beta: Tensor, row_offsets: Tensor, eps: float, out: Tensor) -> Tensor:
+def cpu_gelu_grn(
+    h: Tensor, bias: Tensor, gamma: Tensor, beta: Tensor, row_offsets: Tensor, eps: float, out: Tensor
+) -> Tensor:
     """See :meth:`sparse_ops.backend.Backend.gelu_grn`."""
     groups = row_offsets.numel() - 1
     norms = h.new_empty(groups, h.shape[1])
     args = _GeluGrnArgs(
         h=_pointer(h),
+        bias=_pointer(bias),
         gamma=_pointer(gamma),
         beta=_pointer(beta),
         offsets=_pointer(row_offsets),
@@ -165,18 +183,27 @@ def cpu_gelu_grn(h: Tensor, gamma: Tensor, beta: Tensor, row_offsets: Tensor, ep
 
 
 @cpu_gelu_grn.register_fake
-def _(h: Tensor, gamma: Tensor, beta: Tensor, row_offsets: Tensor, eps: float, out: Tensor) -> Tensor:
+def _(h: Tensor, bias: Tensor, gamma: Tensor, beta: Tensor, row_offsets: Tensor, eps: float, out: Tensor) -> Tensor:
     return h.new_empty(row_offsets.numel() - 1, h.shape[1])
 
 
 @torch.library.custom_op("sparse_ops::cpu_gelu_grn_backward", mutates_args=("grad", "out"), device_types="cpu")
 def cpu_gelu_grn_backward(
-    grad: Tensor, h: Tensor, gamma: Tensor, beta: Tensor, norms: Tensor, row_offsets: Tensor, eps: float, out: Tensor
+    grad: Tensor,
+    h: Tensor,
+    bias: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    norms: Tensor,
+    row_offsets: Tensor,
+    eps: float,
+    out: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :meth:`sparse_ops.backend.Backend.gelu_grn_backward`; ``grad`` becomes the gradient for ``h``."""
     grad_gamma, grad_beta, grad_bias = torch.empty_like(gamma), torch.empty_like(beta), torch.empty_like(beta)
     args = _GeluGrnArgs(
         h=_pointer(h),
+        bias=_pointer(bias),
         gamma=_pointer(gamma),
         beta=_pointer(beta),
         offsets=_pointer(row_offsets),
@@ -197,7 +224,15 @@ def cpu_gelu_grn_backward(
 
 @cpu_gelu_grn_backward.register_fake
 def _(
-    grad: Tensor, h: Tensor, gamma: Tensor, beta: Tensor, norms: Tensor, row_offsets: Tensor, eps: float, out: Tensor
+    grad: Tensor,
+    h: Tensor,
+    bias: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    norms: Tensor,
+    row_offsets: Tensor,
+    eps: float,
+    out: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(gamma), torch.empty_like(beta), torch.empty_like(beta)
 
@@ -234,6 +269,17 @@ def _(
     return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias)
 
 
+def _eager(operator: Callable[..., Any]) -> Callable[..., Any]:
+    """The operator where something traces it, else its bare function: dispatch costs more than a small layer."""
+    function = operator._init_fn  # type: ignore[attr-defined]  # CustomOpDef keeps what it wraps
+
+    def call(*args: Any) -> Any:
+        plain = type(args[0]) is Tensor and _get_current_dispatch_mode() is None and not torch.compiler.is_compiling()
+        return function(*args) if plain else operator(*args)
+
+    return call
+
+
 class CPUBackend(Backend):
     """Patch-and-halo kernels in C++ for float32, float64 and bfloat16 (accumulated in float32)."""
 
@@ -264,21 +310,26 @@ class CPUBackend(Backend):
         self, x: Tensor, weight: Tensor, bias: Tensor | None, active: ActiveSet, *, reverse_taps: bool
     ) -> Tensor:
         neighbours = active.patch_neighbours(weight.shape[-1])
-        return cpu_depthwise(x, weight, bias, neighbours, active.side, reverse_taps)
+        return _eager(cpu_depthwise)(x, weight, bias, neighbours, active.side, reverse_taps)
 
     def depthwise_weight_grad(self, x: Tensor, grad: Tensor, active: ActiveSet, kernel_size: int) -> Tensor:
-        return cpu_depthwise_weight_grad(x, grad, active.patch_neighbours(kernel_size), active.side, kernel_size)
+        return _eager(cpu_depthwise_weight_grad)(
+            x, grad, active.patch_neighbours(kernel_size), active.side, kernel_size
+        )
 
     def fuses_mlp(self, device: torch.device, dtype: torch.dtype) -> bool:
         return device.type == "cpu" and dtype in (torch.float32, torch.float64)
 
-    def gelu_grn(self, h: Tensor, gamma: Tensor, beta: Tensor, row_offsets: Tensor, eps: float, out: Tensor) -> Tensor:
-        return cpu_gelu_grn(h, gamma, beta, row_offsets, eps, out)
+    def gelu_grn(
+        self, h: Tensor, bias: Tensor, gamma: Tensor, beta: Tensor, row_offsets: Tensor, eps: float, out: Tensor
+    ) -> Tensor:
+        return _eager(cpu_gelu_grn)(h, bias, gamma, beta, row_offsets, eps, out)
 
     def gelu_grn_backward(
         self,
         grad: Tensor,
         h: Tensor,
+        bias: Tensor,
         gamma: Tensor,
         beta: Tensor,
         norms: Tensor,
@@ -286,12 +337,12 @@ class CPUBackend(Backend):
         eps: float,
         out: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return cpu_gelu_grn_backward(grad, h, gamma, beta, norms, row_offsets, eps, out)
+        return _eager(cpu_gelu_grn_backward)(grad, h, bias, gamma, beta, norms, row_offsets, eps, out)
 
     def layer_norm_backward(
         self, grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, out: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return cpu_layer_norm_backward(grad, x, mean, rstd, weight, bias, out)
+        return _eager(cpu_layer_norm_backward)(grad, x, mean, rstd, weight, bias, out)
 
 
 BACKEND = CPUBackend()

@@ -167,14 +167,14 @@ class Correct(type(get_backend("reference"))):
     def fuses_mlp(self, device: torch.device, dtype: torch.dtype) -> bool:
         return True
 
-    def gelu_grn(self, h, gamma, beta, row_offsets, eps, out):
-        norms, result = self._grn(h, gamma, beta, row_offsets, eps)
+    def gelu_grn(self, h, bias, gamma, beta, row_offsets, eps, out):
+        norms, result = self._grn(h + bias, gamma, beta, row_offsets, eps)
         out.copy_(result)
         return norms
 
-    def gelu_grn_backward(self, grad, h, gamma, beta, norms, row_offsets, eps, out):
+    def gelu_grn_backward(self, grad, h, bias, gamma, beta, norms, row_offsets, eps, out):
         with torch.enable_grad():
-            leaves = [t.detach().requires_grad_() for t in (h, gamma, beta)]
+            leaves = [t.detach().requires_grad_() for t in (h + bias, gamma, beta)]
             _, result = self._grn(*leaves, row_offsets, eps)
             grad_h, grad_gamma, grad_beta = torch.autograd.grad(result, leaves, grad.clone())
         out.copy_(result.detach())
@@ -349,8 +349,8 @@ def run_every_kernel(backend: Backend, device: str) -> None:
     if backend.fuses_mlp(torch.device(device), torch.float32):
         gamma, beta = values["bias"], values["bias"].flip(0)
         out = torch.empty_like(x)
-        norms = backend.gelu_grn(x, gamma, beta, active.row_offsets, 1e-6, out)
-        backend.gelu_grn_backward(torch.ones_like(x), x, gamma, beta, norms, active.row_offsets, 1e-6, out)
+        norms = backend.gelu_grn(x, gamma, gamma, beta, active.row_offsets, 1e-6, out)
+        backend.gelu_grn_backward(torch.ones_like(x), x, gamma, gamma, beta, norms, active.row_offsets, 1e-6, out)
         _, mean, rstd = torch.native_layer_norm(x, [x.shape[1]], gamma, beta, 1e-6)
         backend.layer_norm_backward(grad, x, mean, rstd, gamma, beta, out)
 

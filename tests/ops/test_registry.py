@@ -98,9 +98,9 @@ def test_backends_without_kernels_for_the_mlp_say_so():
     x = torch.zeros(1, 1)
     assert not reference.fuses_mlp(torch.device("cpu"), torch.float32)
     with pytest.raises(NotImplementedError, match="'reference' has no fused"):
-        reference.gelu_grn(x, x, x, x, 1e-6, x)
+        reference.gelu_grn(x, x, x, x, x, 1e-6, x)
     with pytest.raises(NotImplementedError, match="'reference' has no fused"):
-        reference.gelu_grn_backward(x, x, x, x, x, x, 1e-6, x)
+        reference.gelu_grn_backward(x, x, x, x, x, x, x, 1e-6, x)
 
 
 def test_report_lists_backends_reasons_and_the_choice(with_broken):

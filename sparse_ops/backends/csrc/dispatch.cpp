@@ -89,7 +89,7 @@ void parallel_tasks(int64_t tasks, int threads, void (*body)(void*, int64_t), vo
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-EXPORT int sparse_ops_interface_version() { return 2; }
+EXPORT int sparse_ops_interface_version() { return 3; }
 EXPORT const char* sparse_ops_instruction_set() { return sparse_ops::kernels().name; }
 EXPORT const char* sparse_ops_threads() { return sparse_ops::gomp_parallel() ? "OpenMP of torch" : "std::thread"; }
 EXPORT int sparse_ops_depthwise(const sparse_ops::DepthwiseArgs* args, int dtype) {

@@ -23,6 +23,7 @@ struct DepthwiseArgs {
 
 struct GeluGrnArgs {
     const void* h;          // [N, D]
+    const void* bias;       // [D], added to h before GELU
     const void* gamma;      // [D]
     const void* beta;       // [D]
     const int64_t* offsets; // [G + 1]
