@@ -53,7 +53,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--data", default="digits", help="folder of images, or digits (default)")
     parser.add_argument("--output", type=Path, default=Path("demo"), help="folder for everything the demo makes")
     parser.add_argument(
-        "--epochs", type=positive_int, help="epochs of pre-training (default: the recipe's; 8 of a folder)"
+        "--epochs", type=positive_int, help="epochs of pre-training (default: the recipe's; 5 of a folder)"
     )
     parser.add_argument("--finetune-epochs", type=positive_int, help="the same for fine-tuning")
     return parser.parse_args()
@@ -74,8 +74,9 @@ def main() -> None:
         train = folder / "train" if (folder / "train").is_dir() else folder
         classes = len(scan_images(train).classes) > 1
         pretrain_data = str(train)
-        recipe = ["--config", CONFIGS / "pretrain_small.yaml", "--epochs", args.epochs or 8, "--warmup-epochs", 1]
-        finetune_recipe = ["--config", CONFIGS / "finetune_small.yaml", "--epochs", args.finetune_epochs or 6]
+        recipe = ["--config", CONFIGS / "pretrain_small.yaml", "--epochs", args.epochs or 5, "--warmup-epochs", 1]
+        recipe += ["--img-size", 96]
+        finetune_recipe = ["--config", CONFIGS / "finetune_small.yaml", "--epochs", args.finetune_epochs or 3]
         finetune_recipe += ["--warmup-epochs", 1, "--data", folder]
     if digits and args.epochs:
         recipe += ["--epochs", args.epochs]
