@@ -270,12 +270,17 @@ def _(
 
 
 def _eager(operator: Callable[..., Any]) -> Callable[..., Any]:
-    """The operator where something traces it, else its bare function: dispatch costs more than a small layer."""
+    """The operator where something watches, else its bare function: dispatch costs more than a small layer."""
     function = operator._init_fn  # type: ignore[attr-defined]  # CustomOpDef keeps what it wraps
 
     def call(*args: Any) -> Any:
-        plain = type(args[0]) is Tensor and _get_current_dispatch_mode() is None and not torch.compiler.is_compiling()
-        return function(*args) if plain else operator(*args)
+        watched = (
+            type(args[0]) is not Tensor
+            or torch.compiler.is_compiling()
+            or torch.autograd._profiler_enabled()
+            or _get_current_dispatch_mode() is not None
+        )
+        return operator(*args) if watched else function(*args)
 
     return call
 
