@@ -212,6 +212,7 @@ def train_transform(
         re_prob=augmentation.random_erasing,
         re_mode="pixel",
     )
+    _keep_a_bit(transform)
     return _one_channel(transform, len(mean))
 
 
@@ -237,6 +238,27 @@ def eval_transform(img_size: tuple[int, int], mean: Sequence[float], std: Sequen
     )
     transform.transforms.insert(0, LimitAspect())
     return _one_channel(transform, len(mean))
+
+
+class _AtLeastOneBit:
+    """A level function of timm's posterization that keeps one bit at least: at the highest level timm asks for none,
+    which Pillow refuses from version 13 on (before, the image turned black)."""
+
+    def __init__(self, level_function: Callable[[float, dict[str, Any]], tuple[int, ...]]) -> None:
+        self.level_function = level_function
+
+    def __call__(self, level: float, hparams: dict[str, Any]) -> tuple[int, ...]:
+        bits, *rest = self.level_function(level, hparams)
+        return max(1, bits), *rest
+
+
+def _keep_a_bit(transform: Any) -> None:
+    """Guard the posterizations of timm's RandAugment, AugMix and AutoAugment in ``transform``."""
+    for step in transform.transforms:
+        policies = [getattr(step, "ops", []), *getattr(step, "policy", [])]
+        for operation in (operation for policy in policies for operation in policy):
+            if operation.name.startswith("Posterize"):
+                operation.level_fn = _AtLeastOneBit(operation.level_fn)
 
 
 class _CentreAspect:

@@ -521,3 +521,17 @@ def test_preprocessing_from_metadata() -> None:
             preprocessing_from_metadata(wrong, 3)
     with pytest.raises(ValueError, match="mean and std"):
         preprocessing_from_metadata({}, 5)
+
+
+@pytest.mark.parametrize("policy", ["rand-m10-inc1", "rand-m9-mstd0.5-inc1", "rand-m10", "augmix-m10", "original"])
+def test_posterization_keeps_a_bit_at_every_level(policy):
+    """At its highest level timm asks Pillow for 0 bits, which is an error there."""
+    augmentation = Augmentation(auto_augment=policy)
+    transform = train_transform((32, 32), (0.5,) * 3, (0.5,) * 3, augmentation, crop_scale=(0.2, 1), hflip=0.5)
+    (policy_step,) = [step for step in transform.transforms if hasattr(step, "ops") or hasattr(step, "policy")]
+    policies = [getattr(policy_step, "ops", []), *getattr(policy_step, "policy", [])]
+    operations = [operation for one in policies for operation in one if operation.name.startswith("Posterize")]
+    assert operations
+    for operation in operations:
+        operation.prob, operation.magnitude, operation.magnitude_std = 1.0, 10, 0
+        operation(Image.new("RGB", (8, 8), "white"))
