@@ -63,12 +63,12 @@ class DenseMaskedFCMAE(FCMAE):
     dense_encoder: Callable[[Tensor, MaskedDenseGrid], Tensor]
 
     def encode(self, images: Tensor, visible: ActiveSet) -> tuple[Tensor, SparseGrid]:
-        features = self.dense_encoder(images, dense_grid(visible, images.dtype))
+        features = self.dense_encoder(images, dense_grid(visible))
         last = visible.down().down().down()
         return last.gather(features), SparseGrid(last, self.backend)
 
 
-def dense_grid(visible: ActiveSet, dtype: torch.dtype) -> MaskedDenseGrid:
+def dense_grid(visible: ActiveSet) -> MaskedDenseGrid:
     """The dense masked grid of an active set, after the stem."""
     shape = visible.batch_size, *visible.grid_size
     keep = torch.zeros(shape, dtype=torch.bool, device=visible.device)
@@ -190,7 +190,7 @@ def encoder_contenders(args: argparse.Namespace, model: FCMAE, images: Tensor, m
     def dense(encoder: Callable[[Tensor, MaskedDenseGrid], Tensor]) -> Callable[[], tuple[Tensor, Tensor]]:
         def forward() -> tuple[Tensor, Tensor]:
             with autocast:
-                rows = last.gather(encoder(channels_last, dense_grid(visible, images.dtype)))
+                rows = last.gather(encoder(channels_last, dense_grid(visible)))
             return (rows.float() * weights).sum(), rows
 
         return forward

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.library import CustomOpDef
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from sparse_ops.active_set import ActiveSet
@@ -269,20 +269,15 @@ def _(
     return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias)
 
 
-def _eager(operator: Callable[..., Any]) -> Callable[..., Any]:
-    """The operator where something watches, else its bare function: dispatch costs more than a small layer."""
-    function = operator._init_fn  # type: ignore[attr-defined]  # CustomOpDef keeps what it wraps
-
-    def call(*args: Any) -> Any:
-        watched = (
-            type(args[0]) is not Tensor
-            or torch.compiler.is_compiling()
-            or torch.autograd._profiler_enabled()
-            or _get_current_dispatch_mode() is not None
-        )
-        return operator(*args) if watched else function(*args)
-
-    return call
+def _run(operator: CustomOpDef, *args: Any) -> Any:
+    """Call the operator where something watches, else its bare function: dispatch costs more than a small layer."""
+    watched = (
+        type(args[0]) is not Tensor
+        or torch.compiler.is_compiling()
+        or torch.autograd._profiler_enabled()
+        or _get_current_dispatch_mode() is not None
+    )
+    return operator(*args) if watched else operator._init_fn(*args)
 
 
 class CPUBackend(Backend):
@@ -315,12 +310,10 @@ class CPUBackend(Backend):
         self, x: Tensor, weight: Tensor, bias: Tensor | None, active: ActiveSet, *, reverse_taps: bool
     ) -> Tensor:
         neighbours = active.patch_neighbours(weight.shape[-1])
-        return _eager(cpu_depthwise)(x, weight, bias, neighbours, active.side, reverse_taps)
+        return _run(cpu_depthwise, x, weight, bias, neighbours, active.side, reverse_taps)
 
     def depthwise_weight_grad(self, x: Tensor, grad: Tensor, active: ActiveSet, kernel_size: int) -> Tensor:
-        return _eager(cpu_depthwise_weight_grad)(
-            x, grad, active.patch_neighbours(kernel_size), active.side, kernel_size
-        )
+        return _run(cpu_depthwise_weight_grad, x, grad, active.patch_neighbours(kernel_size), active.side, kernel_size)
 
     def fuses_mlp(self, device: torch.device, dtype: torch.dtype) -> bool:
         return device.type == "cpu" and dtype in (torch.float32, torch.float64)
@@ -328,7 +321,7 @@ class CPUBackend(Backend):
     def gelu_grn(
         self, h: Tensor, bias: Tensor, gamma: Tensor, beta: Tensor, row_offsets: Tensor, eps: float, out: Tensor
     ) -> Tensor:
-        return _eager(cpu_gelu_grn)(h, bias, gamma, beta, row_offsets, eps, out)
+        return _run(cpu_gelu_grn, h, bias, gamma, beta, row_offsets, eps, out)
 
     def gelu_grn_backward(
         self,
@@ -342,12 +335,12 @@ class CPUBackend(Backend):
         eps: float,
         out: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return _eager(cpu_gelu_grn_backward)(grad, h, bias, gamma, beta, norms, row_offsets, eps, out)
+        return _run(cpu_gelu_grn_backward, grad, h, bias, gamma, beta, norms, row_offsets, eps, out)
 
     def layer_norm_backward(
         self, grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, out: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return _eager(cpu_layer_norm_backward)(grad, x, mean, rstd, weight, bias, out)
+        return _run(cpu_layer_norm_backward, grad, x, mean, rstd, weight, bias, out)
 
 
 BACKEND = CPUBackend()
