@@ -105,7 +105,7 @@ setup(
             sources=[
                 f"{CSRC}/{name}.cpp" for name in ("dispatch", "kernels_baseline", "kernels_avx2", "kernels_avx512")
             ],
-            depends=[f"{CSRC}/{name}" for name in ("kernels.h", "kernels.inc", "simd.h")],
+            depends=[f"{CSRC}/{name}" for name in ("kernels.h", "kernels.inc", "mlp.inc", "simd.h")],
             optional=True,
         )
     ],

@@ -11,12 +11,15 @@ import logging
 import pkgutil
 from abc import ABC, abstractmethod
 from functools import cache
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
 from sparse_ops.active_set import ActiveSet
+
+if TYPE_CHECKING:
+    from sparse_ops.grid import SparseGrid
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +68,10 @@ class Backend(ABC):
     def depthwise_weight_grad(self, x: Tensor, grad: Tensor, active: ActiveSet, kernel_size: int) -> Tensor:
         """Gradient for the weight, ``[C, 1, K, K]`` in the dtype of ``x``, from ``x`` and ``grad``, both ``[N, C]``."""
 
+    def native_grid(self, grid: SparseGrid) -> SparseGrid:
+        """The grid to run a whole network on, for a backend that runs all its layers; by default the one given."""
+        return grid
+
     def fuses_mlp(self, device: torch.device, dtype: torch.dtype) -> bool:
         """Whether :meth:`gelu_grn` and :meth:`gelu_grn_backward` are implemented for such inputs."""
         return False
@@ -107,6 +114,45 @@ class Backend(ABC):
             ``(grad_gamma, grad_beta, gradient for h summed over the rows)``, each ``[D]``.
         """
         raise NotImplementedError(f"backend {self.name!r} has no fused GELU + GRN")
+
+    def fuses_whole_mlp(self, channels: int) -> bool:
+        """Whether :meth:`mlp` takes that width, for inputs that :meth:`fuses_mlp` accepts; it is then preferred."""
+        return False
+
+    def mlp(
+        self,
+        x: Tensor,
+        parameters: tuple[Tensor, ...],
+        row_offsets: Tensor,
+        norm_eps: float,
+        grn_eps: float,
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The pointwise half of a block, from LayerNorm to projection.
+
+        Args:
+            x: ``[N, C]``, contiguous.
+            parameters: LayerNorm's weight and bias ``[C]``, w1 ``[D, C]``, b1 ``[D]``, gamma and beta ``[D]``,
+                w2 ``[C, D]``, b2 ``[C]``.
+            row_offsets: ``[G + 1]`` int64 on the host; norms are taken over the rows of each of the G groups.
+            norm_eps, grn_eps: added to the variance, and to the mean of the norms.
+
+        Returns:
+            The result ``[N, C]``, and the tensors that :meth:`mlp_backward` needs.
+        """
+        raise NotImplementedError(f"backend {self.name!r} has no fused MLP")
+
+    def mlp_backward(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        parameters: tuple[Tensor, ...],
+        row_offsets: Tensor,
+        kept: tuple[Tensor, ...],
+        norm_eps: float,
+        grn_eps: float,
+    ) -> list[Tensor]:
+        """Gradients for ``x`` and each of ``parameters``, from ``grad`` ``[N, C]`` and what :meth:`mlp` kept."""
+        raise NotImplementedError(f"backend {self.name!r} has no fused MLP")
 
     def layer_norm_backward(
         self, grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, out: Tensor

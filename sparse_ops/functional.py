@@ -160,6 +160,33 @@ class _ConvNeXtMLP(torch.autograd.Function):
         )
 
 
+class _WholeMLP(torch.autograd.Function):
+    """The same as one call of the backend each way, where it takes the width."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        row_offsets: Tensor,
+        norm_eps: float,
+        grn_eps: float,
+        backend: Backend,
+        *parameters: Tensor,
+    ) -> Tensor:
+        out, kept = backend.mlp(x, parameters, row_offsets, norm_eps, grn_eps)
+        ctx.save_for_backward(x, row_offsets, *parameters, *kept)
+        ctx.eps, ctx.backend, ctx.parameters = (norm_eps, grn_eps), backend, len(parameters)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, row_offsets, *rest = ctx.saved_tensors
+        parameters, kept = tuple(rest[: ctx.parameters]), tuple(rest[ctx.parameters :])
+        grad_x, *grads = ctx.backend.mlp_backward(grad.contiguous(), x, parameters, row_offsets, kept, *ctx.eps)
+        return grad_x, None, None, None, None, *grads
+
+
 def convnext_mlp(
     x: Tensor,
     norm: tuple[Tensor, Tensor],
@@ -191,6 +218,9 @@ def convnext_mlp(
         rows: ``[M]`` int64, distinct: the rows of the output to compute; all of them if None.
         workspace: memory for temporaries; fresh if None.
     """
+    if rows is None and backend.fuses_whole_mlp(x.shape[1]):
+        parameters = (parameter.contiguous() for parameter in (*norm, *pwconv1, *grn, *pwconv2))
+        return _WholeMLP.apply(x, row_offsets, norm_eps, grn_eps, backend, *parameters)
     workspace = Workspace() if workspace is None else workspace
     return _ConvNeXtMLP.apply(
         x, *norm, *pwconv1, *grn, *pwconv2, row_offsets, rows, norm_eps, grn_eps, backend, workspace

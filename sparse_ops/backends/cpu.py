@@ -21,9 +21,13 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from sparse_ops.active_set import ActiveSet
 from sparse_ops.backend import Backend
 
-INTERFACE_VERSION = 3
+INTERFACE_VERSION = 4
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
 KERNEL_SIZES = (3, 5, 7)
+#: Up to this width the whole pointwise half of a block is one kernel: its weights stay in a core's own cache.
+MLP_MAX_CHANNELS = 192
+MLP_CHANNELS_MULTIPLE = 4
+_MLP_PARAMETERS = ("norm_weight", "norm_bias", "w1", "b1", "gamma", "beta", "w2", "b2")
 _REMEDY = (
     "install a C++ compiler (Debian: apt install g++; conda: conda install -c conda-forge gxx) "
     "and reinstall: pip install --force-reinstall --no-deps ."
@@ -69,6 +73,16 @@ class _LayerNormArgs(ctypes.Structure):
             for name in ["grad", "x", "mean", "rstd", "weight", "bias", "normed", "grad_x", "grad_weight", "grad_bias"]
         ),
         *((name, ctypes.c_int64) for name in ("rows", "channels")),
+        ("threads", ctypes.c_int),
+    )
+
+
+class _MLPArgs(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ["x", *_MLP_PARAMETERS, "offsets", "h", "mean", "rstd", "norms", "out"]),
+        *((name, ctypes.c_void_p) for name in ["grad", "grad_x", *(f"grad_{name}" for name in _MLP_PARAMETERS)]),
+        *((name, ctypes.c_double) for name in ("norm_eps", "grn_eps")),
+        *((name, ctypes.c_int64) for name in ("groups", "channels", "dim")),
         ("threads", ctypes.c_int),
     )
 
@@ -269,6 +283,123 @@ def _(
     return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias)
 
 
+def _mlp_args(
+    x: Tensor, parameters: tuple[Tensor, ...], row_offsets: Tensor, eps: tuple[float, float], **tensors: Tensor
+) -> _MLPArgs:
+    return _MLPArgs(
+        x=_pointer(x),
+        **{name: _pointer(value) for name, value in zip(_MLP_PARAMETERS, parameters, strict=True)},
+        offsets=_pointer(row_offsets),
+        **{name: _pointer(value) for name, value in tensors.items()},
+        norm_eps=eps[0],
+        grn_eps=eps[1],
+        groups=row_offsets.numel() - 1,
+        channels=x.shape[1],
+        dim=parameters[2].shape[0],
+        threads=torch.get_num_threads(),
+    )
+
+
+@torch.library.custom_op("sparse_ops::cpu_mlp", mutates_args=(), device_types="cpu")
+def cpu_mlp(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    row_offsets: Tensor,
+    norm_eps: float,
+    grn_eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See :meth:`sparse_ops.backend.Backend.mlp`."""
+    rows, dim = x.shape[0], w1.shape[0]
+    out, h, norms = torch.empty_like(x), x.new_empty(rows, dim), x.new_empty(row_offsets.numel() - 1, dim)
+    mean, rstd = x.new_empty(rows, 1), x.new_empty(rows, 1)
+    parameters = (norm_weight, norm_bias, w1, b1, gamma, beta, w2, b2)
+    eps = (norm_eps, grn_eps)
+    args = _mlp_args(x, parameters, row_offsets, eps, h=h, mean=mean, rstd=rstd, norms=norms, out=out)
+    _call("sparse_ops_mlp", args, x.dtype)
+    return out, h, mean, rstd, norms
+
+
+@cpu_mlp.register_fake
+def _(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    row_offsets: Tensor,
+    norm_eps: float,
+    grn_eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    rows, dim = x.shape[0], w1.shape[0]
+    column = x.new_empty(rows, 1)
+    norms = x.new_empty(row_offsets.numel() - 1, dim)
+    return torch.empty_like(x), x.new_empty(rows, dim), column, torch.empty_like(column), norms
+
+
+@torch.library.custom_op("sparse_ops::cpu_mlp_backward", mutates_args=(), device_types="cpu")
+def cpu_mlp_backward(
+    grad: Tensor,
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    row_offsets: Tensor,
+    h: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    norms: Tensor,
+    norm_eps: float,
+    grn_eps: float,
+) -> list[Tensor]:
+    """See :meth:`sparse_ops.backend.Backend.mlp_backward`."""
+    parameters = (norm_weight, norm_bias, w1, b1, gamma, beta, w2, b2)
+    grads = [torch.empty_like(tensor) for tensor in (x, *parameters)]
+    named = {f"grad_{name}": value for name, value in zip(("x", *_MLP_PARAMETERS), grads, strict=True)}
+    eps = (norm_eps, grn_eps)
+    args = _mlp_args(x, parameters, row_offsets, eps, h=h, mean=mean, rstd=rstd, norms=norms, grad=grad, **named)
+    _call("sparse_ops_mlp_backward", args, x.dtype)
+    return grads
+
+
+@cpu_mlp_backward.register_fake
+def _(
+    grad: Tensor,
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    row_offsets: Tensor,
+    h: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    norms: Tensor,
+    norm_eps: float,
+    grn_eps: float,
+) -> list[Tensor]:
+    return [torch.empty_like(tensor) for tensor in (x, norm_weight, norm_bias, w1, b1, gamma, beta, w2, b2)]
+
+
 def _run(operator: CustomOpDef, *args: Any) -> Any:
     """Call the operator where something watches, else its bare function: dispatch costs more than a small layer."""
     watched = (
@@ -341,6 +472,32 @@ class CPUBackend(Backend):
         self, grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, out: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         return _run(cpu_layer_norm_backward, grad, x, mean, rstd, weight, bias, out)
+
+    def fuses_whole_mlp(self, channels: int) -> bool:
+        return channels <= MLP_MAX_CHANNELS and channels % MLP_CHANNELS_MULTIPLE == 0
+
+    def mlp(
+        self,
+        x: Tensor,
+        parameters: tuple[Tensor, ...],
+        row_offsets: Tensor,
+        norm_eps: float,
+        grn_eps: float,
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        out, *kept = _run(cpu_mlp, x, *parameters, row_offsets, norm_eps, grn_eps)
+        return out, tuple(kept)
+
+    def mlp_backward(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        parameters: tuple[Tensor, ...],
+        row_offsets: Tensor,
+        kept: tuple[Tensor, ...],
+        norm_eps: float,
+        grn_eps: float,
+    ) -> list[Tensor]:
+        return _run(cpu_mlp_backward, grad, x, *parameters, row_offsets, *kept, norm_eps, grn_eps)
 
 
 BACKEND = CPUBackend()

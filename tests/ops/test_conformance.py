@@ -353,6 +353,12 @@ def run_every_kernel(backend: Backend, device: str) -> None:
         backend.gelu_grn_backward(torch.ones_like(x), x, gamma, gamma, beta, norms, active.row_offsets, 1e-6, out)
         _, mean, rstd = torch.native_layer_norm(x, [x.shape[1]], gamma, beta, 1e-6)
         backend.layer_norm_backward(grad, x, mean, rstd, gamma, beta, out)
+        if backend.fuses_whole_mlp(8):
+            wide, narrow = torch.randn(2, 32, device=device), torch.randn(3, 8, device=device)
+            parameters = (*narrow[:2], wide[0].outer(narrow[0]), *wide, wide[1], narrow[1].outer(wide[1]), narrow[2])
+            rows = torch.randn(5, 8, device=device)
+            _, kept = backend.mlp(rows, parameters, torch.tensor([0, 2, 5]), 1e-6, 1e-6)
+            backend.mlp_backward(rows, rows, parameters, torch.tensor([0, 2, 5]), kept, 1e-6, 1e-6)
 
 
 def test_registered_operators_pass_opcheck():

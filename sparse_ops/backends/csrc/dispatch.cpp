@@ -89,7 +89,7 @@ void parallel_tasks(int64_t tasks, int threads, void (*body)(void*, int64_t), vo
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-EXPORT int sparse_ops_interface_version() { return 3; }
+EXPORT int sparse_ops_interface_version() { return 4; }
 EXPORT const char* sparse_ops_instruction_set() { return sparse_ops::kernels().name; }
 EXPORT const char* sparse_ops_threads() { return sparse_ops::gomp_parallel() ? "OpenMP of torch" : "std::thread"; }
 EXPORT int sparse_ops_depthwise(const sparse_ops::DepthwiseArgs* args, int dtype) {
@@ -106,4 +106,8 @@ EXPORT int sparse_ops_gelu_grn_backward(const sparse_ops::GeluGrnArgs* args, int
 }
 EXPORT int sparse_ops_layer_norm_backward(const sparse_ops::LayerNormArgs* args, int dtype) {
     return sparse_ops::kernels().layer_norm_backward(*args, dtype);
+}
+EXPORT int sparse_ops_mlp(const sparse_ops::MlpArgs* args, int dtype) { return sparse_ops::kernels().mlp(*args, dtype); }
+EXPORT int sparse_ops_mlp_backward(const sparse_ops::MlpArgs* args, int dtype) {
+    return sparse_ops::kernels().mlp_backward(*args, dtype);
 }

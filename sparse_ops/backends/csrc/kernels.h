@@ -55,6 +55,41 @@ struct LayerNormArgs {
     int threads;
 };
 
+// The pointwise half of a block: D hidden channels, a multiple of the width of a vector.
+struct MlpArgs {
+    const void* x;            // [N, C]
+    const void* norm_weight;  // [C]
+    const void* norm_bias;    // [C]
+    const void* w1;           // [D, C]
+    const void* b1;           // [D]
+    const void* gamma;        // [D]
+    const void* beta;         // [D]
+    const void* w2;           // [C, D]
+    const void* b2;           // [C]
+    const int64_t* offsets;   // [G + 1]
+    void* h;                  // [N, D]: the hidden layer before b1; written forward, read backward, like the next three
+    void* mean;               // [N]
+    void* rstd;               // [N]
+    void* norms;              // [G, D]
+    void* out;                // [N, C], forward
+    const void* grad;         // [N, C], backward, the gradient for out, like the rest
+    void* grad_x;             // [N, C]
+    void* grad_norm_weight;   // [C]
+    void* grad_norm_bias;     // [C]
+    void* grad_w1;            // [D, C]
+    void* grad_b1;            // [D]
+    void* grad_gamma;         // [D]
+    void* grad_beta;          // [D]
+    void* grad_w2;            // [C, D]
+    void* grad_b2;            // [C]
+    double norm_eps;
+    double grn_eps;
+    int64_t groups;
+    int64_t channels;
+    int64_t dim;
+    int threads;
+};
+
 // Each returns 0, or -1 where the dtype or kernel size is not compiled in.
 struct Kernels {
     const char* name;
@@ -63,6 +98,8 @@ struct Kernels {
     int (*gelu_grn)(const GeluGrnArgs&, int dtype);
     int (*gelu_grn_backward)(const GeluGrnArgs&, int dtype);
     int (*layer_norm_backward)(const LayerNormArgs&, int dtype);
+    int (*mlp)(const MlpArgs&, int dtype);
+    int (*mlp_backward)(const MlpArgs&, int dtype);
 };
 
 extern const Kernels kBaselineKernels;
