@@ -70,7 +70,7 @@ class Stem(nn.Sequential):
 
     def forward(self, images: Tensor, grid: Grid) -> Tensor:  # type: ignore[override]  # a container with its own call
         conv, norm = cast(nn.Conv2d, self[0]), self[1]
-        return norm(grid.stem(images, conv.weight, conv.bias))
+        return grid.pointwise(norm, grid.stem(images, conv.weight, conv.bias))
 
 
 class Downsample(nn.Sequential):
@@ -81,7 +81,7 @@ class Downsample(nn.Sequential):
 
     def forward(self, x: Tensor, grid: Grid) -> tuple[Tensor, Grid]:  # type: ignore[override]  # as above
         norm, conv = self[0], cast(nn.Conv2d, self[1])
-        return grid.downsample(norm(x), conv.weight, conv.bias)
+        return grid.downsample(grid.pointwise(norm, x), conv.weight, conv.bias)
 
 
 class Encoder(nn.Module):
@@ -122,6 +122,7 @@ class Encoder(nn.Module):
         config = self.encoder_config
         if images.dim() != 4 or images.shape[1] != config.in_chans:
             raise ValueError(f"expected images [B, {config.in_chans}, H, W], got {tuple(images.shape)}")
+        grid = grid.native()
         stem, *downsamples = self.downsample_layers
         x = stem(images, grid)
         for index, stage in enumerate(self.stages):
@@ -129,7 +130,7 @@ class Encoder(nn.Module):
                 x, grid = downsamples[index - 1](x, grid)
             for block in stage.children():
                 x = block(x, grid)
-            yield x, grid
+            yield grid.rows(x), grid
 
     def forward_features(self, images: Tensor, grid: Grid | None = None) -> tuple[Tensor, Grid]:
         """Features of the last stage and their grid; a dense grid by default: ``[B, H/32, W/32, C]`` (patch size 32).

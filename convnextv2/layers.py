@@ -45,7 +45,7 @@ class DropPath(nn.Module):
         if self.rate == 0.0 or not self.training:
             return x
         keep = 1 - self.rate
-        factor = x.new_empty(grid.batch_size, 1).bernoulli_(keep).div_(keep)
+        factor = torch.empty(grid.batch_size, 1, dtype=x.dtype, device=x.device).bernoulli_(keep).div_(keep)
         return grid.image_scale(x, factor)
 
     def extra_repr(self) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,6 +43,7 @@ class _PatchIndex:
         self.grid_size = grid_size
         self.counts = counts
         self.workspace = Workspace()
+        self.backend_cache: dict[Any, Any] = {}
         self._tables: dict[int, Tensor] = {}
 
     @cached_property
@@ -191,6 +193,11 @@ class ActiveSet:
     def workspace(self) -> Workspace:
         """Memory for temporaries, shared by all stages of a pass."""
         return self._patches.workspace
+
+    @property
+    def backend_cache(self) -> dict[Any, Any]:
+        """What backends keep about the visible patches; shared by all stages of a pass, as the patches are."""
+        return self._patches.backend_cache
 
     @property
     def patch_index(self) -> Tensor:

@@ -7,6 +7,7 @@ A network written against :class:`Grid` has one definition for both.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -49,6 +50,21 @@ class Grid(ABC):
     @abstractmethod
     def downsample(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Grid]:
         """2×2 convolution of stride 2 with a weight ``[out, C, 2, 2]``; returns the features and their grid."""
+
+    def native(self) -> Grid:
+        """The grid to run a whole network on: itself, unless its backend keeps features in a form of its own.
+
+        Features between :meth:`stem` and :meth:`rows` are then in that form.
+        """
+        return self
+
+    def rows(self, x: Tensor) -> Tensor:
+        """Features of a network in the form that the caller knows."""
+        return x
+
+    def pointwise(self, module: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """Apply a module that treats every cell alike and by itself."""
+        return module(x)
 
     @abstractmethod
     def image_sum(self, x: Tensor) -> Tensor:
@@ -138,6 +154,9 @@ class SparseGrid(Grid):
     @property
     def batch_size(self) -> int:
         return self.active.batch_size
+
+    def native(self) -> SparseGrid:
+        return self.backend.native_grid(self)
 
     def stem(self, images: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return functional.pointwise_linear(self.active.gather_patches(images), weight, bias)
