@@ -404,8 +404,10 @@ def make_accelerator(options: RunOptions) -> Accelerator:
             raise ValueError(f"--device {options.device}: there are {torch.cuda.device_count()} CUDA devices")
         if index:
             torch.cuda.set_device(int(index))
+    # Without an accelerator, accelerate joins the processes of a launcher only if told that they run on processors;
+    # otherwise each would train by itself, all into the same folder.
     return Accelerator(
-        cpu=kind == "cpu",
+        cpu=kind == "cpu" or not torch.accelerator.is_available(),
         mixed_precision=options.precision,
         gradient_accumulation_steps=options.accum,
         log_with=options.tracker,

@@ -15,6 +15,7 @@ from typing import Generic, NoReturn, TypeVar
 import torch
 from safetensors import SafetensorError
 
+from convnextv2 import options
 from sparse_ops.backend import BackendUnavailableError
 
 T = TypeVar("T")
@@ -143,11 +144,10 @@ def progress(iterable: Iterable[T], total: int | None = None, description: str =
 
 def image_size(text: str) -> tuple[int, int]:
     """(height, width) in pixels from ``224`` or ``192x256``; an argparse type."""
-    parts = text.lower().replace("×", "x").replace(",", "x").split("x")
-    if len(parts) > 2 or not all(part.strip().isdigit() and int(part) > 0 for part in parts):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size in pixels; write 224, or HEIGHTxWIDTH as in 192x256")
-    height, width = int(parts[0]), int(parts[-1])
-    return height, width
+    try:
+        return options.image_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def positive_int(text: str) -> int:

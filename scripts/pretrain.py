@@ -25,6 +25,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RunStoppedError as stopped:
         _cli.warn(str(stopped))
         return stopped.status
+    from accelerate import PartialState  # takes a second: not for --help
+
+    if not PartialState().is_main_process:
+        return 0
     change = 100 * (1 - result.last_loss / result.first_loss)
     verb = "fell" if change >= 0 else "rose"
     _cli.say(

@@ -122,3 +122,20 @@ def test_sigterm_ends_with_143_and_a_usable_checkpoint(images: Path, tmp_path: P
     assert "Traceback" not in errors
     names = sorted(path.name for path in (output / "checkpoints").iterdir())
     assert names == ["last.safetensors", "state"]
+
+
+def test_processes_of_a_launcher_make_one_run_and_report_once(images: Path, tmp_path: Path) -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    arguments = ["--data", images, "--output", tmp_path / "run", *TINY, "--img-size", "32", "--epochs", "2"]
+    result = subprocess.run(
+        [*launcher, str(SCRIPT), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("loss ") == 1
+    epochs = [json.loads(line)["epoch"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert epochs == sorted(set(epochs))
+    assert len(epochs) == 2
