@@ -252,7 +252,16 @@ def _read_pickle(path: Path) -> Any:
             f"{path}: {doubt}holds Python objects beside tensors, which could run code, so it was not opened; in a "
             "place where you trust it, save its state dict alone"
         ) from error
-    except (RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError, OSError) as error:
+    except (
+        RuntimeError,
+        EOFError,
+        ValueError,
+        LookupError,
+        AttributeError,
+        TypeError,
+        OSError,
+        SafetensorError,  # torch 2.15 reads .safetensors, too
+    ) as error:
         # What torch.load raises for damaged files depends on where the damage is; an OSError without a file name
         # comes from a seek beyond the end.
         if isinstance(error, OSError) and error.filename is not None:

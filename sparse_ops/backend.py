@@ -48,6 +48,12 @@ class Backend(ABC):
     def rejects(self, device: torch.device, dtype: torch.dtype, kernel_size: int) -> str | None:
         """None if such inputs are served, else why not."""
 
+    def prepare(self, active: ActiveSet, kernel_size: int) -> None:  # noqa: B027  # optional, and nothing by default
+        """Make the tables of ``active`` that the kernels use, which keeps them; by default there are none.
+
+        Called outside of autograd's function: torch.compile does not let a table made inside of it live on.
+        """
+
     @abstractmethod
     def depthwise(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, active: ActiveSet, *, reverse_taps: bool

@@ -86,6 +86,7 @@ def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None, active: Activ
     if reason is not None:
         raise ValueError(f"backend {backend.name!r} does not serve this input: {reason}; try backend='reference'")
     bias = None if bias is None else bias.contiguous()
+    backend.prepare(active, weight.shape[-1])
     return _DepthwiseConv.apply(x.contiguous(), weight.contiguous(), bias, active, backend)
 
 

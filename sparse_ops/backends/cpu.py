@@ -437,6 +437,9 @@ class CPUBackend(Backend):
             return f"kernel size {kernel_size} is not one of {KERNEL_SIZES}"
         return None
 
+    def prepare(self, active: ActiveSet, kernel_size: int) -> None:
+        active.patch_neighbours(kernel_size)
+
     def depthwise(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, active: ActiveSet, *, reverse_taps: bool
     ) -> Tensor:

@@ -31,6 +31,9 @@ class ReferenceBackend(Backend):
     def rejects(self, device: torch.device, dtype: torch.dtype, kernel_size: int) -> str | None:
         return None if dtype.is_floating_point else f"dtype {dtype} is not a floating-point type"
 
+    def prepare(self, active: ActiveSet, kernel_size: int) -> None:
+        active.cell_neighbours(kernel_size)
+
     def depthwise(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, active: ActiveSet, *, reverse_taps: bool
     ) -> Tensor:
