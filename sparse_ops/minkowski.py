@@ -74,11 +74,14 @@ def neighbour_table(manager: Any, key: Any, kernel_size: int, dilation: int) -> 
     """``[N, T]`` int64: the row under each tap, N where there is none; from MinkowskiEngine's kernel map."""
     cells, taps = manager.size(key), kernel_size**manager.D
     pairs = manager.kernel_map(key, key, stride=1, kernel_size=kernel_size, dilation=dilation)
-    device = next((pair.device for pair in pairs.values()), torch.device("cpu"))
-    table_TN = torch.full((taps, cells), cells, dtype=torch.int64, device=device)
-    for tap, (source, target) in pairs.items():
-        table_TN[tap, target.long()] = source.long()
-    return table_TN.t().contiguous()
+    table_NT = torch.full((cells, taps), cells, dtype=torch.int64)
+    if pairs:
+        source, target = torch.cat(list(pairs.values()), dim=1).long()
+        counts = torch.tensor([pair.shape[1] for pair in pairs.values()], device=source.device)
+        tap = torch.tensor(list(pairs), device=source.device).repeat_interleave(counts)
+        table_NT = table_NT.to(source.device)
+        table_NT.view(-1).scatter_(0, target * taps + tap, source)
+    return table_NT
 
 
 def image_index(manager: Any, key: Any) -> tuple[Tensor, int]:
@@ -97,12 +100,18 @@ def _chunks(x_NC: Tensor, table_NT: Tensor) -> int:
 
 
 def _gathered(x_NC: Tensor, table_NT: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Slices of the cells, and what lies under their taps: ``[n, T, C]``, zeros where there is nothing."""
-    padded = torch.cat((x_NC, x_NC.new_zeros(1, x_NC.shape[1])))
-    size = _chunks(x_NC, table_NT)
-    for start in range(0, x_NC.shape[0], size):
-        cells = slice(start, start + size)
-        yield cells, F.embedding(table_NT[cells], padded)
+    """Slices of the cells, and what lies under their taps: ``[n, T, C]``, zeros where there is nothing.
+
+    All are given in the same memory: use one before the next is taken.
+    """
+    (cells, channels), taps = x_NC.shape, table_NT.shape[1]
+    padded = torch.cat((x_NC, x_NC.new_zeros(1, channels)))
+    size = min(_chunks(x_NC, table_NT), cells)
+    memory = x_NC.new_empty(size * taps, channels)
+    for start in range(0, cells, size):
+        index = table_NT[start : start + size].view(-1)
+        under = torch.index_select(padded, 0, index, out=memory[: len(index)])
+        yield slice(start, start + size), under.view(-1, taps, channels)
 
 
 def sum_taps(x_NC: Tensor, kernel_TC: Tensor, table_NT: Tensor) -> Tensor:
@@ -124,9 +133,11 @@ def sum_taps_backward(
     grad_x = torch.empty_like(x_NC) if wanted[0] else None
     grad_kernel = torch.zeros_like(kernel_TC) if wanted[1] else None
     reversed_TC = kernel_TC.flip(0)
+    product = None
     for cells, under_nTC in _gathered(grad_NC, table_NT):
         if grad_kernel is not None:
-            grad_kernel += (under_nTC * x_NC[cells, None]).sum(0)
+            product = torch.empty_like(under_nTC) if product is None else product[: len(under_nTC)]
+            grad_kernel += torch.mul(under_nTC, x_NC[cells, None], out=product).sum(0)
         if grad_x is not None:
             torch.sum(under_nTC.mul_(reversed_TC), 1, out=grad_x[cells])
     return grad_x, None if grad_kernel is None else grad_kernel.flip(0)
@@ -242,14 +253,14 @@ def grn(sparse: SparseTensor, gamma: Tensor, beta: Tensor, scope: GRNScope, eps:
     else:
         image_N, images = _cached(manager, sparse.coordinate_map_key, image_index)
         energy_GD = x_ND.new_zeros(images, x_ND.shape[1]).index_add(0, image_N, x_ND.square())
-        factor = grn_scale(energy_GD, gamma.flatten(), eps)[image_N]
+        factor = grn_scale(energy_GD, gamma.flatten(), eps).index_select(0, image_N)
     return with_features(sparse, x_ND * factor + beta.flatten())
 
 
 def scale_images(sparse: SparseTensor, factor: Tensor) -> SparseTensor:
     """Multiply the cells of image b by ``factor[b]``; ``factor`` is ``[B, C]`` or ``[B, 1]``."""
     image_N, _ = _cached(sparse.coordinate_manager, sparse.coordinate_map_key, image_index)
-    return with_features(sparse, sparse.F * factor[image_N])
+    return with_features(sparse, sparse.F * factor.index_select(0, image_N))
 
 
 # Modules of the official names ---------------------------------------------------------------------------------------

@@ -66,6 +66,8 @@ class Coordinates:
         self._same = torch.equal(order, ours)
         self.order = order
         """``[N]`` int64: our row of each of the engine's rows."""
+        self.place = torch.argsort(order)
+        """``[N]`` int64: the engine's row of each of ours."""
         self.image_index = engine_N3[:, 0]
         """``[N]`` int64: the image of each of the engine's rows."""
         self._tables: dict[int, Tensor] = {}
@@ -93,11 +95,11 @@ class Coordinates:
 
     def to_engine(self, rows: Tensor) -> Tensor:
         """Rows ``[N, C]`` in the active set's order, in the engine's."""
-        return rows if self._same else rows[self.order]
+        return rows if self._same else rows.index_select(0, self.order)
 
     def to_rows(self, features: Tensor) -> Tensor:
         """Inverse of :meth:`to_engine`."""
-        return features if self._same else features[torch.argsort(self.order)]
+        return features if self._same else features.index_select(0, self.place)
 
     def table(self, kernel_size: int) -> Tensor:
         """``[N, K²]`` int64: our row under each tap, taps row-major over the kernel, N where there is none."""
