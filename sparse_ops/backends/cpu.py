@@ -11,15 +11,13 @@ import ctypes
 import os
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import CustomOpDef
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from sparse_ops.active_set import ActiveSet
 from sparse_ops.backend import Backend
+from sparse_ops.backends._operators import run
 
 INTERFACE_VERSION = 4
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
@@ -400,17 +398,6 @@ def _(
     return [torch.empty_like(tensor) for tensor in (x, norm_weight, norm_bias, w1, b1, gamma, beta, w2, b2)]
 
 
-def _run(operator: CustomOpDef, *args: Any) -> Any:
-    """Call the operator where something watches, else its bare function: dispatch costs more than a small layer."""
-    watched = (
-        type(args[0]) is not Tensor
-        or torch.compiler.is_compiling()
-        or torch.autograd._profiler_enabled()
-        or _get_current_dispatch_mode() is not None
-    )
-    return operator(*args) if watched else operator._init_fn(*args)
-
-
 class CPUBackend(Backend):
     """Patch-and-halo kernels in C++ for float32, float64 and bfloat16 (accumulated in float32)."""
 
@@ -444,10 +431,10 @@ class CPUBackend(Backend):
         self, x: Tensor, weight: Tensor, bias: Tensor | None, active: ActiveSet, *, reverse_taps: bool
     ) -> Tensor:
         neighbours = active.patch_neighbours(weight.shape[-1])
-        return _run(cpu_depthwise, x, weight, bias, neighbours, active.side, reverse_taps)
+        return run(cpu_depthwise, x, weight, bias, neighbours, active.side, reverse_taps)
 
     def depthwise_weight_grad(self, x: Tensor, grad: Tensor, active: ActiveSet, kernel_size: int) -> Tensor:
-        return _run(cpu_depthwise_weight_grad, x, grad, active.patch_neighbours(kernel_size), active.side, kernel_size)
+        return run(cpu_depthwise_weight_grad, x, grad, active.patch_neighbours(kernel_size), active.side, kernel_size)
 
     def fuses_mlp(self, device: torch.device, dtype: torch.dtype) -> bool:
         return device.type == "cpu" and dtype in (torch.float32, torch.float64)
@@ -455,7 +442,7 @@ class CPUBackend(Backend):
     def gelu_grn(
         self, h: Tensor, bias: Tensor, gamma: Tensor, beta: Tensor, row_offsets: Tensor, eps: float, out: Tensor
     ) -> Tensor:
-        return _run(cpu_gelu_grn, h, bias, gamma, beta, row_offsets, eps, out)
+        return run(cpu_gelu_grn, h, bias, gamma, beta, row_offsets, eps, out)
 
     def gelu_grn_backward(
         self,
@@ -469,12 +456,12 @@ class CPUBackend(Backend):
         eps: float,
         out: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return _run(cpu_gelu_grn_backward, grad, h, bias, gamma, beta, norms, row_offsets, eps, out)
+        return run(cpu_gelu_grn_backward, grad, h, bias, gamma, beta, norms, row_offsets, eps, out)
 
     def layer_norm_backward(
         self, grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, out: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return _run(cpu_layer_norm_backward, grad, x, mean, rstd, weight, bias, out)
+        return run(cpu_layer_norm_backward, grad, x, mean, rstd, weight, bias, out)
 
     def fuses_whole_mlp(self, channels: int) -> bool:
         return channels <= MLP_MAX_CHANNELS and channels % MLP_CHANNELS_MULTIPLE == 0
@@ -487,7 +474,7 @@ class CPUBackend(Backend):
         norm_eps: float,
         grn_eps: float,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        out, *kept = _run(cpu_mlp, x, *parameters, row_offsets, norm_eps, grn_eps)
+        out, *kept = run(cpu_mlp, x, *parameters, row_offsets, norm_eps, grn_eps)
         return out, tuple(kept)
 
     def mlp_backward(
@@ -500,7 +487,7 @@ class CPUBackend(Backend):
         norm_eps: float,
         grn_eps: float,
     ) -> list[Tensor]:
-        return _run(cpu_mlp_backward, grad, x, *parameters, row_offsets, *kept, norm_eps, grn_eps)
+        return run(cpu_mlp_backward, grad, x, *parameters, row_offsets, *kept, norm_eps, grn_eps)
 
 
 BACKEND = CPUBackend()
