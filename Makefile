@@ -6,11 +6,22 @@ DATA ?= digits
 DEMO ?= demo
 CONSTRAINTS ?= -c constraints.txt
 PIP_ARGS = $(CONSTRAINTS) -e .
+# Options of scripts/install_minkowski.py; MINKOWSKI=skip tests without MinkowskiEngine.
+MINKOWSKI ?= --cpu
 
 BIN = $(VENV)/bin
+MINKOWSKI_SOURCES = scripts/install_minkowski.py $(wildcard scripts/_minkowski_*.py)
 SOURCES = setup.py pyproject.toml requirements.txt constraints.txt $(wildcard sparse_ops/backends/csrc/*)
 
-.PHONY: help demo test lint format bench clean
+ifeq ($(MINKOWSKI),skip)
+TEST_READY = $(VENV)/.installed-test
+else
+TEST_READY = $(VENV)/.installed-minkowski
+# Tests that need MinkowskiEngine fail without it instead of being skipped.
+test: export REQUIRE_MINKOWSKI = 1
+endif
+
+.PHONY: help demo test lint format bench minkowski clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -31,10 +42,14 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS)[test]
 	@touch $@
 
+$(VENV)/.installed-minkowski: $(VENV)/.installed-test $(MINKOWSKI_SOURCES)
+	$(BIN)/python scripts/install_minkowski.py $(MINKOWSKI)
+	@touch $@
+
 demo: $(VENV)/.installed ## pre-train, convert, fine-tune, predict; DATA=<folder of class folders> for your own images
 	$(BIN)/python scripts/demo.py --data "$(DATA)" --output "$(DEMO)"
 
-test: $(VENV)/.installed-test ## the whole suite, with coverage of both packages
+test: $(TEST_READY) ## the whole suite, with coverage of both packages
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --cov --cov-report=term --cov-fail-under=90
 
 lint: $(VENV)/.installed-test ## ruff and mypy
@@ -48,6 +63,10 @@ format: $(VENV)/.installed-test ## format the code
 
 bench: $(VENV)/.installed ## speed and memory against dense masked, on this machine
 	$(BIN)/python benchmarks/encoder.py --models atto pico tiny --batch-size 16 --json benchmarks/results/local.json
+
+minkowski: $(VENV)/.installed-test ## build and install MinkowskiEngine; MINKOWSKI=--cuda for GPUs as well
+	$(BIN)/python scripts/install_minkowski.py $(MINKOWSKI)
+	@touch $(VENV)/.installed-minkowski
 
 clean: ## remove what the demo and the build made; the environment stays
 	rm -rf $(DEMO) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage*
