@@ -15,7 +15,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -314,8 +313,9 @@ def compile_wheel(source: Path, kind: Kind, environment: dict[str, str], log: Pa
 
 def build(kind: Kind, tools: Toolchain, arch: tuple[str, ...], jobs: int, slot: Path) -> Path:
     """Build the wheel into the cache; it appears there whole or not at all."""
-    slot.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix="build-", dir=slot.parent))
+    folder = slot.with_name(f"{slot.name}.build")
+    shutil.rmtree(folder, ignore_errors=True)  # of a build that was killed; the caller holds the lock
+    folder.mkdir(parents=True)
     try:
         say("fetching the source and the build's tools")
         environment, bundled = build_environment(kind, tools, arch, jobs, folder)
@@ -411,6 +411,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run() -> int:
     """:func:`main` with errors in one line: status 1 if the build failed, 2 if something is missing or wrong."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the compilers are stopped and the folder removed
     try:
         return main()
     except KeyboardInterrupt:
