@@ -21,7 +21,7 @@ from typing import Literal
 
 GIGABYTE = 1 << 30
 DISK_NEEDED = {"cpu": 1 * GIGABYTE, "cuda": 3 * GIGABYTE}
-MEMORY_PER_JOB = {"cpu": int(1.5 * GIGABYTE), "cuda": int(2.5 * GIGABYTE)}
+MEMORY_PER_JOB = {"cpu": int(1.5 * GIGABYTE), "cuda": int(3.5 * GIGABYTE)}
 MINIMUM_GCC = 9
 OLDEST_PYTHON, NEWEST_PYTHON = (3, 10), (3, 13)
 
