@@ -150,7 +150,7 @@ for package in ("convnextv2", "sparse_ops"):
             print(importlib.import_module(module.name).__name__)
 import sys, torch
 assert not torch.cuda.is_initialized()
-assert not {"triton", "MinkowskiEngine"} & {name for name in sys.modules if "." not in name}
+assert "MinkowskiEngine" not in sys.modules
 """
 
 
