@@ -7,6 +7,7 @@ the defaults.
 from __future__ import annotations
 
 import itertools
+import re
 import types
 from collections.abc import Sequence
 from dataclasses import asdict, field, fields
@@ -25,10 +26,10 @@ def option(default: Any, help: str, choices: Sequence[Any] | None = None) -> Any
 
 
 class ImageSize:
-    """(height, width) in pixels from ``224``, ``192x256`` or ``[192, 256]``; ValueError on anything else."""
+    """(height, width) in pixels from ``224``, ``192x256``, ``192,256`` or ``[192, 256]``; ValueError on anything else."""
 
     def __call__(self, value: Any) -> tuple[int, int]:
-        parts = list(value) if isinstance(value, list | tuple) else str(value).lower().replace("×", "x").split("x")
+        parts = list(value) if isinstance(value, list | tuple) else re.split("[x×,]", str(value).lower())
         try:
             sides = [int(part) for part in parts]
         except ValueError:

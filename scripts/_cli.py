@@ -73,6 +73,14 @@ def say(text: str = "") -> None:
     sys.stdout.flush()
 
 
+def say_once(text: str) -> None:
+    """:func:`say`; of the processes of a run the first one only."""
+    from accelerate import PartialState  # takes a second: not for --help
+
+    if PartialState().is_main_process:
+        say(text)
+
+
 def warn(text: str) -> None:
     """One line beside the results, on stderr."""
     sys.stderr.write(f"{text}\n")

@@ -123,13 +123,13 @@ def find_blas(choice: BlasChoice, compiler: tuple[str, ...] | None) -> Blas | No
     """conda's OpenBLAS, else the system's, else the one on PyPI; ``choice`` can rule out the last, or all but it."""
     if choice != "pypi":
         conda = Path(os.environ.get("CONDA_PREFIX", sys.prefix))
-        for library in (conda / "lib/libopenblas.so",):
-            if library.exists() and (conda / "include/cblas.h").exists():
-                return Blas("conda", conda / "include", library)
+        library = conda / "lib/libopenblas.so"
+        if library.exists() and (conda / "include/cblas.h").exists():
+            return Blas("conda", conda / "include", library)
         if compiler is not None:
-            header, library = _system_header(compiler), _system_library(compiler)
-            if header and library:
-                return Blas("system", header, library)
+            header, found = _system_header(compiler), _system_library(compiler)
+            if header and found:
+                return Blas("system", header, found)
     return None if choice == "system" else Blas("pypi")
 
 
@@ -149,7 +149,8 @@ def _system_library(compiler: tuple[str, ...]) -> Path | None:
     done = subprocess.run([*compiler, "-print-file-name=libopenblas.so"], capture_output=True, text=True, check=False)
     if done.stdout.startswith("/"):
         return Path(done.stdout.strip())
-    return next((path for path in (Path("/opt/OpenBLAS/lib/libopenblas.so"),) if path.exists()), None)
+    built_here = Path("/opt/OpenBLAS/lib/libopenblas.so")  # where OpenBLAS's own Makefile installs
+    return built_here if built_here.exists() else None
 
 
 def find_cuda(chosen: Path | None, torch: Torch | None) -> Cuda | None:

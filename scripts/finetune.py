@@ -27,11 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RunStoppedError as stopped:
         _cli.warn(str(stopped))
         return stopped.status
-    from accelerate import PartialState  # takes a second: not for --help
-
-    if not PartialState().is_main_process:
-        return 0
-    _cli.say(
+    _cli.say_once(
         f"best top-1 {result.best_top1:.2f} % on {result.val_images} validation images (epoch {result.best_epoch} of "
         f"{result.epochs}): {result.output / 'checkpoints' / 'best.safetensors'}"
     )

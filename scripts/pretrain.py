@@ -25,13 +25,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RunStoppedError as stopped:
         _cli.warn(str(stopped))
         return stopped.status
-    from accelerate import PartialState  # takes a second: not for --help
-
-    if not PartialState().is_main_process:
-        return 0
     change = 100 * (1 - result.last_loss / result.first_loss)
     verb = "fell" if change >= 0 else "rose"
-    _cli.say(
+    _cli.say_once(
         f"loss {verb} from {result.first_loss:.4f} to {result.last_loss:.4f} ({abs(change):.1f} %) in {result.epochs} "
         f"epochs: {result.output / 'checkpoints' / 'last.safetensors'}"
     )

@@ -26,6 +26,7 @@ KERNEL_SIZES = (3, 5, 7)
 MLP_MAX_CHANNELS = 192
 MLP_CHANNELS_MULTIPLE = 4
 _MLP_PARAMETERS = ("norm_weight", "norm_bias", "w1", "b1", "gamma", "beta", "w2", "b2")
+_MLP_OUTPUTS = ("h", "mean", "rstd", "norms", "out")
 _REMEDY = (
     "install a C++ compiler (Debian: apt install g++; conda: conda install -c conda-forge gxx) "
     "and reinstall: pip install --force-reinstall --no-deps ."
@@ -77,7 +78,7 @@ class _LayerNormArgs(ctypes.Structure):
 
 class _MLPArgs(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ["x", *_MLP_PARAMETERS, "offsets", "h", "mean", "rstd", "norms", "out"]),
+        *((name, ctypes.c_void_p) for name in ["x", *_MLP_PARAMETERS, "offsets", *_MLP_OUTPUTS]),
         *((name, ctypes.c_void_p) for name in ["grad", "grad_x", *(f"grad_{name}" for name in _MLP_PARAMETERS)]),
         *((name, ctypes.c_double) for name in ("norm_eps", "grn_eps")),
         *((name, ctypes.c_int64) for name in ("groups", "channels", "dim")),
@@ -282,15 +283,15 @@ def _(
 
 
 def _mlp_args(
-    x: Tensor, parameters: tuple[Tensor, ...], row_offsets: Tensor, eps: tuple[float, float], **tensors: Tensor
+    x: Tensor, parameters: list[Tensor], row_offsets: Tensor, norm_eps: float, grn_eps: float, **tensors: Tensor
 ) -> _MLPArgs:
     return _MLPArgs(
         x=_pointer(x),
         **{name: _pointer(value) for name, value in zip(_MLP_PARAMETERS, parameters, strict=True)},
         offsets=_pointer(row_offsets),
         **{name: _pointer(value) for name, value in tensors.items()},
-        norm_eps=eps[0],
-        grn_eps=eps[1],
+        norm_eps=norm_eps,
+        grn_eps=grn_eps,
         groups=row_offsets.numel() - 1,
         channels=x.shape[1],
         dim=parameters[2].shape[0],
@@ -298,79 +299,44 @@ def _mlp_args(
     )
 
 
+def _mlp_outputs(
+    x: Tensor, parameters: list[Tensor], row_offsets: Tensor, norm_eps: float, grn_eps: float
+) -> list[Tensor]:
+    """Memory for what is kept and for the result, in the order of ``_MLP_OUTPUTS``."""
+    rows, dim = x.shape[0], parameters[2].shape[0]
+    shapes = ((rows, dim), (rows, 1), (rows, 1), (row_offsets.numel() - 1, dim))
+    return [*(x.new_empty(shape) for shape in shapes), torch.empty_like(x)]
+
+
 @torch.library.custom_op("sparse_ops::cpu_mlp", mutates_args=(), device_types="cpu")
 def cpu_mlp(
-    x: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    w1: Tensor,
-    b1: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    w2: Tensor,
-    b2: Tensor,
-    row_offsets: Tensor,
-    norm_eps: float,
-    grn_eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """See :meth:`sparse_ops.backend.Backend.mlp`."""
-    rows, dim = x.shape[0], w1.shape[0]
-    out, h, norms = torch.empty_like(x), x.new_empty(rows, dim), x.new_empty(row_offsets.numel() - 1, dim)
-    mean, rstd = x.new_empty(rows, 1), x.new_empty(rows, 1)
-    parameters = (norm_weight, norm_bias, w1, b1, gamma, beta, w2, b2)
-    eps = (norm_eps, grn_eps)
-    args = _mlp_args(x, parameters, row_offsets, eps, h=h, mean=mean, rstd=rstd, norms=norms, out=out)
-    _call("sparse_ops_mlp", args, x.dtype)
-    return out, h, mean, rstd, norms
+    x: Tensor, parameters: list[Tensor], row_offsets: Tensor, norm_eps: float, grn_eps: float
+) -> list[Tensor]:
+    """See :meth:`sparse_ops.backend.Backend.mlp`: what is kept, then the result."""
+    outputs = _mlp_outputs(x, parameters, row_offsets, norm_eps, grn_eps)
+    named = dict(zip(_MLP_OUTPUTS, outputs, strict=True))
+    _call("sparse_ops_mlp", _mlp_args(x, parameters, row_offsets, norm_eps, grn_eps, **named), x.dtype)
+    return outputs
 
 
-@cpu_mlp.register_fake
-def _(
-    x: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    w1: Tensor,
-    b1: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    w2: Tensor,
-    b2: Tensor,
-    row_offsets: Tensor,
-    norm_eps: float,
-    grn_eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    rows, dim = x.shape[0], w1.shape[0]
-    column = x.new_empty(rows, 1)
-    norms = x.new_empty(row_offsets.numel() - 1, dim)
-    return torch.empty_like(x), x.new_empty(rows, dim), column, torch.empty_like(column), norms
+cpu_mlp.register_fake(_mlp_outputs)
 
 
 @torch.library.custom_op("sparse_ops::cpu_mlp_backward", mutates_args=(), device_types="cpu")
 def cpu_mlp_backward(
     grad: Tensor,
     x: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    w1: Tensor,
-    b1: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    w2: Tensor,
-    b2: Tensor,
+    parameters: list[Tensor],
     row_offsets: Tensor,
-    h: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    norms: Tensor,
+    kept: list[Tensor],
     norm_eps: float,
     grn_eps: float,
 ) -> list[Tensor]:
     """See :meth:`sparse_ops.backend.Backend.mlp_backward`."""
-    parameters = (norm_weight, norm_bias, w1, b1, gamma, beta, w2, b2)
     grads = [torch.empty_like(tensor) for tensor in (x, *parameters)]
     named = {f"grad_{name}": value for name, value in zip(("x", *_MLP_PARAMETERS), grads, strict=True)}
-    eps = (norm_eps, grn_eps)
-    args = _mlp_args(x, parameters, row_offsets, eps, h=h, mean=mean, rstd=rstd, norms=norms, grad=grad, **named)
+    named |= zip(_MLP_OUTPUTS[:-1], kept, strict=True)
+    args = _mlp_args(x, parameters, row_offsets, norm_eps, grn_eps, grad=grad, **named)
     _call("sparse_ops_mlp_backward", args, x.dtype)
     return grads
 
@@ -379,23 +345,13 @@ def cpu_mlp_backward(
 def _(
     grad: Tensor,
     x: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    w1: Tensor,
-    b1: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    w2: Tensor,
-    b2: Tensor,
+    parameters: list[Tensor],
     row_offsets: Tensor,
-    h: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    norms: Tensor,
+    kept: list[Tensor],
     norm_eps: float,
     grn_eps: float,
 ) -> list[Tensor]:
-    return [torch.empty_like(tensor) for tensor in (x, norm_weight, norm_bias, w1, b1, gamma, beta, w2, b2)]
+    return [torch.empty_like(tensor) for tensor in (x, *parameters)]
 
 
 class CPUBackend(Backend):
@@ -474,7 +430,7 @@ class CPUBackend(Backend):
         norm_eps: float,
         grn_eps: float,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        out, *kept = run(cpu_mlp, x, *parameters, row_offsets, norm_eps, grn_eps)
+        *kept, out = run(cpu_mlp, x, list(parameters), row_offsets, norm_eps, grn_eps)
         return out, tuple(kept)
 
     def mlp_backward(
@@ -487,7 +443,7 @@ class CPUBackend(Backend):
         norm_eps: float,
         grn_eps: float,
     ) -> list[Tensor]:
-        return run(cpu_mlp_backward, grad, x, *parameters, row_offsets, *kept, norm_eps, grn_eps)
+        return run(cpu_mlp_backward, grad, x, list(parameters), row_offsets, list(kept), norm_eps, grn_eps)
 
 
 BACKEND = CPUBackend()

@@ -1,4 +1,5 @@
 import copy
+import os
 import pickle
 
 import pytest
@@ -86,7 +87,11 @@ def test_masked_pixels_do_not_reach_the_features(backend, garbage):
     encoder, images = tiny_encoder(torch.float32), images_for(RAGGED)
     hidden = (~RAGGED).repeat_interleave(16, 1).repeat_interleave(16, 2)[:, None]
     clean = encoder(images, sparse_grid(RAGGED, backend))
-    assert torch.equal(encoder(images.masked_fill(hidden, garbage), sparse_grid(RAGGED, backend)), clean)
+    spoilt = encoder(images.masked_fill(hidden, garbage), sparse_grid(RAGGED, backend))
+    if backend == "minkowski" and os.environ.get("OMP_NUM_THREADS") != "1":
+        torch.testing.assert_close(spoilt, clean)  # on several threads MinkowskiEngine does not repeat its last bits
+    else:
+        assert torch.equal(spoilt, clean)
     assert not torch.equal(encoder(images.masked_fill(~hidden, 0.5), sparse_grid(RAGGED, backend)), clean)
 
 
