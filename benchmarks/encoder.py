@@ -28,7 +28,7 @@ from torch import Tensor
 from convnextv2.config import VARIANTS
 from convnextv2.fcmae import FCMAE, create_fcmae
 from convnextv2.masking import keep_count, random_mask
-from sparse_ops import ActiveSet, SparseGrid, get_backend, resolve_backend
+from sparse_ops import ActiveSet, Backend, SparseGrid, get_backend, resolve_backend
 from sparse_ops.testing import MaskedDenseGrid
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -62,10 +62,12 @@ class DenseMaskedFCMAE(FCMAE):
 
     dense_encoder: Callable[[Tensor, MaskedDenseGrid], Tensor]
 
-    def encode(self, images: Tensor, visible: ActiveSet) -> tuple[Tensor, SparseGrid]:
+    def encode(
+        self, images: Tensor, visible: ActiveSet, backend: str | Backend | None = None
+    ) -> tuple[Tensor, SparseGrid]:
         features = self.dense_encoder(images, dense_grid(visible))
         last = visible.down().down().down()
-        return last.gather(features), SparseGrid(last, self.backend)
+        return last.gather(features), SparseGrid(last, backend or self.backend)
 
 
 def dense_grid(visible: ActiveSet) -> MaskedDenseGrid:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from convnextv2.encoder import Block, Encoder
 from convnextv2.layers import init_weights
 from convnextv2.masking import keep_count, random_mask
 from sparse_ops.active_set import ActiveSet
+from sparse_ops.backend import Backend, resolve_backend
 from sparse_ops.functional import pointwise_linear
 from sparse_ops.grid import DenseGrid, GRNScope, SparseGrid
 
@@ -40,7 +42,8 @@ class FCMAE(nn.Module):
     def __init__(self, config: FCMAEConfig, backend: str = "auto") -> None:
         super().__init__()
         self.config = config
-        self.backend = backend
+        self.backend: str | Backend = backend
+        self._compiled: Callable[..., tuple[Tensor, Tensor | None]] | None = None
         width = config.decoder_dim
         self.encoder = Encoder(config.encoder)
         self.proj = nn.Conv2d(config.encoder.dims[-1], width, 1)
@@ -84,10 +87,29 @@ class FCMAE(nn.Module):
         check_image_size(tuple(images.shape[2:]), patch)
         grid_size = images.shape[2] // patch, images.shape[3] // patch
         mask, keep = self._mask(images, mask, mask_ratio, grid_size, generator)
+        run = self._compiled or self._masked
+        loss, pred = run(images, mask, keep, resolve_backend(self.backend, images.device), return_pred)
+        return FCMAEOutput(loss, pred, mask)
 
+    def compile(self, **options: Any) -> None:
+        """Compile everything after the mask is drawn, with ``options`` of :func:`torch.compile`; one graph, no breaks.
+
+        Parameters and their names stay as they are. ``mode="reduce-overhead"`` runs it as CUDA graphs: then the masks
+        must be drawn here, or all have the same number of visible patches, and shapes must not change.
+        """
+        self._compiled = torch.compile(self._masked, fullgraph=True, **options)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_compiled": None}  # copies are not compiled
+
+    def _masked(
+        self, images: Tensor, mask: Tensor, keep: int | None, backend: Backend, return_pred: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Loss and prediction."""
+        grid_size = images.shape[2] // self.config.encoder.patch_size, images.shape[3] // self.config.encoder.patch_size
         visible = ActiveSet.from_mask(mask, grid_size, keep=keep)
         hidden = ActiveSet.from_mask(1 - mask, grid_size, side=1, keep=None if keep is None else mask.shape[1] - keep)
-        features, grid = self.encode(images, visible)
+        features, grid = self.encode(images, visible, backend)
         pred = None
         if return_pred:
             decoded = self.decode(features, grid)
@@ -97,7 +119,7 @@ class FCMAE(nn.Module):
         else:
             decoded = self.decode(features, grid, hidden.patch_index)
             pred_hidden = pointwise_linear(decoded, self.pred.weight, self.pred.bias)
-        return FCMAEOutput(self.loss(pred_hidden, self.targets(images, hidden)), pred, mask)
+        return self.loss(pred_hidden, self.targets(images, hidden)), pred
 
     def _mask(
         self,
@@ -127,11 +149,15 @@ class FCMAE(nn.Module):
             raise ValueError("a mask holds 1 (masked) and 0 (visible) only")
         return mask, None
 
-    def encode(self, images: Tensor, visible: ActiveSet) -> tuple[Tensor, SparseGrid]:
-        """Features ``[P, C]`` of the visible patches, and the sparse grid of the last stage."""
-        features, grid = self.encoder.forward_features(images, SparseGrid(visible, self.backend, self.config.grn_scope))
-        assert isinstance(grid, SparseGrid)
-        return features, grid
+    def encode(
+        self, images: Tensor, visible: ActiveSet, backend: str | Backend | None = None
+    ) -> tuple[Tensor, SparseGrid]:
+        """Features ``[P, C]`` of the visible patches, and the sparse grid of the last stage; the network's own backend
+        by default."""
+        grid = SparseGrid(visible, self.backend if backend is None else backend, self.config.grn_scope)
+        features, last = self.encoder.forward_features(images, grid)
+        assert isinstance(last, SparseGrid)
+        return features, last
 
     def decode(self, features: Tensor, grid: SparseGrid, rows: Tensor | None = None) -> Tensor:
         """Decoder output ``[B, gh, gw, decoder_dim]`` from the features of the visible patches.

@@ -254,6 +254,8 @@ def finetune(options: FinetuneOptions, *, log: Log = logger.info, progress: Prog
     schedule = create_schedule(
         raw_optimizer, math.ceil(len(loader) / options.accum), options.epochs, options.warmup_epochs, options.min_lr
     )
+    if options.compile is not None:
+        wrapped.compile(mode=options.compile)
     ema = ModelEmaV3(model, options.ema_decay, use_warmup=options.ema_warmup) if options.ema_decay else None
     if ema is not None:
         accelerator.register_for_checkpointing(ema)
@@ -284,7 +286,8 @@ def finetune(options: FinetuneOptions, *, log: Log = logger.info, progress: Prog
         total = sum(p.numel() for p in model.parameters())
         say(
             f"training {trained:,} of {total:,} parameters on {accelerator.device}: "
-            f"{len(loader)} steps an epoch of batch {effective_batch}, peak learning rate {lr:.2e}"
+            f"{len(loader)} steps an epoch of batch {effective_batch}, peak learning rate {lr:.2e}, "
+            f"mixed precision: {accelerator.mixed_precision}"
         )
 
         def loss_of(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, int]:

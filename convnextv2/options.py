@@ -26,7 +26,7 @@ def option(default: Any, help: str, choices: Sequence[Any] | None = None) -> Any
 
 
 class ImageSize:
-    """(height, width) in pixels from ``224``, ``192x256``, ``192,256`` or ``[192, 256]``; ValueError on anything else."""
+    """(height, width) in pixels from ``224``, ``192x256``, ``192,256`` or ``[192, 256]``; else ValueError."""
 
     def __call__(self, value: Any) -> tuple[int, int]:
         parts = list(value) if isinstance(value, list | tuple) else re.split("[x×,]", str(value).lower())

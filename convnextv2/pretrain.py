@@ -71,6 +71,10 @@ class PretrainOptions(RunOptions):
         super().check()
         if self.reconstruct_every is not None and self.reconstruct_every < 0:
             raise ValueError(f"--reconstruct-every must not be negative, got {self.reconstruct_every}")
+        if self.compile is not None and self.backend == "minkowski":
+            raise ValueError(
+                "--compile: MinkowskiEngine cannot be traced; use another --backend, or leave --compile out"
+            )
 
 
 @dataclass(frozen=True)
@@ -146,6 +150,8 @@ def pretrain(options: PretrainOptions, *, log: Log = logger.info, progress: Prog
     schedule = create_schedule(
         raw_optimizer, math.ceil(len(loader) / options.accum), options.epochs, options.warmup_epochs, options.min_lr
     )
+    if options.compile is not None:
+        model.compile(mode=options.compile)
     examples = dataset.examples(PROBE_IMAGES).to(accelerator.device)
     masks = torch.Generator(accelerator.device)
 
@@ -167,7 +173,8 @@ def pretrain(options: PretrainOptions, *, log: Log = logger.info, progress: Prog
             )
         say(
             f"pre-training {sum(p.numel() for p in model.parameters()):,} parameters on {accelerator.device}: "
-            f"{len(loader)} steps an epoch of batch {effective_batch}, peak learning rate {lr:.2e}"
+            f"{len(loader)} steps an epoch of batch {effective_batch}, peak learning rate {lr:.2e}, "
+            f"mixed precision: {accelerator.mixed_precision}"
         )
         draw = Occasionally()
         pictures = every(options.reconstruct_every, options.epochs)

@@ -38,7 +38,8 @@ if TYPE_CHECKING:
 
 Log = Callable[[str], None]
 ProgressBar = Callable[[Iterable[Any], int, str], Iterable[Any]]
-PRECISIONS = ("no", "bf16", "fp16")
+PRECISIONS = ("auto", "no", "bf16", "fp16")
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
 TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow", "trackio": "trackio"}
 LOSS_CHECK_EVERY = 20
 """Updates between two looks at the losses on a GPU, where each look waits for it."""
@@ -80,7 +81,14 @@ class RunOptions:
     workers: int = option(2, "processes that load images; 0 loads in the main process")
     device: str = option("auto", "auto (a GPU if there is one), cpu, cuda or cuda:N")
     precision: str = option(
-        "no", "mixed precision: no, bf16 or fp16 (fp16 needs a GPU); quote 'no' in a recipe", PRECISIONS
+        "auto",
+        "mixed precision: auto (bf16 on a GPU that has it, else no), no, bf16 or fp16 (fp16 needs a GPU); quote 'no' "
+        "in a recipe",
+        PRECISIONS,
+    )
+    tf32: bool = option(False, "float32 matrix products and convolutions in TensorFloat-32, on GPUs that have it")
+    compile: str | None = option(
+        None, "torch.compile with this mode, not at all by default; reduce-overhead uses CUDA graphs", COMPILE_MODES
     )
     accum: int = option(1, "batches whose gradients are added up before an update")
     lr: float | None = option(None, "peak learning rate; overrides --blr")
@@ -404,15 +412,25 @@ def make_accelerator(options: RunOptions) -> Accelerator:
             raise ValueError(f"--device {options.device}: there are {torch.cuda.device_count()} CUDA devices")
         if index:
             torch.cuda.set_device(int(index))
+    torch.set_float32_matmul_precision("high" if options.tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = options.tf32
     # Without an accelerator, accelerate joins the processes of a launcher only if told that they run on processors;
     # otherwise each would train by itself, all into the same folder.
     return Accelerator(
         cpu=kind == "cpu" or not torch.accelerator.is_available(),
-        mixed_precision=options.precision,
+        mixed_precision=mixed_precision(options),
         gradient_accumulation_steps=options.accum,
         log_with=options.tracker,
         project_dir=options.output,
     )
+
+
+def mixed_precision(options: RunOptions) -> str:
+    """The precision asked for, with auto resolved: bfloat16 on a CUDA device that computes in it, float32 elsewhere."""
+    if options.precision != "auto":
+        return options.precision
+    on_cuda = not options.device.startswith("cpu") and torch.cuda.is_available()
+    return "bf16" if on_cuda and torch.cuda.is_bf16_supported(including_emulation=False) else "no"
 
 
 def fitting_batch_size(options: RunOptions, images: int, processes: int, log: Log) -> int:
@@ -530,7 +548,7 @@ class Loop:
                 self.schedule.step_update(self.step)
                 lr = max(group["lr"] for group in self.optimizer.param_groups)
                 loss, size = loss_of(batch)
-                pending.append(loss.detach())
+                pending.append(loss.detach().clone())  # the memory of a CUDA graph's output is used again
                 self.accelerator.backward(loss)
                 if self.clip_grad is not None and self.accelerator.sync_gradients:
                     self.accelerator.clip_grad_norm_(self._trained, self.clip_grad)

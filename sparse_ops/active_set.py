@@ -7,8 +7,7 @@ Shape letters used here and in the backends:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import cached_property
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -45,13 +44,9 @@ class _PatchIndex:
         self.workspace = Workspace()
         self.backend_cache: dict[Any, Any] = {}
         self._tables: dict[int, Tensor] = {}
-
-    @cached_property
-    def coordinates_P3(self) -> Tensor:
-        gh, gw = self.grid_size
-        image = self.flat_P // (gh * gw)
-        within = self.flat_P % (gh * gw)
-        return torch.stack((image, within // gw, within % gw), dim=1)
+        gh, gw = grid_size
+        within = flat_P % (gh * gw)
+        self.coordinates_P3 = torch.stack((flat_P // (gh * gw), within // gw, within % gw), dim=1)
 
     def neighbours(self, reach: int) -> Tensor:
         if reach not in self._tables:
@@ -84,6 +79,13 @@ class ActiveSet:
         morton_coordinates(side)
         self._patches = patches
         self.side = side
+        self._tables: dict[Any, Tensor] = {}
+
+    def _cached(self, name: Any, make: Callable[[], Tensor]) -> Tensor:
+        """``make()``, once. Not a cached_property, whose lock (Python < 3.12) torch.compile does not trace."""
+        if name not in self._tables:
+            self._tables[name] = make()
+        return self._tables[name]
 
     @classmethod
     def from_mask(
@@ -211,20 +213,35 @@ class ActiveSet:
         """``[P, 3]`` int64: image, patch row, patch column."""
         return self._patches.coordinates_P3
 
-    @cached_property
+    @property
     def row_offsets(self) -> Tensor:
-        """``[B + 1]`` int64 on the host: image b owns rows ``row_offsets[b]`` to ``row_offsets[b + 1]``."""
-        return torch.tensor((0, *self.cell_counts)).cumsum(0)
+        """``[B + 1]`` int64: image b owns rows ``row_offsets[b]`` to ``row_offsets[b + 1]``."""
+        return self._cached("row_offsets", self._row_offsets)
 
-    @cached_property
+    def _row_offsets(self) -> Tensor:
+        count = self.uniform_count
+        if count is not None:
+            return torch.arange(self.batch_size + 1, device=self.device) * count
+        return torch.tensor((0, *self.cell_counts), device=self.device).cumsum(0)
+
+    @property
     def image_index(self) -> Tensor:
         """``[N]`` int64: the image each row belongs to."""
+        return self._cached("image_index", self._image_index)
+
+    def _image_index(self) -> Tensor:
         return self.patch_coordinates[:, 0].repeat_interleave(self.side * self.side, output_size=self.num_cells)
 
-    @cached_property
+    @property
     def coordinates(self) -> Tensor:
         """``[N, 3]`` int64: image, row y and column x of each active cell on the dense map."""
-        within = torch.tensor(morton_coordinates(self.side), device=self.device)
+        return self._cached("coordinates", self._coordinates)
+
+    def _coordinates(self) -> Tensor:
+        # Computed where it is needed: a table from the host would make a GPU wait for it.
+        bit = torch.arange(self.side.bit_length() - 1, device=self.device)
+        place = torch.arange(self.side * self.side, device=self.device)[:, None]
+        within = torch.stack([((place >> (2 * bit + odd) & 1) << bit).sum(1) for odd in (1, 0)], dim=1)
         corner = self.patch_coordinates[:, None, 1:] * self.side
         yx = (corner + within[None]).flatten(0, 1)
         return torch.cat((self.image_index[:, None], yx), dim=1)
@@ -241,21 +258,18 @@ class ActiveSet:
 
         Large (``N·K²·8`` bytes): for the readable reference, not for fast backends.
         """
-        cache = self.__dict__.setdefault("_cell_tables", {})
-        if kernel_size not in cache:
-            reach_cells = kernel_size // 2
-            height, width = self.map_size
-            image, y, x = self.coordinates.unbind(1)
-            index = torch.full(
-                (self.batch_size, height + 2 * reach_cells, width + 2 * reach_cells),
-                self.num_cells,
-                device=self.device,
-            )
-            index[image, y + reach_cells, x + reach_cells] = torch.arange(self.num_cells, device=self.device)
-            tap = torch.arange(kernel_size, device=self.device)
-            table = index[image[:, None, None], y[:, None, None] + tap[:, None], x[:, None, None] + tap[None, :]]
-            cache[kernel_size] = table.flatten(1)
-        return cache[kernel_size]
+        return self._cached(kernel_size, lambda: self._cell_neighbours(kernel_size))
+
+    def _cell_neighbours(self, kernel_size: int) -> Tensor:
+        reach_cells = kernel_size // 2
+        height, width = self.map_size
+        image, y, x = self.coordinates.unbind(1)
+        shape = self.batch_size, height + 2 * reach_cells, width + 2 * reach_cells
+        index = torch.full(shape, self.num_cells, device=self.device)
+        index[image, y + reach_cells, x + reach_cells] = torch.arange(self.num_cells, device=self.device)
+        tap = torch.arange(kernel_size, device=self.device)
+        table = index[image[:, None, None], y[:, None, None] + tap[:, None], x[:, None, None] + tap[None, :]]
+        return table.flatten(1)
 
     # Between rows and dense maps -----------------------------------------------------------------------------------
 

@@ -39,6 +39,8 @@ class Backend(ABC):
     summary: ClassVar[str]
     #: ``auto`` takes the highest priority among the backends that are available and accept the device.
     priority: ClassVar[int]
+    #: Whether :meth:`mlp` takes parameters in float32 with features of 16 bits, as autocast has them.
+    mixes_dtypes: ClassVar[bool] = False
 
     @abstractmethod
     def unavailable_reason(self) -> str | None:
@@ -79,7 +81,10 @@ class Backend(ABC):
         return grid
 
     def fuses_mlp(self, device: torch.device, dtype: torch.dtype) -> bool:
-        """Whether :meth:`gelu_grn` and :meth:`gelu_grn_backward` are implemented for such inputs."""
+        """Whether the pointwise half of a block runs in one piece for such features.
+
+        Then :meth:`fuses_whole_mlp` accepts every width, or :meth:`gelu_grn` and :meth:`gelu_grn_backward` are there.
+        """
         return False
 
     def gelu_grn(
@@ -89,7 +94,7 @@ class Backend(ABC):
 
         Args:
             h: ``[N, D]``, contiguous. bias, gamma, beta: ``[D]``.
-            row_offsets: ``[G + 1]`` int64 on the host; norms are taken over the rows of each of the G groups.
+            row_offsets: ``[G + 1]`` int64 on the device of ``h``: norms are taken over the rows of each group.
             out: ``[N, D]``, receives the result.
 
         Returns:
@@ -121,8 +126,11 @@ class Backend(ABC):
         """
         raise NotImplementedError(f"backend {self.name!r} has no fused GELU + GRN")
 
-    def fuses_whole_mlp(self, channels: int) -> bool:
-        """Whether :meth:`mlp` takes that width, for inputs that :meth:`fuses_mlp` accepts; it is then preferred."""
+    def fuses_whole_mlp(self, channels: int, some_rows: bool) -> bool:
+        """Whether :meth:`mlp` takes that width, and ``rows`` if there are some; it is then preferred.
+
+        Asked only for inputs that :meth:`fuses_mlp` accepts.
+        """
         return False
 
     def mlp(
@@ -130,6 +138,7 @@ class Backend(ABC):
         x: Tensor,
         parameters: tuple[Tensor, ...],
         row_offsets: Tensor,
+        rows: Tensor | None,
         norm_eps: float,
         grn_eps: float,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -139,11 +148,12 @@ class Backend(ABC):
             x: ``[N, C]``, contiguous.
             parameters: LayerNorm's weight and bias ``[C]``, w1 ``[D, C]``, b1 ``[D]``, gamma and beta ``[D]``,
                 w2 ``[C, D]``, b2 ``[C]``.
-            row_offsets: ``[G + 1]`` int64 on the host; norms are taken over the rows of each of the G groups.
+            row_offsets: ``[G + 1]`` int64 on the device of ``x``: norms are taken over the rows of each group.
+            rows: ``[M]`` int64, distinct: the rows of the result to compute; all of them if None.
             norm_eps, grn_eps: added to the variance, and to the mean of the norms.
 
         Returns:
-            The result ``[N, C]``, and the tensors that :meth:`mlp_backward` needs.
+            The result, ``[N, C]`` or ``[M, C]``, and the tensors that :meth:`mlp_backward` needs.
         """
         raise NotImplementedError(f"backend {self.name!r} has no fused MLP")
 
@@ -153,11 +163,12 @@ class Backend(ABC):
         x: Tensor,
         parameters: tuple[Tensor, ...],
         row_offsets: Tensor,
+        rows: Tensor | None,
         kept: tuple[Tensor, ...],
         norm_eps: float,
         grn_eps: float,
     ) -> list[Tensor]:
-        """Gradients for ``x`` and each of ``parameters``, from ``grad`` ``[N, C]`` and what :meth:`mlp` kept."""
+        """Gradients for ``x`` and each of ``parameters``, from ``grad`` (of the result) and what :meth:`mlp` kept."""
         raise NotImplementedError(f"backend {self.name!r} has no fused MLP")
 
     def layer_norm_backward(

@@ -39,6 +39,13 @@ class _DepthwiseConv(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias, None, None
 
 
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype of autocast on ``device`` where it is switched on, else None."""
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):  # torch raises for meta
+        return None
+    return torch.get_autocast_dtype(device.type)
+
+
 def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None, active: ActiveSet, backend: Backend) -> Tensor:
     """Depthwise convolution, stride 1 and "same" padding, over the active cells only.
 
@@ -71,8 +78,8 @@ def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None, active: Activ
         raise ValueError(f"expected a bias [{channels}], got {tuple(bias.shape)}")
     if active.device != x.device:
         raise ValueError(f"x is on {x.device} but the active set is on {active.device}")
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
+    dtype = autocast_dtype(x.device)
+    if dtype is not None:
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     for name, operand in (("weight", weight), ("bias", bias)):
@@ -169,23 +176,24 @@ class _WholeMLP(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         row_offsets: Tensor,
+        rows: Tensor | None,
         norm_eps: float,
         grn_eps: float,
         backend: Backend,
         *parameters: Tensor,
     ) -> Tensor:
-        out, kept = backend.mlp(x, parameters, row_offsets, norm_eps, grn_eps)
-        ctx.save_for_backward(x, row_offsets, *parameters, *kept)
+        out, kept = backend.mlp(x, parameters, row_offsets, rows, norm_eps, grn_eps)
+        ctx.save_for_backward(x, row_offsets, rows, *parameters, *kept)
         ctx.eps, ctx.backend, ctx.parameters = (norm_eps, grn_eps), backend, len(parameters)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, row_offsets, *rest = ctx.saved_tensors
+        x, row_offsets, rows, *rest = ctx.saved_tensors
         parameters, kept = tuple(rest[: ctx.parameters]), tuple(rest[ctx.parameters :])
-        grad_x, *grads = ctx.backend.mlp_backward(grad.contiguous(), x, parameters, row_offsets, kept, *ctx.eps)
-        return grad_x, None, None, None, None, *grads
+        grad_x, *grads = ctx.backend.mlp_backward(grad.contiguous(), x, parameters, row_offsets, rows, kept, *ctx.eps)
+        return grad_x, None, None, None, None, None, *grads
 
 
 def convnext_mlp(
@@ -205,7 +213,8 @@ def convnext_mlp(
     """The pointwise half of a ConvNeXt V2 block, fused: ``pwconv2(grn(gelu(pwconv1(layer_norm(x)))))``.
 
     Keeps ``x`` and the hidden layer for the backward pass and recomputes the rest: 5·C numbers a cell instead of
-    about 19·C. Only for backends whose :meth:`~sparse_ops.backend.Backend.fuses_mlp` says so.
+    about 19·C. Only for backends whose :meth:`~sparse_ops.backend.Backend.fuses_mlp` says so. Parameters have the dtype
+    of ``x``, or are wider where the backend ``mixes_dtypes``: then matrix products run in the dtype of ``x``.
 
     Args:
         x: ``[N, C]``, contiguous.
@@ -213,15 +222,15 @@ def convnext_mlp(
         pwconv1: weight ``[D, C]`` and bias ``[D]``.
         grn: gamma and beta, ``[D]``.
         pwconv2: weight ``[C, D]`` and bias ``[C]``.
-        row_offsets: ``[G + 1]`` int64 on the host: GRN norms are taken over the rows of each group.
+        row_offsets: ``[G + 1]`` int64 on the device of ``x``: GRN norms are taken over the rows of each group.
         backend: the backend that fuses GELU and GRN.
         norm_eps, grn_eps: added to the variance, and to the mean of the norms.
         rows: ``[M]`` int64, distinct: the rows of the output to compute; all of them if None.
         workspace: memory for temporaries; fresh if None.
     """
-    if rows is None and backend.fuses_whole_mlp(x.shape[1]):
+    if backend.fuses_whole_mlp(x.shape[1], rows is not None):
         parameters = (parameter.contiguous() for parameter in (*norm, *pwconv1, *grn, *pwconv2))
-        return _WholeMLP.apply(x, row_offsets, norm_eps, grn_eps, backend, *parameters)
+        return _WholeMLP.apply(x, row_offsets, rows, norm_eps, grn_eps, backend, *parameters)
     workspace = Workspace() if workspace is None else workspace
     return _ConvNeXtMLP.apply(
         x, *norm, *pwconv1, *grn, *pwconv2, row_offsets, rows, norm_eps, grn_eps, backend, workspace

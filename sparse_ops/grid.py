@@ -186,7 +186,8 @@ class SparseGrid(Grid):
         return x * factor[self.active.image_index]
 
     def fuses_mlp(self, x: Tensor) -> bool:
-        return not torch.is_autocast_enabled(x.device.type) and self.backend.fuses_mlp(x.device, x.dtype)
+        mixed = functional.autocast_dtype(x.device) is not None
+        return (self.backend.mixes_dtypes or not mixed) and self.backend.fuses_mlp(x.device, x.dtype)
 
     def fused_mlp(
         self,
@@ -201,7 +202,7 @@ class SparseGrid(Grid):
         rows: Tensor | None = None,
     ) -> Tensor:
         offsets = self.active.row_offsets
-        groups = offsets if self.grn_scope == "image" else offsets[[0, -1]]
+        groups = offsets if self.grn_scope == "image" else offsets[:: offsets.numel() - 1].contiguous()
         return functional.convnext_mlp(
             x,
             norm,

@@ -336,7 +336,7 @@ class MLPCase:
 
     @property
     def row_offsets(self) -> Tensor:
-        """``[G + 1]`` int64: the rows of each group."""
+        """``[G + 1]`` int64 on the host: the rows of each group."""
         offsets = torch.tensor((0, *self.counts)).cumsum(0)
         return offsets if self.scope == "image" else offsets[[0, -1]]
 
@@ -459,7 +459,7 @@ def check_mlp_conformance(
         b2: Tensor,
     ) -> Tensor:
         parts = ((norm_weight, norm_bias), (w1, b1), (gamma, beta), (w2, b2))
-        return functional.convnext_mlp(x, *parts, offsets, backend, norm_eps=NORM_EPS, grn_eps=NORM_EPS)
+        return functional.convnext_mlp(x, *parts, offsets.to(x.device), backend, norm_eps=NORM_EPS, grn_eps=NORM_EPS)
 
     def reversed_plain(x: Tensor, **parameters: Tensor) -> Tensor:
         flipped_offsets = (offsets[-1] - offsets).flip(0)

@@ -26,6 +26,8 @@ class Workspace:
         It shares memory with every other tensor taken from the same ``slot`` by this thread: use it before the next
         one is taken, and never return or save it.
         """
+        if torch.compiler.is_compiling():
+            return like.new_empty(shape)  # the compiler plans memory itself
         size = math.prod(shape)
         key = threading.get_ident(), slot, like.dtype, like.device
         buffer = self._buffers.get(key)

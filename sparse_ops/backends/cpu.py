@@ -309,9 +309,7 @@ def _mlp_outputs(
 
 
 @torch.library.custom_op("sparse_ops::cpu_mlp", mutates_args=(), device_types="cpu")
-def cpu_mlp(
-    x: Tensor, parameters: list[Tensor], row_offsets: Tensor, norm_eps: float, grn_eps: float
-) -> list[Tensor]:
+def cpu_mlp(x: Tensor, parameters: list[Tensor], row_offsets: Tensor, norm_eps: float, grn_eps: float) -> list[Tensor]:
     """See :meth:`sparse_ops.backend.Backend.mlp`: what is kept, then the result."""
     outputs = _mlp_outputs(x, parameters, row_offsets, norm_eps, grn_eps)
     named = dict(zip(_MLP_OUTPUTS, outputs, strict=True))
@@ -419,14 +417,15 @@ class CPUBackend(Backend):
     ) -> tuple[Tensor, Tensor, Tensor]:
         return run(cpu_layer_norm_backward, grad, x, mean, rstd, weight, bias, out)
 
-    def fuses_whole_mlp(self, channels: int) -> bool:
-        return channels <= MLP_MAX_CHANNELS and channels % MLP_CHANNELS_MULTIPLE == 0
+    def fuses_whole_mlp(self, channels: int, some_rows: bool) -> bool:
+        return not some_rows and channels <= MLP_MAX_CHANNELS and channels % MLP_CHANNELS_MULTIPLE == 0
 
     def mlp(
         self,
         x: Tensor,
         parameters: tuple[Tensor, ...],
         row_offsets: Tensor,
+        rows: Tensor | None,
         norm_eps: float,
         grn_eps: float,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -439,6 +438,7 @@ class CPUBackend(Backend):
         x: Tensor,
         parameters: tuple[Tensor, ...],
         row_offsets: Tensor,
+        rows: Tensor | None,
         kept: tuple[Tensor, ...],
         norm_eps: float,
         grn_eps: float,

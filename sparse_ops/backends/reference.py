@@ -46,7 +46,8 @@ class ReferenceBackend(Backend):
         out = x.new_zeros(x.shape, dtype=wide) if bias is None else bias.to(wide).expand(x.shape).clone()
         for k, tap_C in enumerate(taps_KC):
             out.addcmul_(padded[nbr_NK[:, k]], tap_C)
-        return out.to(x.dtype)
+        # A copy: torch.compile (2.11) loses the gradient of a tensor changed in place, or cast to its own dtype.
+        return out.to(x.dtype, copy=True)
 
     def depthwise_weight_grad(self, x: Tensor, grad: Tensor, active: ActiveSet, kernel_size: int) -> Tensor:
         nbr_NK = active.cell_neighbours(kernel_size)

@@ -6,6 +6,8 @@ tests.
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import importlib.util
 import os
 from functools import cache
@@ -55,11 +57,15 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@cache
-def _kernels() -> Any:
-    from sparse_ops.backends import _triton_kernels
+def _on(x: Tensor) -> Any:
+    """The device of ``x`` as the current one, where Triton launches."""
+    return contextlib.nullcontext() if interpreting() else torch.cuda.device(x.device)
 
-    return _triton_kernels
+
+@cache
+def _kernels(half: str) -> Any:
+    """The module of kernels of a ``half`` of the block, which imports triton."""
+    return importlib.import_module(f"sparse_ops.backends._triton_{half}")
 
 
 @cache
@@ -71,7 +77,7 @@ def _tuned(name: str, side: int, channels: int) -> Any:
         triton.Config({"PATCHES": block.patches, "BLOCK_C": block.channels}, num_warps=block.warps)
         for block in blocks(side, channels)
     ]
-    return triton.autotune(configs, key=["KERNEL"], cache_results=True)(getattr(_kernels(), name))
+    return triton.autotune(configs, key=["KERNEL"], cache_results=True)(getattr(_kernels("depthwise"), name))
 
 
 def _launch(name: str, grid: Any, side: int, channels: int, *args: Any, **constants: Any) -> None:
@@ -79,9 +85,9 @@ def _launch(name: str, grid: Any, side: int, channels: int, *args: Any, **consta
     if interpreting():
         block = INTERPRETED
         sizes = {"PATCHES": block.patches, "BLOCK_C": block.channels}
-        getattr(_kernels(), name)[grid](*args, **constants, **sizes, num_warps=block.warps)
+        getattr(_kernels("depthwise"), name)[grid](*args, **constants, **sizes, num_warps=block.warps)
     else:
-        with torch.cuda.device(args[0].device):
+        with _on(args[0]):
             _tuned(name, side, channels)[grid](*args, **constants)
 
 
@@ -94,7 +100,7 @@ def triton_depthwise(
     patches, channels, kernel_size = neighbours.shape[0], x.shape[1], weight.shape[-1]
     if not patches or not channels:
         return out
-    taps = weight.flatten(1).t().float().contiguous()
+    taps = weight.new_empty(kernel_size**2, channels, dtype=torch.float32).copy_(weight.flatten(1).t())
     offset = taps if bias is None else bias.float()
 
     def grid(sizes: dict[str, int]) -> tuple[int, int]:
@@ -146,7 +152,6 @@ def triton_depthwise_weight_grad(x: Tensor, grad: Tensor, neighbours: Tensor, si
         neighbours,
         partial,
         patches,
-        -(-patches // slices),
         KERNEL=kernel_size,
         REACH=reach(kernel_size, side),
     )
@@ -161,12 +166,227 @@ def _(x: Tensor, grad: Tensor, neighbours: Tensor, side: int, kernel_size: int) 
 def weight_grad_slices(patches: int, channels: int, side: int, kernel_size: int) -> int:
     """Partial sums of the weight gradient; each costs ``K²·C`` numbers, and has 32 patches or 256 cells at least."""
     least = max(1, 256 // side**2) if side > 2 else 32
-    wanted = PROGRAMS // (kernel_size * max(1, channels // 64))
+    wanted = 2 if interpreting() else PROGRAMS // (kernel_size * max(1, channels // 64))
     return min(-(-patches // least), max(1, wanted))
 
 
+# The pointwise half of a block --------------------------------------------------------------------------------------
+
+
+class Tile(NamedTuple):
+    """Rows and columns that a program of a pointwise kernel takes at a time, and its warps."""
+
+    rows: int
+    columns: int
+    warps: int = 4
+
+    @property
+    def constants(self) -> dict[str, int]:
+        return {"ROWS": self.rows, "BLOCK": self.columns, "num_warps": self.warps}
+
+
+def _power_of_two(number: int, least: int = 16) -> int:
+    return max(least, 1 << (number - 1).bit_length())
+
+
+def norm_tile(channels: int) -> Tile:
+    """For LayerNorm, whose programs hold whole rows: 16 numbers a thread or so."""
+    columns = _power_of_two(channels)
+    return Tile(128 if interpreting() else max(1, 2048 // columns), columns, 8 if columns > 2048 else 4)
+
+
+def hidden_tile(dim: int) -> Tile:
+    """For GELU and GRN."""
+    return Tile(256, min(256, _power_of_two(dim))) if interpreting() else Tile(32, min(64, _power_of_two(dim)))
+
+
+def scale_tile(dim: int) -> Tile:
+    """For the kernels that take a group's norms, a row of them at a time."""
+    return Tile(1, min(512 if interpreting() else 2048, _power_of_two(dim, 128)))
+
+
+def _parts(rows: int, groups: int, dim: int, tile: Tile) -> int:
+    """Parts that the rows of each group are cut into: enough programs for a GPU, by the shapes alone."""
+    wanted = 2 * PROGRAMS // max(1, groups * -(-dim // tile.columns))
+    return max(1, min(wanted, 256, -(-rows // (max(1, groups) * tile.rows))))
+
+
+class _Hidden:
+    """Launches the kernels that walk over the hidden layer: program (part, group, block of columns)."""
+
+    def __init__(self, h: Tensor, row_offsets: Tensor) -> None:
+        self.groups, self.dim = row_offsets.numel() - 1, h.shape[1]
+        self.tile = hidden_tile(self.dim)
+        self.parts = _parts(h.shape[0], self.groups, self.dim, self.tile)
+        self._h = h
+
+    def partial(self) -> Tensor:
+        """Memory for a sum of each part, ``[groups, parts, dim]`` float32."""
+        return self._h.new_empty(self.groups, self.parts, self.dim, dtype=torch.float32)
+
+    def of_groups(self) -> Tensor:
+        """Memory for a number of each group and channel, ``[groups, dim]`` float32."""
+        return self._h.new_empty(self.groups, self.dim, dtype=torch.float32)
+
+    def walk(self, kernel: Any, *args: Any) -> None:
+        if self.groups:
+            grid = self.parts, self.groups, -(-self.dim // self.tile.columns)
+            with _on(self._h):
+                kernel[grid](*args, WIDTH=self.dim, **self.tile.constants)
+
+    def each_group(self, kernel: Any, *args: Any) -> None:
+        if self.groups:
+            tile = scale_tile(self.dim)
+            with _on(self._h):
+                kernel[(self.groups,)](*args, WIDTH=self.dim, BLOCK=tile.columns, num_warps=tile.warps)
+
+
+def _mlp_outputs(
+    x: Tensor,
+    parameters: list[Tensor],
+    row_offsets: Tensor,
+    rows: Tensor | None,
+    norm_eps: float,
+    grn_eps: float,
+) -> list[Tensor]:
+    """h, mean, rstd, norms and the result, uninitialised."""
+    count, channels, dim = x.shape[0], x.shape[1], parameters[2].shape[0]
+    return [
+        x.new_empty(count, dim),
+        *(x.new_empty(count, dtype=torch.float32) for _ in range(2)),
+        x.new_empty(row_offsets.numel() - 1, dim, dtype=torch.float32),
+        x.new_empty(count if rows is None else rows.numel(), channels),
+    ]
+
+
+@torch.library.custom_op("sparse_ops::triton_mlp", mutates_args=())
+def triton_mlp(
+    x: Tensor,
+    parameters: list[Tensor],
+    row_offsets: Tensor,
+    rows: Tensor | None,
+    norm_eps: float,
+    grn_eps: float,
+) -> list[Tensor]:
+    """See :meth:`sparse_ops.backend.Backend.mlp`: what is kept, then the result."""
+    kernels = _kernels("mlp")
+    norm_weight, norm_bias, w1, b1, gamma, beta, w2, b2 = parameters
+    h, mean, rstd, norms, out = _mlp_outputs(x, parameters, row_offsets, rows, norm_eps, grn_eps)
+    normed = torch.empty_like(x)
+    if x.numel():
+        tile = norm_tile(x.shape[1])
+        grid = (-(-x.shape[0] // tile.rows),)
+        with _on(x):
+            kernels.layer_norm_kernel[grid](
+                x, norm_weight, norm_bias, normed, mean, rstd, x.shape[0], norm_eps, WIDTH=x.shape[1], **tile.constants
+            )
+    torch.mm(normed, w1.to(x.dtype).t(), out=h)
+    hidden = _Hidden(h, row_offsets)
+    partial, scale, y = hidden.partial(), hidden.of_groups(), torch.empty_like(h)
+    hidden.walk(kernels.gelu_energy_kernel, h, b1, row_offsets, partial)
+    hidden.each_group(kernels.grn_scale_kernel, partial, gamma, norms, scale, hidden.parts, grn_eps)
+    hidden.walk(kernels.grn_apply_kernel, h, b1, scale, beta, row_offsets, y)
+    y = y if rows is None else y.index_select(0, rows)
+    torch.addmm(b2.to(x.dtype), y, w2.to(x.dtype).t(), out=out)
+    return [h, mean, rstd, norms, out]
+
+
+triton_mlp.register_fake(_mlp_outputs)
+
+
+@torch.library.custom_op("sparse_ops::triton_mlp_backward", mutates_args=())
+def triton_mlp_backward(
+    grad: Tensor,
+    x: Tensor,
+    parameters: list[Tensor],
+    row_offsets: Tensor,
+    rows: Tensor | None,
+    kept: list[Tensor],
+    norm_eps: float,
+    grn_eps: float,
+) -> list[Tensor]:
+    """See :meth:`sparse_ops.backend.Backend.mlp_backward`."""
+    kernels = _kernels("mlp")
+    norm_weight, norm_bias, w1, b1, gamma, beta, w2, _ = parameters
+    h, mean, rstd, norms = kept
+    w1, w2 = w1.to(x.dtype), w2.to(x.dtype)
+    grad_h = torch.empty_like(h)
+    if rows is None:
+        torch.mm(grad, w2, out=grad_h)
+    else:
+        grad_h.zero_().index_copy_(0, rows, grad @ w2)
+
+    hidden = _Hidden(h, row_offsets)
+    product, plain = hidden.partial(), hidden.partial()
+    hidden.walk(kernels.grn_backward_sums_kernel, grad_h, h, b1, row_offsets, product, plain)
+    scale, pull, grad_gamma, grad_beta = (hidden.of_groups() for _ in range(4))
+    hidden.each_group(
+        kernels.grn_backward_scale_kernel,
+        product,
+        plain,
+        gamma,
+        norms,
+        scale,
+        pull,
+        grad_gamma,
+        grad_beta,
+        hidden.parts,
+        grn_eps,
+    )
+    y, grad_b1 = torch.empty_like(h), product
+    hidden.walk(kernels.grn_backward_apply_kernel, grad_h, h, b1, scale, pull, beta, row_offsets, y, grad_b1)
+    grad_w2 = grad.t() @ (y if rows is None else y.index_select(0, rows))
+    del y
+
+    grad_normed, normed = grad_h @ w1, torch.empty_like(x)
+    tile = norm_tile(x.shape[1])
+    programs = min(512, -(-x.shape[0] // tile.rows))
+    grad_x, partial = torch.empty_like(x), x.new_empty(2, programs, x.shape[1], dtype=torch.float32)
+    if programs:
+        with _on(x):
+            kernels.layer_norm_backward_kernel[(programs,)](
+                grad_normed,
+                x,
+                norm_weight,
+                norm_bias,
+                mean,
+                rstd,
+                grad_x,
+                normed,
+                partial[0],
+                partial[1],
+                x.shape[0],
+                WIDTH=x.shape[1],
+                **tile.constants,
+            )
+    sums = (
+        partial[0].sum(0),
+        partial[1].sum(0),
+        grad_h.t() @ normed,
+        grad_b1.sum((0, 1)),
+        grad_gamma.sum(0),
+        grad_beta.sum(0),
+    )
+    found = (*sums, grad_w2, grad.sum(0, dtype=torch.float32))
+    return [grad_x, *(value.to(parameter.dtype) for value, parameter in zip(found, parameters, strict=True))]
+
+
+@triton_mlp_backward.register_fake
+def _(
+    grad: Tensor,
+    x: Tensor,
+    parameters: list[Tensor],
+    row_offsets: Tensor,
+    rows: Tensor | None,
+    kept: list[Tensor],
+    norm_eps: float,
+    grn_eps: float,
+) -> list[Tensor]:
+    return [torch.empty_like(tensor) for tensor in (x, *parameters)]
+
+
 class TritonBackend(Backend):
-    """Patch-and-halo kernels in Triton for float32, bfloat16 and float16, accumulated in float32."""
+    """Kernels in Triton for float32, bfloat16 and float16, with sums in float32: convolution and pointwise half."""
 
     name = "triton"
     priority = -1  # not the choice of "auto" before it has been measured on a GPU
@@ -207,6 +427,39 @@ class TritonBackend(Backend):
     def depthwise_weight_grad(self, x: Tensor, grad: Tensor, active: ActiveSet, kernel_size: int) -> Tensor:
         neighbours = active.patch_neighbours(kernel_size)
         return run(triton_depthwise_weight_grad, x, grad, neighbours, active.side, kernel_size)
+
+    def fuses_mlp(self, device: torch.device, dtype: torch.dtype) -> bool:
+        return dtype in DTYPES and self.rejects(device, dtype, 7) is None
+
+    mixes_dtypes = True
+
+    def fuses_whole_mlp(self, channels: int, some_rows: bool) -> bool:
+        return True
+
+    def mlp(
+        self,
+        x: Tensor,
+        parameters: tuple[Tensor, ...],
+        row_offsets: Tensor,
+        rows: Tensor | None,
+        norm_eps: float,
+        grn_eps: float,
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        *kept, out = run(triton_mlp, x, list(parameters), row_offsets, rows, norm_eps, grn_eps)
+        return out, tuple(kept)
+
+    def mlp_backward(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        parameters: tuple[Tensor, ...],
+        row_offsets: Tensor,
+        rows: Tensor | None,
+        kept: tuple[Tensor, ...],
+        norm_eps: float,
+        grn_eps: float,
+    ) -> list[Tensor]:
+        return run(triton_mlp_backward, grad, x, list(parameters), row_offsets, rows, list(kept), norm_eps, grn_eps)
 
 
 BACKEND = TritonBackend()

@@ -17,7 +17,7 @@ from model_helpers import (
 )
 
 from convnextv2 import Block, Encoder
-from sparse_ops import ActiveSet, DenseGrid, SparseGrid
+from sparse_ops import ActiveSet, DenseGrid, SparseGrid, get_backend
 from sparse_ops.testing import MaskedDenseGrid
 
 EVERYTHING = torch.ones_like(UNIFORM)
@@ -158,6 +158,31 @@ def test_copies_and_pickles_compute_the_same():
     expected = encoder(images, sparse_grid(RAGGED))
     for clone in (copy.deepcopy(encoder), pickle.loads(pickle.dumps(encoder))):
         assert torch.equal(clone(images, sparse_grid(RAGGED)), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "minkowski"])
+def test_the_encoder_compiles_without_a_graph_break(backend):
+    """From the mask on: the active set and its tables are part of the graph."""
+    encoder, images = tiny_encoder(torch.float32, kernel_size=3), images_for(UNIFORM)
+    mask, kernels = (~UNIFORM).flatten(1), get_backend(backend)
+
+    def loss(images: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        active = ActiveSet.from_mask(mask, (2, 4), keep=4)
+        return encoder(images, SparseGrid(active, kernels)).square().mean()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    results = []
+    for function in (loss, compiled):
+        encoder.zero_grad()
+        value = function(images, mask)
+        value.backward()
+        results.append({"loss": value.detach(), **{n: p.grad.clone() for n, p in encoder.named_parameters()}})
+    assert largest_relative_error(results[1], results[0]) < 1e-5
+    other = (~UNIFORM).flip(0).flatten(1)  # another mask needs no other graph
+    with torch.compiler.set_stance("fail_on_recompile"):
+        assert torch.allclose(compiled(images, other), loss(images, other), rtol=1e-5)
 
 
 @pytest.mark.slow

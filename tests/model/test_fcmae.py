@@ -291,3 +291,24 @@ def test_training_lowers_the_loss():
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.6 * losses[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("return_pred", [True, False])
+def test_compiled_it_computes_the_same(return_pred):
+    model, images = tiny_fcmae(backend="auto"), images_for(UNIFORM)
+    names = list(model.state_dict())
+    results = []
+    torch._dynamo.reset()
+    for compiled in (False, True):
+        if compiled:
+            model.compile(backend="aot_eager")
+        generator = torch.Generator().manual_seed(3)
+        loss, pred, mask = model(images, generator=generator, return_pred=return_pred)
+        results.append({"loss": loss.detach(), "mask": mask, **parameter_gradients(model, loss)})
+        assert (pred is not None) == return_pred
+    assert largest_relative_error(results[1], results[0]) < 1e-5
+    assert list(model.state_dict()) == names
+    assert copy.deepcopy(model)._compiled is None
+    with torch.compiler.set_stance("fail_on_recompile"):
+        model(images, return_pred=return_pred)

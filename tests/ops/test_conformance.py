@@ -119,7 +119,7 @@ def test_gradcheck_fused_mlp(name, device, dtype, scope):
 
     def run(x: Tensor, nw: Tensor, nb: Tensor, w1: Tensor, b1: Tensor, g: Tensor, b: Tensor, w2: Tensor, b2: Tensor):
         parts = ((nw, nb), (w1, b1), (g, b), (w2, b2))
-        return convnext_mlp(x, *parts, case.row_offsets, backend, norm_eps=1e-6, grn_eps=1e-6)
+        return convnext_mlp(x, *parts, case.row_offsets.to(device), backend, norm_eps=1e-6, grn_eps=1e-6)
 
     assert torch.autograd.gradcheck(run, [v.requires_grad_() for v in values.values()])
 
@@ -346,19 +346,23 @@ def run_every_kernel(backend: Backend, device: str) -> None:
     backend.depthwise(x, weight, values["bias"], active, reverse_taps=False)
     backend.depthwise(x, weight, None, active, reverse_taps=True)
     backend.depthwise_weight_grad(x, grad, active, 7)
-    if backend.fuses_mlp(torch.device(device), torch.float32):
+    if not backend.fuses_mlp(torch.device(device), torch.float32):
+        return
+    if not backend.fuses_whole_mlp(5, False):
         gamma, beta = values["bias"], values["bias"].flip(0)
         out = torch.empty_like(x)
         norms = backend.gelu_grn(x, gamma, gamma, beta, active.row_offsets, 1e-6, out)
         backend.gelu_grn_backward(torch.ones_like(x), x, gamma, gamma, beta, norms, active.row_offsets, 1e-6, out)
         _, mean, rstd = torch.native_layer_norm(x, [x.shape[1]], gamma, beta, 1e-6)
         backend.layer_norm_backward(grad, x, mean, rstd, gamma, beta, out)
-        if backend.fuses_whole_mlp(8):
-            wide, narrow = torch.randn(2, 32, device=device), torch.randn(3, 8, device=device)
-            parameters = (*narrow[:2], wide[0].outer(narrow[0]), *wide, wide[1], narrow[1].outer(wide[1]), narrow[2])
-            rows = torch.randn(5, 8, device=device)
-            _, kept = backend.mlp(rows, parameters, torch.tensor([0, 2, 5]), 1e-6, 1e-6)
-            backend.mlp_backward(rows, rows, parameters, torch.tensor([0, 2, 5]), kept, 1e-6, 1e-6)
+    for some_rows in (None, torch.tensor([4, 1], device=device)):
+        if not backend.fuses_whole_mlp(8, some_rows is not None):
+            continue
+        wide, narrow = torch.randn(2, 32, device=device), torch.randn(3, 8, device=device)
+        parameters = (*narrow[:2], wide[0].outer(narrow[0]), *wide, wide[1], narrow[1].outer(wide[1]), narrow[2])
+        features, offsets = torch.randn(5, 8, device=device), torch.tensor([0, 2, 5], device=device)
+        out, kept = backend.mlp(features, parameters, offsets, some_rows, 1e-6, 1e-6)
+        backend.mlp_backward(out, features, parameters, offsets, some_rows, kept, 1e-6, 1e-6)
 
 
 def test_registered_operators_pass_opcheck():

@@ -11,7 +11,8 @@ import torch
 
 from sparse_ops import registry
 from sparse_ops.active_set import reach
-from sparse_ops.backends.triton import blocks
+from sparse_ops.backends.triton import KERNEL_SIZES, blocks, hidden_tile, norm_tile, scale_tile
+from sparse_ops.testing import CASES, MLP_CASES
 
 triton = pytest.importorskip("triton")
 STAGES = [(8, 40), (8, 96), (4, 192), (2, 384), (1, 768), (1, 2816)]
@@ -19,48 +20,48 @@ STAGES = [(8, 40), (8, 96), (4, 192), (2, 384), (1, 768), (1, 2816)]
 
 INTERPRETED = """
 import sys, torch
-from sparse_ops import resolve_backend
-from sparse_ops.testing import CASES, check_conformance
+from sparse_ops import registry
+from sparse_ops.testing import CASES, MLP_CASES, check_conformance, check_mlp_conformance, random_case
 
-dtypes, names = sys.argv[1].split(","), sys.argv[2].split(";")
-cases = [case for case in CASES if case.name in names]
-assert len(cases) == len(names), names
-for case in cases:
-    for dtype in dtypes:
-        check_conformance("triton", case, getattr(torch, dtype), "cpu")
-        print("passed", dtype, case)
+dtype, backend = getattr(torch, sys.argv[1]), registry()["triton"]
+checks = [(check_conformance, case) for case in (*CASES, *map(random_case, range(12)))]
+for check, case in (*checks, *((check_mlp_conformance, case) for case in MLP_CASES)):
+    if backend.rejects(torch.device("cpu"), dtype, getattr(case, "kernel_size", 7)) is None:
+        check(backend, case, dtype, "cpu")
+        print("passed", case)
 """
 
 
-def interpreted(dtypes: str, *cases: str) -> list[str]:
-    """What passed in a process in which Triton interprets its kernels: slow, hence some of the suite's cases only."""
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_kernels_conform_under_the_interpreter(dtype):
+    """Every case of the suite, in a process in which Triton interprets its kernels."""
     done = subprocess.run(
-        [sys.executable, "-c", INTERPRETED, dtypes, ";".join(cases)],
+        [sys.executable, "-c", INTERPRETED, dtype],
+        capture_output=True,
+        text=True,
+        timeout=900,
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stdout[-300:] + done.stderr[-3000:]
+    served = [case for case in CASES if case.kernel_size in KERNEL_SIZES]
+    assert len(done.stdout.splitlines()) == len(served) + 12 + len(MLP_CASES)
+
+
+@pytest.mark.slow
+def test_operators_pass_opcheck_under_the_interpreter():
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:cov"),
+            *("-k", "pass_opcheck", str(Path(__file__).with_name("test_conformance.py"))),
+        ],
         capture_output=True,
         text=True,
         timeout=600,
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTEST_ADDOPTS": ""},
     )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout.splitlines()
-
-
-@pytest.mark.parametrize(
-    "case",
-    [
-        "C=13",
-        "ragged, first image without visible patches",
-        "nothing visible",
-        "side 2, a kernel over several patches",
-        "side 1, a patch a cell",
-        "kernel 3",
-        "kernel 5, side 2",
-        "no bias",
-    ],
-)
-def test_kernels_conform_under_the_interpreter(case):
-    dtypes = "float32,bfloat16,float16" if case == "kernel 5, side 2" else "float32"
-    assert len(interpreted(dtypes, case)) == len(dtypes.split(","))
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "1 passed" in done.stdout
 
 
 def test_it_says_why_it_cannot_run_and_auto_does_not_take_it():
@@ -91,33 +92,65 @@ def resources(cubin: bytes, folder: Path) -> dict[str, int]:
     return {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", listing)}
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-@pytest.mark.parametrize(("side", "channels"), STAGES)
-@pytest.mark.parametrize("architecture", [80, 90, 100])
-def test_kernels_compile_without_spilling(architecture, side, channels, dtype, tmp_path):
+def check_compiles(kernel, architecture: int, types: dict[str, str], constants: dict, warps: int, folder: Path) -> None:
+    """Compile for an architecture: no spills, little shared memory. ``types`` are those of the arguments."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from sparse_ops.backends import _triton_kernels as kernels
+    names = [parameter.name for parameter in kernel.params]
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}
+    known = {name: value for name, value in constants.items() if name in names}
+    source = ASTSource(kernel, signature=signature, constexprs=known, attrs=aligned)
+    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": warps})
+    used = resources(compiled.asm["cubin"], folder)
+    assert used["LOCAL"] == 0, f"{kernel.__name__} spills"
+    assert used["STACK"] == 0, f"{kernel.__name__} spills"
+    assert used["SHARED"] <= 16 * 1024
+    assert used["REG"] < 255
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize(("side", "channels"), STAGES)
+@pytest.mark.parametrize("architecture", [80, 90, 100])
+def test_depthwise_kernels_compile_without_spilling(architecture, side, channels, dtype, tmp_path):
+    from sparse_ops.backends import _triton_depthwise as kernels
 
     block = blocks(side, channels)[0]
     constants = {"CHANNELS": channels, "SIDE": side, "KERNEL": 7, "REACH": reach(7, side)}
-    constants |= {"PATCHES": block.patches, "BLOCK_C": block.channels}
-    pointers = {"x": dtype, "grad": dtype, "out": dtype, "weight": "fp32", "bias": "fp32", "partial": "fp32"}
-    pointers["neighbours"] = "i32"
+    constants |= {"PATCHES": block.patches, "BLOCK_C": block.channels, "REVERSE": True, "HAS_BIAS": True}
+    types = dict.fromkeys(("x", "grad", "out"), f"*{dtype}")
+    types |= dict.fromkeys(("weight", "bias", "partial"), "*fp32") | {"neighbours": "*i32"}
     for kernel in (kernels.depthwise_kernel, kernels.depthwise_weight_grad_kernel):
-        names = [parameter.name for parameter in kernel.params]
-        known = constants | ({"REVERSE": True, "HAS_BIAS": True} if "out" in names else {})
-        signature = {
-            name: "constexpr" if name in known else f"*{pointers[name]}" if name in pointers else "i32"
-            for name in names
-        }
-        aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in pointers}
-        source = ASTSource(kernel, signature=signature, constexprs=known, attrs=aligned)
-        target = GPUTarget("cuda", architecture, 32)
-        compiled = triton.compile(source, target=target, options={"num_warps": block.warps})
-        used = resources(compiled.asm["cubin"], tmp_path)
-        assert used["LOCAL"] == 0, f"{kernel.__name__} spills"
-        assert used["STACK"] == 0, f"{kernel.__name__} spills"
-        assert used["SHARED"] <= 16 * 1024
-        assert used["REG"] < 255
+        check_compiles(kernel, architecture, types, constants, block.warps, tmp_path)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("channels", [40, 96, 768, 2816])
+@pytest.mark.parametrize("architecture", [80, 90, 100])
+def test_mlp_kernels_compile_without_spilling(architecture, channels, dtype, tmp_path):
+    """Features in ``dtype``, parameters and sums in float32."""
+    from sparse_ops.backends import _triton_mlp as kernels
+
+    features = ("x", "h", "out", "grad", "grad_x", "normed")
+    sums = ("weight", "bias", "gamma", "beta", "mean", "rstd", "norms", "scale", "pull", "grad_gamma", "grad_beta")
+    sums += ("partial", "partial_weight", "partial_bias", "partial_product", "partial_grad")
+    types = dict.fromkeys(features, f"*{dtype}") | dict.fromkeys(sums, "*fp32")
+    types |= {"offsets": "*i64", "eps": "fp32"}
+    tiles = {
+        norm_tile(channels): (channels, [kernels.layer_norm_kernel, kernels.layer_norm_backward_kernel]),
+        hidden_tile(4 * channels): (
+            4 * channels,
+            [
+                kernels.gelu_energy_kernel,
+                kernels.grn_apply_kernel,
+                kernels.grn_backward_sums_kernel,
+                kernels.grn_backward_apply_kernel,
+            ],
+        ),
+        scale_tile(4 * channels): (4 * channels, [kernels.grn_scale_kernel, kernels.grn_backward_scale_kernel]),
+    }
+    for tile, (width, some) in tiles.items():
+        constants = {"WIDTH": width, "ROWS": tile.rows, "BLOCK": tile.columns}
+        for kernel in some:
+            check_compiles(kernel, architecture, types, constants, tile.warps, tmp_path)

@@ -27,11 +27,29 @@ def _z(x):
 
 
 @triton.jit
-def _rows(patches, SIDE: tl.constexpr, PATCHES: tl.constexpr, first):
+def _rows(first, end, SIDE: tl.constexpr, PATCHES: tl.constexpr):
     """Patch, line and validity of each row of a program's tensors, ``[PATCHES · SIDE]``."""
     row = tl.arange(0, PATCHES * SIDE)
     patch = first + row // SIDE
-    return patch, row % SIDE, patch < patches
+    return patch, row % SIDE, patch < end
+
+
+@triton.jit
+def _line(features, patch, y, SIDE: tl.constexpr, CHANNELS: tl.constexpr):
+    """Where line y of each patch begins; its column x is ``_z(x) · CHANNELS`` further on."""
+    return features + (patch.to(tl.int64) * (SIDE * SIDE) + _spread(y) * 2) * CHANNELS
+
+
+@triton.constexpr_function
+def _in_halo(column, HALO, SIDE, KERNEL):
+    """Whether taps reach a column of the window of patches; the halo begins at column HALO."""
+    return HALO <= column < HALO + SIDE + KERNEL - 1
+
+
+@triton.constexpr_function
+def _any_in_halo(nx, HALO, SIDE, KERNEL):
+    """The same for a column of patches."""
+    return (nx + 1) * SIDE > HALO and nx * SIDE < HALO + SIDE + KERNEL - 1
 
 
 @triton.jit
@@ -59,9 +77,8 @@ def depthwise_kernel(
     """out[cell] = bias + sum over taps of weight[tap] · x[cell under the tap]."""
     RADIUS: tl.constexpr = KERNEL // 2
     ACROSS: tl.constexpr = 2 * REACH + 1
-    AREA: tl.constexpr = SIDE * SIDE
     HALO: tl.constexpr = REACH * SIDE - RADIUS  # column of the window of patches where the halo begins
-    patch, y, live = _rows(patches, SIDE, PATCHES, tl.program_id(0) * PATCHES)
+    patch, y, live = _rows(tl.program_id(0) * PATCHES, patches, SIDE, PATCHES)
     columns = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = columns < CHANNELS
     start = tl.zeros([PATCHES * SIDE, BLOCK_C], tl.float32)
@@ -78,12 +95,11 @@ def depthwise_kernel(
             taps = taps + (tl.load(weight + tap * CHANNELS + columns, mask=inside, other=0.0)[None, :],)
         line = y + (ky - RADIUS + REACH * SIDE)
         for nx in tl.static_range(ACROSS):
-            # Cells of this column of patches that the kernel reaches: from column `nx · SIDE` of the halo on.
-            if (nx + 1) * SIDE > HALO and nx * SIDE < HALO + SIDE + KERNEL - 1:
+            if _any_in_halo(nx, HALO, SIDE, KERNEL):
                 source = tl.load(table + (line // SIDE) * ACROSS + nx, mask=live, other=-1)
-                base = x + (source.to(tl.int64) * AREA + _spread(line % SIDE) * 2) * CHANNELS
+                base = _line(x, source, line % SIDE, SIDE, CHANNELS)
                 for lx in tl.static_range(SIDE):
-                    if nx * SIDE + lx >= HALO and nx * SIDE + lx < HALO + SIDE + KERNEL - 1:
+                    if _in_halo(nx * SIDE + lx, HALO, SIDE, KERNEL):
                         value = _load_cell(base, _z(lx) * CHANNELS, source >= 0, columns, inside).to(tl.float32)
                         updated = ()
                         for tx in tl.static_range(SIDE):
@@ -92,20 +108,19 @@ def depthwise_kernel(
                             else:
                                 updated = updated + (sums[tx],)
                         sums = updated
-    own = out + (patch.to(tl.int64) * AREA + _spread(y) * 2) * CHANNELS
+    own = _line(out, patch, y, SIDE, CHANNELS)
     for tx in tl.static_range(SIDE):
         at = own[:, None] + _z(tx) * CHANNELS + columns[None, :]
         tl.store(at, sums[tx].to(out.dtype.element_ty), mask=live[:, None] & inside[None, :])
 
 
-@triton.jit(do_not_specialize=["patches", "blocks"])
+@triton.jit(do_not_specialize=["patches"])
 def depthwise_weight_grad_kernel(
     x,
     grad,
     neighbours,
     partial,  # [slices, K·K, C], float32
     patches,
-    blocks,  # blocks of PATCHES patches in a slice
     CHANNELS: tl.constexpr,
     SIDE: tl.constexpr,
     KERNEL: tl.constexpr,
@@ -116,28 +131,28 @@ def depthwise_weight_grad_kernel(
     """partial[slice, tap] = sum over the slice's cells of x[cell under the tap] · grad[cell], for one line of taps."""
     RADIUS: tl.constexpr = KERNEL // 2
     ACROSS: tl.constexpr = 2 * REACH + 1
-    AREA: tl.constexpr = SIDE * SIDE
     HALO: tl.constexpr = REACH * SIDE - RADIUS  # column of the window of patches where the halo begins
-    slice_index = tl.program_id(0)
+    length = tl.cdiv(patches, tl.num_programs(0))  # patches of a slice
+    first = tl.program_id(0) * length
+    end = tl.minimum(first + length, patches)
     columns = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     ky = tl.program_id(2)
     inside = columns < CHANNELS
     sums = (tl.zeros([PATCHES * SIDE, BLOCK_C], tl.float32),) * KERNEL
-    block = 0
-    while block < blocks:  # the interpreter's `range` takes no number known at run time only
-        patch, y, live = _rows(patches, SIDE, PATCHES, (slice_index * blocks + block) * PATCHES)
-        own = grad + (patch.to(tl.int64) * AREA + _spread(y) * 2) * CHANNELS
+    while first < end:  # the interpreter's `range` takes no number known at run time only
+        patch, y, live = _rows(first, end, SIDE, PATCHES)
+        own = _line(grad, patch, y, SIDE, CHANNELS)
         grads = ()
         for tx in tl.static_range(SIDE):
             grads = grads + (_load_cell(own, _z(tx) * CHANNELS, live, columns, inside).to(tl.float32),)
         line = y + ky - RADIUS + REACH * SIDE
         for nx in tl.static_range(ACROSS):
-            if (nx + 1) * SIDE > HALO and nx * SIDE < HALO + SIDE + KERNEL - 1:
+            if _any_in_halo(nx, HALO, SIDE, KERNEL):
                 at = neighbours + patch * (ACROSS * ACROSS) + (line // SIDE) * ACROSS + nx
                 source = tl.load(at, mask=live, other=-1)
-                base = x + (source.to(tl.int64) * AREA + _spread(line % SIDE) * 2) * CHANNELS
+                base = _line(x, source, line % SIDE, SIDE, CHANNELS)
                 for lx in tl.static_range(SIDE):
-                    if nx * SIDE + lx >= HALO and nx * SIDE + lx < HALO + SIDE + KERNEL - 1:
+                    if _in_halo(nx * SIDE + lx, HALO, SIDE, KERNEL):
                         value = _load_cell(base, _z(lx) * CHANNELS, source >= 0, columns, inside).to(tl.float32)
                         updated = ()
                         for kx in tl.static_range(KERNEL):
@@ -146,7 +161,7 @@ def depthwise_weight_grad_kernel(
                             else:
                                 updated = updated + (sums[kx],)
                         sums = updated
-        block += 1
+        first += PATCHES
     for kx in tl.static_range(KERNEL):
-        at = partial + (slice_index * KERNEL * KERNEL + ky * KERNEL + kx).to(tl.int64) * CHANNELS + columns
+        at = partial + (tl.program_id(0) * KERNEL * KERNEL + ky * KERNEL + kx).to(tl.int64) * CHANNELS + columns
         tl.store(at, tl.sum(sums[kx], axis=0), mask=inside)
