@@ -50,6 +50,10 @@ class Backend(ABC):
     def rejects(self, device: torch.device, dtype: torch.dtype, kernel_size: int) -> str | None:
         """None if such inputs are served, else why not."""
 
+    def check(self, device: torch.device) -> str | None:
+        """None if results on ``device`` are right, else what is wrong; ``auto`` asks once before it takes the backend."""
+        return None
+
     def prepare(self, active: ActiveSet, kernel_size: int) -> None:  # noqa: B027  # optional, and nothing by default
         """Make the tables of ``active`` that the kernels use, which keeps them; by default there are none.
 
@@ -231,7 +235,7 @@ def _auto(device_type: str) -> Backend:
     for backend in registry().values():
         if backend.rejects(device, torch.float32, 7) is not None:
             continue
-        reason = backend.unavailable_reason()
+        reason = backend.unavailable_reason() or backend.check(device)
         if reason is None:
             logger.info("backend auto: chose %s for %s", backend.name, device_type)
             return backend

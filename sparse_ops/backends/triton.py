@@ -389,7 +389,7 @@ class TritonBackend(Backend):
     """Kernels in Triton for float32, bfloat16 and float16, with sums in float32: convolution and pointwise half."""
 
     name = "triton"
-    priority = -1  # not the choice of "auto" before it has been measured on a GPU
+    priority = 5
 
     @property
     def summary(self) -> str:  # type: ignore[override]  # says where it runs
@@ -413,6 +413,21 @@ class TritonBackend(Backend):
             return f"dtype {dtype} is not one of {', '.join(map(str, DTYPES))}"
         if kernel_size not in KERNEL_SIZES:
             return f"kernel size {kernel_size} is not one of {KERNEL_SIZES}"
+        return None
+
+    def check(self, device: torch.device) -> str | None:
+        """A small case of each kernel against the float64 oracle, with and without 16 bits."""
+        from sparse_ops import testing
+
+        case = testing.ConformanceCase("check", ("..#/#.#",), channels=16)
+        mlp_case = testing.MLPCase("check", (48, 48), channels=16)
+        try:
+            with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+                for dtype in (torch.float32, torch.bfloat16):
+                    testing.check_conformance(self, case, dtype, device)
+                    testing.check_mlp_conformance(self, mlp_case, dtype, device)
+        except Exception as error:  # noqa: BLE001  # whatever Triton raises, it is told and another backend runs
+            return f"its kernels fail their check on this device ({type(error).__name__}: {str(error)[:500]})"
         return None
 
     def prepare(self, active: ActiveSet, kernel_size: int) -> None:

@@ -67,6 +67,26 @@ def test_auto_skips_the_unavailable_and_logs_its_choice_once(with_broken, caplog
     assert choice.getMessage() == f"backend auto: chose {expected.name} for cpu"
 
 
+class Wrong(Broken):
+    """Available, but its results are not right."""
+
+    def unavailable_reason(self):
+        return None
+
+    def check(self, device):
+        return f"2 + 2 = 5 on {device}"
+
+
+def test_auto_passes_over_a_backend_whose_results_are_wrong(monkeypatch, caplog):
+    backend._auto.cache_clear()
+    caplog.set_level(logging.INFO, logger="sparse_ops.backend")
+    backends = {"wrong": Wrong(), "reference": get_backend("reference")}
+    monkeypatch.setattr(backend, "registry", lambda: backends)
+    assert resolve_backend("auto", torch.device("cpu")).name == "reference"
+    assert "2 + 2 = 5 on cpu" in caplog.text
+    backend._auto.cache_clear()
+
+
 def test_auto_without_any_backend_raises(monkeypatch):
     backend._auto.cache_clear()
     monkeypatch.setattr(backend, "registry", lambda: {"broken": Broken()})

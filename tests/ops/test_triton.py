@@ -64,7 +64,7 @@ def test_operators_pass_opcheck_under_the_interpreter():
     assert "1 passed" in done.stdout
 
 
-def test_it_says_why_it_cannot_run_and_auto_does_not_take_it():
+def test_it_says_why_it_cannot_run():
     backend = registry()["triton"]
     reason = backend.unavailable_reason()
     if torch.cuda.is_available():
@@ -73,6 +73,34 @@ def test_it_says_why_it_cannot_run_and_auto_does_not_take_it():
     assert "on CUDA" in backend.rejects(torch.device("cpu"), torch.float32, 7)
     assert "float64" in backend.rejects(torch.device("cuda"), torch.float64, 7)
     assert "kernel size 9" in backend.rejects(torch.device("cuda"), torch.float32, 9)
+
+
+CHECKED = """
+import torch
+from sparse_ops import registry
+from sparse_ops.backends import triton
+
+backend, device = registry()["triton"], torch.device("cpu")
+print(backend.check(device))
+triton._kernels("depthwise").depthwise_kernel = None
+print(backend.check(device))
+print(len(backend.unavailable_reason() or ""))
+"""
+
+
+def test_it_checks_itself_before_auto_takes_it():
+    done = subprocess.run(
+        [sys.executable, "-c", CHECKED],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    right, wrong, available = done.stdout.splitlines()
+    assert right == "None"
+    assert "fail their check on this device (TypeError" in wrong
+    assert available == "0"
 
 
 @pytest.mark.parametrize(("side", "channels"), [(8, 40), (4, 80), (2, 160), (1, 320), (1, 2816), (8, 3)])
