@@ -11,30 +11,35 @@ ratio is printed only if outputs and gradients of that very run agree.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import statistics
 import sys
-import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, field
 
 import torch
+from common import (
+    DTYPES,
+    Contender,
+    add_options,
+    agreement,
+    check_options,
+    hardware,
+    peak_flops,
+    print_head,
+    synchronise,
+    time_in_turns,
+    write_report,
+)
 from torch import Tensor
 
-from convnextv2.config import VARIANTS
+from convnextv2.config import EncoderConfig
 from convnextv2.fcmae import FCMAE, create_fcmae
 from convnextv2.masking import keep_count, random_mask
-from sparse_ops import ActiveSet, Backend, SparseGrid, get_backend, resolve_backend
+from sparse_ops import ActiveSet, Backend, BackendUnavailableError, SparseGrid, get_backend, resolve_backend
+from sparse_ops.backends.triton import TritonBackend
 from sparse_ops.testing import MaskedDenseGrid
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-TOLERANCE = {"float32": 2e-4, "bfloat16": 5e-2, "float16": 2e-2}
-"""Largest difference of outputs and gradients, relative to the largest value of the dense ones, through a whole
-network: a wrong tap or mask gives differences of order 1."""
+COMPILE_MODES = {"compile": "default", "graphs": "reduce-overhead"}
 
 
 @dataclass
@@ -53,6 +58,8 @@ class Result:
     speedup_min: float | None = None
     speedup_max: float | None = None
     memory_ratio: float | None = None
+    flop_utilisation: float | None = None
+    """Multiply-adds of the visible cells, forward and backward, twice that in FLOP, over what the device could do."""
     error: float | None = None
     times_ms: list[float] = field(default_factory=list)
 
@@ -78,12 +85,6 @@ def dense_grid(visible: ActiveSet) -> MaskedDenseGrid:
     return MaskedDenseGrid(keep, visible.side)
 
 
-def synchronise(device: torch.device) -> None:
-    """Wait for the device."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def peak_activation_bytes(run: Callable[[], None], device: torch.device) -> int:
     """Peak of the memory that ``run`` allocates through torch, in bytes, above what is allocated before.
 
@@ -105,12 +106,15 @@ def peak_activation_bytes(run: Callable[[], None], device: torch.device) -> int:
     return peak
 
 
-def relative_error(ours: list[Tensor], theirs: list[Tensor]) -> float:
-    """Largest difference over all pairs, each relative to the largest value of the second."""
-    return max(
-        ((a.float() - b.float()).abs().max() / b.float().abs().max().clamp_min(1e-12)).item()
-        for a, b in zip(ours, theirs, strict=True)
-    )
+def encoder_flop(config: EncoderConfig, patches: int) -> float:
+    """FLOP of a forward and backward pass of the encoder on ``patches`` visible patches: three times the forward's."""
+    multiply_adds = config.in_chans * config.stem_stride**2 * config.dims[0] * 64
+    for stage, (depth, dim) in enumerate(zip(config.depths, config.dims, strict=True)):
+        cells = (8 >> stage) ** 2
+        multiply_adds += depth * cells * (config.kernel_size**2 * dim + 8 * dim**2)
+        if stage:
+            multiply_adds += cells * 4 * config.dims[stage - 1] * dim
+    return 3 * 2 * float(multiply_adds) * patches
 
 
 def randomise_grn(model: FCMAE) -> None:
@@ -118,56 +122,6 @@ def randomise_grn(model: FCMAE) -> None:
     for name, parameter in model.named_parameters():
         if name.endswith(("grn.gamma", "grn.beta")):
             torch.nn.init.normal_(parameter, std=0.2)
-
-
-class Contender:
-    """One implementation: runs a pass, keeps its times.
-
-    Args:
-        name: what the table calls it.
-        forward: returns the tensor that is differentiated, and the output that is compared.
-        parameters: what gradients are taken for.
-        update: the optimiser's step, or None.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        forward: Callable[[], tuple[Tensor, Tensor]],
-        parameters: list[Tensor],
-        update: Callable[[], None] | None = None,
-    ) -> None:
-        self.name = name
-        self.forward = forward
-        self.parameters = parameters
-        self.update = update
-        self.times_ms: list[float] = []
-
-    def clear(self, keep: bool = False) -> None:
-        """Drop the gradients, as an optimiser does before a step; with ``keep`` set them to zero instead."""
-        for parameter in self.parameters:
-            parameter.grad = torch.zeros_like(parameter) if keep else None
-
-    def run(self) -> None:
-        loss, _ = self.forward()
-        loss.backward()
-        if self.update is not None:
-            self.update()
-
-    def values(self) -> list[Tensor]:
-        """Output and gradients of one pass."""
-        self.clear()
-        loss, output = self.forward()
-        loss.backward()
-        return [output.detach(), *(p.grad.clone() for p in self.parameters if p.grad is not None)]
-
-    def time(self, device: torch.device) -> None:
-        self.clear()
-        synchronise(device)
-        start = time.perf_counter()
-        self.run()
-        synchronise(device)
-        self.times_ms.append((time.perf_counter() - start) * 1e3)
 
 
 def encoder_contenders(args: argparse.Namespace, model: FCMAE, images: Tensor, mask: Tensor) -> list[Contender]:
@@ -180,11 +134,18 @@ def encoder_contenders(args: argparse.Namespace, model: FCMAE, images: Tensor, m
     channels_last = images.contiguous(memory_format=torch.channels_last)
     weights = torch.randn(last.num_cells, model.config.encoder.dims[-1], device=images.device)
 
-    def sparse(backend: str) -> Callable[[], tuple[Tensor, Tensor]]:
+    def sparse(name: str) -> Callable[[], tuple[Tensor, Tensor]]:
+        backend, mode = entry(name)
+
+        def encode(images: Tensor, mask: Tensor) -> Tensor:
+            active = ActiveSet.from_mask(mask, grid_size, keep=keep)
+            return model.encoder(images, SparseGrid(active, backend))
+
+        run = torch.compile(encode, fullgraph=True, mode=mode) if mode else encode
+
         def forward() -> tuple[Tensor, Tensor]:
             with autocast:
-                active = ActiveSet.from_mask(mask, grid_size, keep=keep)
-                rows = model.encoder(images, SparseGrid(active, backend))
+                rows = run(images, mask)
             return (rows.float() * weights).sum(), rows
 
         return forward
@@ -204,22 +165,42 @@ def encoder_contenders(args: argparse.Namespace, model: FCMAE, images: Tensor, m
     return contenders + [Contender(name, sparse(name), parameters) for name in args.backends]
 
 
+def entry(name: str) -> tuple[Backend, str | None]:
+    """Backend and mode of torch.compile of an entry of ``--backends``."""
+    backend, *suffix = name.split("+")
+    mode = COMPILE_MODES[suffix[0]] if suffix else None
+    if backend == "triton-depthwise":
+        get_backend("triton")
+        return DepthwiseOnly(), mode
+    return get_backend(backend), mode
+
+
+class DepthwiseOnly(TritonBackend):
+    """The Triton kernels for the convolution alone: the pointwise half is torch's, or its compiler's."""
+
+    name = "triton-depthwise"
+
+    def fuses_mlp(self, device: torch.device, dtype: torch.dtype) -> bool:
+        return False
+
+
 def step_contenders(args: argparse.Namespace, model: FCMAE, images: Tensor, mask: Tensor) -> list[Contender]:
     """The same for a whole training step: encoder, decoder, loss on the masked patches, backward, AdamW."""
     autocast = torch.autocast(images.device.type, DTYPES[args.dtype], enabled=args.dtype != "float32")
+    masks = torch.Generator(images.device)
 
     def contender(name: str, network: FCMAE) -> Contender:
         optimiser = torch.optim.AdamW(network.parameters(), lr=1e-6, betas=(0.9, 0.95), fused=True)
 
         def forward() -> tuple[Tensor, Tensor]:
             with autocast:
-                loss = network(images, mask, return_pred=False).loss
+                loss = network(images, generator=masks.manual_seed(args.seed), return_pred=False).loss
             return loss, loss
 
         return Contender(name, forward, list(network.parameters()), optimiser.step)
 
     def rival(compiled: bool) -> FCMAE:
-        network = DenseMaskedFCMAE(model.config, args.backends[0]).to(images.device)
+        network = DenseMaskedFCMAE(model.config).to(images.device)
         network.load_state_dict(model.state_dict())
         object.__setattr__(network, "dense_encoder", torch.compile(network.encoder) if compiled else network.encoder)
         return network
@@ -228,8 +209,11 @@ def step_contenders(args: argparse.Namespace, model: FCMAE, images: Tensor, mask
     if args.compile:
         contenders.append(contender("dense-compiled", rival(compiled=True)))
     for name in args.backends:
-        network = FCMAE(model.config, name).to(images.device)
+        network = FCMAE(model.config).to(images.device)
+        network.backend, mode = entry(name)
         network.load_state_dict(model.state_dict())
+        if mode:
+            network.compile(mode=mode)
         contenders.append(contender(name, network))
     return contenders
 
@@ -242,7 +226,7 @@ def measure(args: argparse.Namespace, name: str, what: str) -> list[Result]:
     """
     torch.manual_seed(args.seed)
     device = torch.device(args.device)
-    model = create_fcmae(name, img_size=args.img_size, mask_ratio=args.mask_ratio, backend=args.backends[0]).to(device)
+    model = create_fcmae(name, img_size=args.img_size, mask_ratio=args.mask_ratio).to(device)
     randomise_grn(model)
     images = torch.randn(args.batch_size, 3, *args.img_size, device=device)
     patches = args.img_size[0] // 32 * (args.img_size[1] // 32)
@@ -250,19 +234,8 @@ def measure(args: argparse.Namespace, name: str, what: str) -> list[Result]:
     build = encoder_contenders if what == "encoder" else step_contenders
     contenders = build(args, model, images, mask)
 
-    expected = contenders[0].values()
-    errors = {c.name: relative_error(c.values(), expected) for c in contenders[1:]}
-    wrong = {key: error for key, error in errors.items() if not error <= TOLERANCE[args.dtype]}
-    if wrong:
-        raise RuntimeError(f"{name}, {what}: outputs or gradients differ from dense masked, no ratio: {wrong}")
-
-    for contender in contenders:
-        for _ in range(args.warmup):
-            contender.clear()
-            contender.run()
-    for _ in range(args.repeats):
-        for contender in contenders:
-            contender.time(device)
+    errors = agreement(contenders, contenders[0], args.dtype, f"{name}, {what}")
+    time_in_turns(contenders, args)
     memory = {}
     for contender in contenders:
         contender.clear(keep=True)
@@ -284,6 +257,10 @@ def measure(args: argparse.Namespace, name: str, what: str) -> list[Result]:
             error=errors.get(contender.name),
             times_ms=contender.times_ms,
         )
+        peak = peak_flops(device, args.dtype)
+        if peak is not None and what == "encoder":
+            flop = encoder_flop(model.config.encoder, args.batch_size * keep_count(patches, args.mask_ratio))
+            result.flop_utilisation = flop / (statistics.median(contender.times_ms) * 1e-3 * peak)
         if not contender.name.startswith("dense"):
             ratios = [d / t for d, t in zip(dense.times_ms, contender.times_ms, strict=True)]
             result.speedup = statistics.median(ratios)
@@ -293,71 +270,44 @@ def measure(args: argparse.Namespace, name: str, what: str) -> list[Result]:
     return results
 
 
-def hardware(device: torch.device) -> dict[str, Any]:
-    """What the figures were measured on."""
-    processor = platform.processor()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = cpuinfo.read_text(encoding="utf-8").splitlines()
-        processor = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), processor)
-    return {
-        "processor": processor,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "system": platform.system(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
-
-
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=["atto", "pico", "tiny"], help="variants, atto … huge")
+    add_options(parser, ["atto", "pico", "tiny"])
     parser.add_argument("--what", nargs="+", default=["encoder", "step"], choices=["encoder", "step"])
-    parser.add_argument("--backends", nargs="+", default=["auto"], help="backends to compare with dense masked")
-    parser.add_argument("--batch-size", type=int, default=16, help="images a batch")
     parser.add_argument(
-        "--img-size", type=int, nargs="+", default=[224], help="pixels: one number, or height and width"
+        "--backends",
+        nargs="+",
+        default=["auto"],
+        help="what to compare with dense masked: backends, followed by +compile for torch.compile or by +graphs for "
+        "CUDA graphs; triton-depthwise is triton with the pointwise half left to torch",
     )
-    parser.add_argument("--mask-ratio", type=float, default=0.6)
-    parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=list(DTYPES), help="float32, or an autocast dtype")
-    parser.add_argument("--repeats", type=int, default=7, help="timed passes of each contender")
-    parser.add_argument("--warmup", type=int, default=2, help="passes before timing")
-    parser.add_argument("--threads", type=int, help="processor threads; torch's default if left out")
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--compile", action=argparse.BooleanOptionalAction, default=True, help="also time the compiled dense network"
     )
-    parser.add_argument("--json", type=Path, help="write hardware, versions and results to this file")
     args = parser.parse_args(argv)
-    args.img_size = tuple(args.img_size * 2 if len(args.img_size) == 1 else args.img_size)
-    args.models = [m if m.startswith("convnextv2_") else f"convnextv2_{m}" for m in args.models]
-    unknown = [m for m in args.models if m not in VARIANTS]
-    if unknown:
-        parser.error(f"unknown models {', '.join(unknown)}; choose from {', '.join(VARIANTS)}")
-    if args.batch_size < 1 or args.repeats < 1:
-        parser.error("--batch-size and --repeats must be at least 1")
-    args.backends = [
-        resolve_backend("auto", torch.device(args.device)).name if b == "auto" else get_backend(b).name
-        for b in args.backends
-    ]
+    check_options(parser, args)
+    chosen = resolve_backend("auto", torch.device(args.device)).name
+    args.backends = [chosen + b.removeprefix("auto") if b.split("+")[0] == "auto" else b for b in args.backends]
+    for name in args.backends:
+        if name.count("+") > 1 or name.split("+")[1:] not in ([], *([suffix] for suffix in COMPILE_MODES)):
+            parser.error(f"--backends {name}: after + only {' or '.join(COMPILE_MODES)}")
+        try:
+            entry(name)
+        except (ValueError, BackendUnavailableError) as error:
+            parser.error(f"--backends {name}: {error}")
     return args
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run, print a table, write the JSON; 2 where contenders disagree."""
     args = parse_args(argv)
-    if args.threads:
-        torch.set_num_threads(args.threads)
     device = torch.device(args.device)
     facts = hardware(device)
-    print(", ".join(f"{key} {value}" for key, value in facts.items()))
-    print(f"batch {args.batch_size}, {args.img_size[0]}×{args.img_size[1]}, mask ratio {args.mask_ratio}, {args.dtype}")
+    print_head(facts, args, args.dtype)
     print(f"{'model':<18}{'what':<9}{'backend':<16}{'ms/image':>10}{'(min–max)':>16}{'img/s':>8}{'act. MB':>9}", end="")
-    print(f"{'speed-up':>10}{'(min–max)':>14}{'memory':>8}{'error':>9}")
+    print(f"{'speed-up':>10}{'(min–max)':>14}{'memory':>8}{'error':>9}{'of peak':>9}")
     results: list[Result] = []
     for name in args.models:
         for what in args.what:
@@ -374,13 +324,11 @@ def main(argv: list[str] | None = None) -> int:
                 if r.speedup is not None:
                     line += f"{r.speedup:>9.2f}×{f'({r.speedup_min:.2f}–{r.speedup_max:.2f})':>14}"
                     line += f"{r.memory_ratio:>8.2f}{r.error:>9.1e}"
+                if r.flop_utilisation is not None:
+                    line = f"{line:<119}{r.flop_utilisation:>8.1%}"
                 print(line, flush=True)
             torch.compiler.reset()
-    if args.json:
-        options = {k: v for k, v in vars(args).items() if k != "json"}
-        report = {"hardware": facts, "options": options, "results": [asdict(r) for r in results]}
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write_report(facts, args, results)
     return 0
 
 

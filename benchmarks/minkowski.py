@@ -17,20 +17,29 @@ A ratio is printed only if outputs and gradients of that very run agree with the
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
-from encoder import TOLERANCE, Contender, dense_grid, hardware, randomise_grn, relative_error
+from common import (
+    Contender,
+    add_options,
+    agreement,
+    check_options,
+    hardware,
+    print_facts,
+    print_head,
+    time_in_turns,
+    write_report,
+)
+from encoder import dense_grid, randomise_grn
 from torch import Tensor
 
-from convnextv2.config import VARIANTS, encoder_config
+from convnextv2.config import encoder_config
 from convnextv2.encoder import Encoder
 from convnextv2.masking import keep_count, random_mask
 from sparse_ops import ActiveSet, SparseGrid, get_backend, minkowski
@@ -111,19 +120,8 @@ def measure(args: argparse.Namespace, name: str) -> list[Result]:
 
     dense = contender("dense", lambda: last.gather(encoder(images, dense_grid(visible))))
     contenders = [contender(title, sparse(title)) for title in ("stock", "minkowski", *args.backends)]
-    expected = dense.values()
-    errors = {c.name: relative_error(c.values(), expected) for c in contenders}
-    wrong = {title: error for title, error in errors.items() if not error <= TOLERANCE["float32"]}
-    if wrong:
-        raise RuntimeError(f"{name}: outputs or gradients differ from dense masked, no ratio: {wrong}")
-
-    for c in contenders:
-        for _ in range(args.warmup):
-            c.clear()
-            c.run()
-    for _ in range(args.repeats):
-        for c in contenders:
-            c.time(device)
+    errors = agreement(contenders, dense, "float32", name)
+    time_in_turns(contenders, args)
     stock = contenders[0]
     results = []
     for c in contenders:
@@ -202,37 +200,19 @@ def exact_error(found: list[Tensor], expected: list[Tensor]) -> float:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=["atto"], help="variants, atto … huge")
+    add_options(parser, ["atto"])
     parser.add_argument("--backends", nargs="*", default=["cpu"], help="backends to time beside the two")
     parser.add_argument("--parity", action="store_true", help="measure errors against the float64 oracle, not times")
     parser.add_argument(
         "--widest", type=int, default=352, metavar="C", help="narrow models whose first stage is wider, for --parity"
     )
-    parser.add_argument("--batch-size", type=int, default=16, help="images a batch")
-    parser.add_argument(
-        "--img-size", type=int, nargs="+", default=[224], help="pixels: one number, or height and width"
-    )
-    parser.add_argument("--mask-ratio", type=float, default=0.6)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--repeats", type=int, default=7, help="timed passes of each contender")
-    parser.add_argument("--warmup", type=int, default=2, help="passes before timing")
-    parser.add_argument("--threads", type=int, help="processor threads; torch's default if left out")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, help="write hardware, versions and results to this file")
     args = parser.parse_args(argv)
-    args.img_size = tuple(args.img_size * 2 if len(args.img_size) == 1 else args.img_size)
-    args.models = [m if m.startswith("convnextv2_") else f"convnextv2_{m}" for m in args.models]
-    unknown = [m for m in args.models if m not in VARIANTS]
-    if unknown:
-        parser.error(f"unknown models {', '.join(unknown)}; choose from {', '.join(VARIANTS)}")
-    if args.batch_size < 1 or args.repeats < 1:
-        parser.error("--batch-size and --repeats must be at least 1")
+    check_options(parser, args)
     return args
 
 
 def run_speed(args: argparse.Namespace) -> list[Result]:
     """The table of times."""
-    print(f"batch {args.batch_size}, {args.img_size[0]}×{args.img_size[1]}, mask ratio {args.mask_ratio}, float32")
     print(f"{'model':<18}{'encoder on':<12}{'ms/image':>10}{'(min–max)':>16}", end="")
     print(f"{'against stock':>15}{'(min–max)':>16}{'error':>9}")
     results: list[Result] = []
@@ -266,21 +246,19 @@ def run_parity(args: argparse.Namespace) -> list[Parity]:
 def main(argv: list[str] | None = None) -> int:
     """Run, print a table, write the JSON; 2 where contenders disagree or MinkowskiEngine is missing."""
     args = parse_args(argv)
-    if args.threads:
-        torch.set_num_threads(args.threads)
     try:
         get_backend("minkowski")
         facts = hardware(torch.device(args.device)) | {"MinkowskiEngine": minkowski.minkowski_engine().__version__}
-        print(", ".join(f"{key} {value}" for key, value in facts.items()))
-        results = run_parity(args) if args.parity else run_speed(args)
+        if args.parity:
+            print_facts(facts)
+            results = run_parity(args)
+        else:
+            print_head(facts, args, "float32")
+            results = run_speed(args)
     except RuntimeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if args.json:
-        options = {k: v for k, v in vars(args).items() if k != "json"}
-        report = {"hardware": facts, "options": options, "results": [asdict(r) for r in results]}
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write_report(facts, args, results)
     return 0
 
 

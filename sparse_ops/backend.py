@@ -51,7 +51,7 @@ class Backend(ABC):
         """None if such inputs are served, else why not."""
 
     def check(self, device: torch.device) -> str | None:
-        """None if results on ``device`` are right, else what is wrong; ``auto`` asks once before it takes the backend."""
+        """None if results on ``device`` are right, else what is wrong; ``auto`` asks once before taking the backend."""
         return None
 
     def prepare(self, active: ActiveSet, kernel_size: int) -> None:  # noqa: B027  # optional, and nothing by default

@@ -22,6 +22,13 @@ from sparse_ops import registry
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Cases of a test that run on a CUDA device are part of the suite that ``-m cuda`` selects."""
+    for item in items:
+        if "cuda" in getattr(getattr(item, "callspec", None), "params", {}).values():
+            item.add_marker("cuda")
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip what needs MinkowskiEngine where it is not there; ``make test`` installs it and wants no such skip."""
     if item.get_closest_marker("minkowski"):

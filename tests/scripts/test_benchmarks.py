@@ -1,0 +1,65 @@
+"""The benchmarks run, agree with dense in the run that they time, and write what they print."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+from encoder import encoder_flop  # noqa: E402  # a script's folder
+
+from convnextv2.config import encoder_config  # noqa: E402
+
+
+def run(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, ROOT / "benchmarks" / script, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+
+SMALL = ("--models", "atto", "--batch-size", 1, "--img-size", 64, "--repeats", 2, "--warmup", 1, "--threads", 1)
+
+
+@pytest.mark.parametrize(
+    ("script", "extra", "rows"),
+    [("encoder.py", ("--no-compile", "--what", "encoder", "step"), 4), ("ops.py", ("--stages", 3, 4), 10)],
+)
+def test_it_runs_and_writes_its_results(script, extra, rows, tmp_path):
+    done = run(script, *SMALL, *extra, "--json", tmp_path / "out.json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert len(report["results"]) == rows
+    assert report["hardware"]["torch"]
+    assert report["options"]["img_size"] == [64, 64]
+    assert sum(line.startswith("convnextv2_atto") for line in done.stdout.splitlines()) == rows
+    done = run("report.py", tmp_path / "out.json", "--markdown", tmp_path / "r.md", "--json", tmp_path / "r.json")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "r.md").read_text().count("| convnextv2_atto") == rows
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "message"),
+    [
+        ("encoder.py", ("--models", "gigantic"), "unknown models"),
+        ("encoder.py", ("--backends", "cpu+speed"), "after + only"),
+        ("encoder.py", ("--backends", "abacus"), "unknown backend"),
+        ("ops.py", ("--backend", "cpu", "--dtype", "float16"), "float16"),
+        ("ops.py", ("--batch-size", 0), "at least 1"),
+    ],
+)
+def test_bad_options_are_one_line(script, arguments, message):
+    done = run(script, *arguments)
+    assert done.returncode == 2
+    assert message in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("name", "published"),
+    [("atto", 0.55), ("femto", 0.78), ("pico", 1.37), ("nano", 2.45), ("tiny", 4.47), ("base", 15.4), ("huge", 115)],
+)
+def test_flop_are_the_published_ones(name, published):
+    """Published figures are billions of multiply-adds of the forward pass at 224×224, the head included."""
+    assert encoder_flop(encoder_config(f"convnextv2_{name}"), 49) / 6e9 == pytest.approx(published, rel=0.01)
