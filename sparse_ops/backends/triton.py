@@ -77,7 +77,7 @@ def _tuned(name: str, side: int, channels: int) -> Any:
         triton.Config({"PATCHES": block.patches, "BLOCK_C": block.channels}, num_warps=block.warps)
         for block in blocks(side, channels)
     ]
-    return triton.autotune(configs, key=["KERNEL"], cache_results=True)(getattr(_kernels("depthwise"), name))
+    return triton.autotune(configs, key=["KERNEL", "SIDE", "CHANNELS"], cache_results=True)(getattr(_kernels("depthwise"), name))
 
 
 def _launch(name: str, grid: Any, side: int, channels: int, *args: Any, **constants: Any) -> None:
