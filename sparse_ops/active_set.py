@@ -33,6 +33,13 @@ def morton_coordinates(side: int) -> list[tuple[int, int]]:
     return cells
 
 
+def _morton_table(side: int, device: torch.device) -> Tensor:
+    """``[side², 2]`` int64: :func:`morton_coordinates`, made on ``device``, which need not wait for the host then."""
+    bit = torch.arange(side.bit_length() - 1, device=device)
+    place = torch.arange(side * side, device=device)[:, None]
+    return torch.stack([((place >> (2 * bit + odd) & 1) << bit).sum(1) for odd in (1, 0)], dim=1)
+
+
 class _PatchIndex:
     """The visible patches of a batch: shared by the active sets of all stages, so that tables are built once."""
 
@@ -238,10 +245,7 @@ class ActiveSet:
         return self._cached("coordinates", self._coordinates)
 
     def _coordinates(self) -> Tensor:
-        # Computed where it is needed: a table from the host would make a GPU wait for it.
-        bit = torch.arange(self.side.bit_length() - 1, device=self.device)
-        place = torch.arange(self.side * self.side, device=self.device)[:, None]
-        within = torch.stack([((place >> (2 * bit + odd) & 1) << bit).sum(1) for odd in (1, 0)], dim=1)
+        within = _morton_table(self.side, self.device)
         corner = self.patch_coordinates[:, None, 1:] * self.side
         yx = (corner + within[None]).flatten(0, 1)
         return torch.cat((self.image_index[:, None], yx), dim=1)
@@ -252,6 +256,30 @@ class ActiveSet:
         R is the number of patches an odd ``kernel_size`` reaches on each side of a patch at this stage.
         """
         return self._patches.neighbours(reach(kernel_size, self.side))
+
+    def tile_neighbours(self, kernel_size: int, tile: int) -> Tensor:
+        """The same for tiles of ``tile × tile`` cells, a power of two, where patches are larger than that.
+
+        Cells are in Z-order, so the tiles of a patch are runs of rows too, and rows are those of an active set of
+        smaller patches: ``[P·m², (2R + 1)²]`` int32 with m tiles a patch side, R tiles reached.
+        """
+        if self.side <= tile:
+            return self.patch_neighbours(kernel_size)
+        return self._cached(("tiles", kernel_size, tile), lambda: self._tile_neighbours(kernel_size, tile))
+
+    def _tile_neighbours(self, kernel_size: int, tile: int) -> Tensor:
+        across, reached = self.side // tile, reach(kernel_size, tile)
+        step = torch.arange(-reached, reached + 1, device=self.device)
+        y, x = (own[:, None] + step for own in _morton_table(across, self.device).unbind(1))  # [m², 2R + 1]
+        patches = reach(kernel_size, self.side)
+        patch_y, patch_x = (position.div(across, rounding_mode="floor") + patches for position in (y, x))
+        patch = patch_y[:, :, None] * (2 * patches + 1) + patch_x[:, None, :]
+        bit = torch.arange(across.bit_length() - 1, device=self.device)
+        place_y, place_x = (((v % across)[..., None] >> bit & 1) << (2 * bit) for v in (y, x))
+        place = 2 * place_y.sum(-1)[:, :, None] + place_x.sum(-1)[:, None, :]
+        source = self.patch_neighbours(kernel_size)[:, patch.flatten()]
+        found = torch.where(source < 0, -1, source * across**2 + place.flatten())
+        return found.view(-1, (2 * reached + 1) ** 2).int()
 
     def cell_neighbours(self, kernel_size: int) -> Tensor:
         """``[N, K²]`` int64: the row under each tap, row-major over the kernel, and N where there is none.

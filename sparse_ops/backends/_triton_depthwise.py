@@ -1,7 +1,8 @@
 """The Triton kernels of the ``triton`` backend. Importing this module imports triton.
 
-A program owns a few patches and a block of channels. Rows of its tensors are (patch, y) pairs and columns are channels;
-the cells of a line of a patch are separate tensors in registers, so that a value read once serves up to seven sums.
+Convolution: a program owns one patch and a block of channels, and goes from neighbour to neighbour. Weight gradient:
+rows of a program's tensors are (patch, y) pairs and columns are channels; the cells of a line of a patch are separate
+tensors in registers, so that a value read once serves up to seven sums.
 Everything but the number of patches is known when a kernel is compiled.
 
 Shapes: P patches of SIDE × SIDE cells in Z-order, C channels, K kernel size, ``neighbours`` ``[P, ACROSS²]``.
@@ -14,16 +15,128 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
-def _spread(value):
-    """Bits of 0 … 7 moved to the even places, as Z-order wants x."""
-    return (value & 1) | ((value & 2) << 1) | ((value & 4) << 2)
+@triton.constexpr_function
+def _z(x):
+    """Bits of x moved to the even places, as Z-order wants them: where column x of a patch's first line is stored."""
+    return (x & 1) | ((x & 2) << 1) | ((x & 4) << 2)
 
 
 @triton.constexpr_function
-def _z(x):
-    """The same for a number known to the compiler: where column x of a line begins within its patch."""
-    return (x & 1) | ((x & 2) << 1) | ((x & 4) << 2)
+def _tap(n, i, o, REACH, SIDE, KERNEL):
+    """Line (or column) of taps from cell i of neighbour n to cell o of the patch itself; -1 if beyond the kernel."""
+    tap = (n - REACH) * SIDE + i - o + KERNEL // 2
+    return tap if 0 <= tap < KERNEL else -1
+
+
+@triton.constexpr_function
+def _reached(n, i, REACH, SIDE, KERNEL):
+    """Whether the kernel reaches cell i of neighbour n from any cell of the patch itself."""
+    first = (n - REACH) * SIDE + i + KERNEL // 2  # towards the patch's cell 0; the last is SIDE - 1 less
+    return first >= 0 and first - (SIDE - 1) < KERNEL
+
+
+@triton.jit
+def _load(at, valid, WHOLE: tl.constexpr):
+    """WHOLE tensors need no mask, whose zeros would have to be written to registers first."""
+    if WHOLE:
+        return tl.load(at).to(tl.float32)
+    return tl.load(at, mask=valid, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _add_cell(
+    sums,
+    value,
+    weight,
+    inside,
+    ny: tl.constexpr,
+    nx: tl.constexpr,
+    iy: tl.constexpr,
+    ix: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    SIDE: tl.constexpr,
+    KERNEL: tl.constexpr,
+    REACH: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    """``sums`` of a patch's cells, with what one cell of a neighbour adds to each."""
+    updated = ()
+    for oy in tl.static_range(SIDE):
+        for ox in tl.static_range(SIDE):
+            if _tap(ny, iy, oy, REACH, SIDE, KERNEL) >= 0 and _tap(nx, ix, ox, REACH, SIDE, KERNEL) >= 0:
+                at = _tap(ny, iy, oy, REACH, SIDE, KERNEL) * KERNEL + _tap(nx, ix, ox, REACH, SIDE, KERNEL)
+                tap = _load(weight + at * CHANNELS, inside, WHOLE)
+                updated = updated + (sums[oy * SIDE + ox] + value * tap,)
+            else:
+                updated = updated + (sums[oy * SIDE + ox],)
+    return updated
+
+
+@triton.jit(do_not_specialize=["patches"])
+def depthwise_kernel(
+    x,
+    weight,  # [K·K + 1, C], float32: the taps, and the bias
+    neighbours,
+    out,
+    patches,
+    CHANNELS: tl.constexpr,
+    SIDE: tl.constexpr,
+    KERNEL: tl.constexpr,
+    REACH: tl.constexpr,
+    PATCHES: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """out[cell] = bias + sum over taps of weight[tap] · x[cell under the tap].
+
+    A program goes from neighbour to neighbour, and past those that none of its patches has: with one patch a program,
+    multiply-adds on masked cells cost nothing. All cells of a patch are summed at once, a tensor each.
+    """
+    ACROSS: tl.constexpr = 2 * REACH + 1
+    AREA: tl.constexpr = SIDE * SIDE
+    WHOLE: tl.constexpr = CHANNELS % BLOCK_C == 0
+    ALL: tl.constexpr = CHANNELS % BLOCK_C == 0 and PATCHES == 1
+    patch = tl.program_id(0).to(tl.int64) * PATCHES + tl.arange(0, PATCHES)
+    live = patch < patches
+    columns = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
+    inside = columns < CHANNELS
+    bias = _load(weight + KERNEL * KERNEL * CHANNELS + columns, inside, WHOLE)
+    sums = (tl.zeros([PATCHES, BLOCK_C], tl.float32) + bias,) * AREA
+    for ny in tl.static_range(ACROSS):
+        for nx in tl.static_range(ACROSS):
+            source = tl.load(neighbours + patch * (ACROSS * ACROSS) + ny * ACROSS + nx, mask=live, other=-1)
+            if tl.max(source, 0) >= 0:
+                base = x + (source.to(tl.int64) * (AREA * CHANNELS))[:, None] + columns
+                valid = (source >= 0)[:, None] & inside
+                for iy in tl.static_range(SIDE):
+                    for ix in tl.static_range(SIDE):
+                        if _reached(ny, iy, REACH, SIDE, KERNEL) and _reached(nx, ix, REACH, SIDE, KERNEL):
+                            value = _load(base + (2 * _z(iy) + _z(ix)) * CHANNELS, valid, ALL)
+                            sums = _add_cell(
+                                sums,
+                                value,
+                                weight + columns,
+                                inside,
+                                ny,
+                                nx,
+                                iy,
+                                ix,
+                                CHANNELS,
+                                SIDE,
+                                KERNEL,
+                                REACH,
+                                WHOLE,
+                            )
+    own = out + (patch * (AREA * CHANNELS))[:, None] + columns
+    for oy in tl.static_range(SIDE):
+        for ox in tl.static_range(SIDE):
+            at = own + (2 * _z(oy) + _z(ox)) * CHANNELS
+            tl.store(at, sums[oy * SIDE + ox].to(out.dtype.element_ty), mask=live[:, None] & inside)
+
+
+@triton.jit
+def _spread(value):
+    """The same for numbers of 0 … 7 that the compiler does not know."""
+    return (value & 1) | ((value & 2) << 1) | ((value & 4) << 2)
 
 
 @triton.jit
@@ -55,63 +168,6 @@ def _any_in_halo(nx, HALO, SIDE, KERNEL):
 @triton.jit
 def _load_cell(base, offset: tl.constexpr, found, columns, inside):
     return tl.load(base[:, None] + offset + columns[None, :], mask=found[:, None] & inside[None, :], other=0.0)
-
-
-@triton.jit(do_not_specialize=["patches"])
-def depthwise_kernel(
-    x,
-    weight,  # [K·K, C], float32
-    bias,  # [C], float32
-    neighbours,
-    out,
-    patches,
-    CHANNELS: tl.constexpr,
-    SIDE: tl.constexpr,
-    KERNEL: tl.constexpr,
-    REACH: tl.constexpr,
-    REVERSE: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    PATCHES: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """out[cell] = bias + sum over taps of weight[tap] · x[cell under the tap]."""
-    RADIUS: tl.constexpr = KERNEL // 2
-    ACROSS: tl.constexpr = 2 * REACH + 1
-    HALO: tl.constexpr = REACH * SIDE - RADIUS  # column of the window of patches where the halo begins
-    patch, y, live = _rows(tl.program_id(0) * PATCHES, patches, SIDE, PATCHES)
-    columns = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    inside = columns < CHANNELS
-    start = tl.zeros([PATCHES * SIDE, BLOCK_C], tl.float32)
-    if HAS_BIAS:
-        start += tl.load(bias + columns, mask=inside, other=0.0)[None, :]
-    sums = (start,) * SIDE
-    table = neighbours + patch * (ACROSS * ACROSS)
-    for ky in range(KERNEL):  # a loop of the program: unrolled, it would take a minute to compile
-        taps = ()
-        for kx in tl.static_range(KERNEL):
-            tap = ky * KERNEL + kx
-            if REVERSE:
-                tap = KERNEL * KERNEL - 1 - tap
-            taps = taps + (tl.load(weight + tap * CHANNELS + columns, mask=inside, other=0.0)[None, :],)
-        line = y + (ky - RADIUS + REACH * SIDE)
-        for nx in tl.static_range(ACROSS):
-            if _any_in_halo(nx, HALO, SIDE, KERNEL):
-                source = tl.load(table + (line // SIDE) * ACROSS + nx, mask=live, other=-1)
-                base = _line(x, source, line % SIDE, SIDE, CHANNELS)
-                for lx in tl.static_range(SIDE):
-                    if _in_halo(nx * SIDE + lx, HALO, SIDE, KERNEL):
-                        value = _load_cell(base, _z(lx) * CHANNELS, source >= 0, columns, inside).to(tl.float32)
-                        updated = ()
-                        for tx in tl.static_range(SIDE):
-                            if nx * SIDE + lx - HALO - tx >= 0 and nx * SIDE + lx - HALO - tx < KERNEL:
-                                updated = updated + (sums[tx] + value * taps[nx * SIDE + lx - HALO - tx],)
-                            else:
-                                updated = updated + (sums[tx],)
-                        sums = updated
-    own = _line(out, patch, y, SIDE, CHANNELS)
-    for tx in tl.static_range(SIDE):
-        at = own[:, None] + _z(tx) * CHANNELS + columns[None, :]
-        tl.store(at, sums[tx].to(out.dtype.element_ty), mask=live[:, None] & inside[None, :])
 
 
 @triton.jit(do_not_specialize=["patches"])

@@ -35,12 +35,27 @@ class Block(NamedTuple):
     warps: int
 
 
-INTERPRETED = Block(patches=16, channels=64, warps=1)
-"""For the interpreter, where every program costs the same however much it takes."""
+INTERPRETED = {
+    "depthwise_kernel": Block(patches=64, channels=64, warps=1),
+    "depthwise_weight_grad_kernel": Block(patches=16, channels=64, warps=1),
+}
+"""For the interpreter, where every program costs much the same however much it takes."""
 
 
-def blocks(side: int, channels: int) -> list[Block]:
-    """Block shapes worth trying, the likeliest first: some 8 to 16 numbers a thread, and few idle channels."""
+TILE, WEIGHT_TILE = 4, 8
+"""Cells a side that the convolution and the weight gradient take for a patch; larger ones are cut into tiles."""
+
+
+def depthwise_blocks(side: int, channels: int) -> list[Block]:
+    """Block shapes of the convolution worth trying, the likeliest first: one patch and one warp, no idle channels."""
+    fitting = [c for c in ((64, 32, 128, 16) if side > 2 else (256, 128, 64, 32, 16)) if c < 2 * channels or c == 16]
+    # Least idle lanes first, of which a warp has 32; stable, so among equals the order above.
+    fitting.sort(key=lambda block: -(-channels // block) * max(block, 32))
+    return [Block(1, block, 1) for block in fitting[: 2 if side > 2 else 3]]  # tiles of 4 take long to compile
+
+
+def weight_grad_blocks(side: int, channels: int) -> list[Block]:
+    """Those of the weight gradient: some 8 to 16 numbers a thread, and few idle channels."""
     found = []
     for block_channels in (64, 32, 16, 128):
         if block_channels >= 2 * channels and block_channels > 16:
@@ -75,15 +90,16 @@ def _tuned(name: str, side: int, channels: int) -> Any:
 
     configs = [
         triton.Config({"PATCHES": block.patches, "BLOCK_C": block.channels}, num_warps=block.warps)
-        for block in blocks(side, channels)
+        for block in (depthwise_blocks if name == "depthwise_kernel" else weight_grad_blocks)(side, channels)
     ]
-    return triton.autotune(configs, key=["KERNEL", "SIDE", "CHANNELS"], cache_results=True)(getattr(_kernels("depthwise"), name))
+    tune = triton.autotune(configs, key=["KERNEL", "SIDE", "CHANNELS"], cache_results=True)
+    return tune(getattr(_kernels("depthwise"), name))
 
 
 def _launch(name: str, grid: Any, side: int, channels: int, *args: Any, **constants: Any) -> None:
     constants |= {"CHANNELS": channels, "SIDE": side}
     if interpreting():
-        block = INTERPRETED
+        block = INTERPRETED[name]
         sizes = {"PATCHES": block.patches, "BLOCK_C": block.channels}
         getattr(_kernels("depthwise"), name)[grid](*args, **constants, **sizes, num_warps=block.warps)
     else:
@@ -95,13 +111,15 @@ def _launch(name: str, grid: Any, side: int, channels: int, *args: Any, **consta
 def triton_depthwise(
     x: Tensor, weight: Tensor, bias: Tensor | None, neighbours: Tensor, side: int, reverse_taps: bool
 ) -> Tensor:
-    """See :meth:`sparse_ops.backend.Backend.depthwise`; ``neighbours`` is the patch table ``[P, (2R + 1)²]``."""
+    """See :meth:`sparse_ops.backend.Backend.depthwise`; ``neighbours`` is the table of tiles ``[P, (2R + 1)²]``."""
     out = torch.empty_like(x)
     patches, channels, kernel_size = neighbours.shape[0], x.shape[1], weight.shape[-1]
     if not patches or not channels:
         return out
-    taps = weight.new_empty(kernel_size**2, channels, dtype=torch.float32).copy_(weight.flatten(1).t())
-    offset = taps if bias is None else bias.float()
+    # The gradient for x takes the same kernel, which takes seconds to compile: taps are reversed here.
+    taps = weight.new_empty(kernel_size**2 + 1, channels, dtype=torch.float32)
+    taps[:-1] = (weight.flatten(1).flip(1) if reverse_taps else weight.flatten(1)).t()
+    taps[-1] = 0 if bias is None else bias
 
     def grid(sizes: dict[str, int]) -> tuple[int, int]:
         return -(-patches // sizes["PATCHES"]), -(-channels // sizes["BLOCK_C"])
@@ -113,14 +131,11 @@ def triton_depthwise(
         channels,
         x,
         taps,
-        offset,
         neighbours,
         out,
         patches,
         KERNEL=kernel_size,
         REACH=reach(kernel_size, side),
-        REVERSE=reverse_taps,
-        HAS_BIAS=bias is not None,
     )
     return out
 
@@ -431,17 +446,18 @@ class TritonBackend(Backend):
         return None
 
     def prepare(self, active: ActiveSet, kernel_size: int) -> None:
-        active.patch_neighbours(kernel_size)
+        active.tile_neighbours(kernel_size, TILE)
+        active.tile_neighbours(kernel_size, WEIGHT_TILE)
 
     def depthwise(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, active: ActiveSet, *, reverse_taps: bool
     ) -> Tensor:
-        neighbours = active.patch_neighbours(weight.shape[-1])
-        return run(triton_depthwise, x, weight, bias, neighbours, active.side, reverse_taps)
+        neighbours = active.tile_neighbours(weight.shape[-1], TILE)
+        return run(triton_depthwise, x, weight, bias, neighbours, min(active.side, TILE), reverse_taps)
 
     def depthwise_weight_grad(self, x: Tensor, grad: Tensor, active: ActiveSet, kernel_size: int) -> Tensor:
-        neighbours = active.patch_neighbours(kernel_size)
-        return run(triton_depthwise_weight_grad, x, grad, neighbours, active.side, kernel_size)
+        neighbours = active.tile_neighbours(kernel_size, WEIGHT_TILE)
+        return run(triton_depthwise_weight_grad, x, grad, neighbours, min(active.side, WEIGHT_TILE), kernel_size)
 
     def fuses_mlp(self, device: torch.device, dtype: torch.dtype) -> bool:
         return dtype in DTYPES and self.rejects(device, dtype, 7) is None

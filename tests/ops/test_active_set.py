@@ -3,6 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from sparse_ops import ActiveSet, morton_coordinates
+from sparse_ops.active_set import reach
 from sparse_ops.testing import cell_coordinates, random_case, visible_from_text
 
 RAGGED = visible_from_text("..#/#.#", "###/###", ".../..#")
@@ -225,3 +226,23 @@ def test_wrong_features_and_maps_are_refused():
         active.gather_patches(torch.zeros(2, 3, 30, 48))
     with pytest.raises(ValueError, match="do not divide"):
         active.gather_patches(torch.zeros(1, 3, 32, 48))
+
+
+@pytest.mark.parametrize("kernel_size", [3, 5, 7, 9])
+@pytest.mark.parametrize(("side", "tile"), [(8, 4), (8, 2), (8, 1), (4, 4), (4, 2), (4, 1), (2, 1), (2, 8), (16, 4)])
+def test_tiles_are_the_patches_of_a_finer_mask(side, tile, kernel_size):
+    """Tiles have the neighbours that they would have as patches, in the order in which their rows lie."""
+    active = active_of(RAGGED, side)
+    found = active.tile_neighbours(kernel_size, tile)
+    if tile >= side:
+        assert found is active.patch_neighbours(kernel_size)
+        return
+    tiles, across = side // tile, 2 * reach(kernel_size, tile) + 1
+    corners = active.coordinates[:: tile * tile]
+    number = {tuple(corner): row for row, corner in enumerate(corners.tolist())}
+    assert found.shape == (active.num_patches * tiles**2, across**2)
+    assert found.dtype == torch.int32
+    for row, (image, y, x) in enumerate(corners.tolist()):
+        steps = [(step - across // 2) * tile for step in range(across)]
+        expected = [number.get((image, y + dy, x + dx), -1) for dy in steps for dx in steps]
+        assert found[row].tolist() == expected
