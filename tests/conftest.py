@@ -25,7 +25,8 @@ SCRIPTS = Path(__file__).parent.parent / "scripts"
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Cases of a test that run on a CUDA device are part of the suite that ``-m cuda`` selects."""
     for item in items:
-        if "cuda" in getattr(getattr(item, "callspec", None), "params", {}).values():
+        parameters = getattr(getattr(item, "callspec", None), "params", {}).values()
+        if any(isinstance(value, str) and value == "cuda" for value in parameters):
             item.add_marker("cuda")
 
 

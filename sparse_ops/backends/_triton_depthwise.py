@@ -53,7 +53,7 @@ def _add_cell(
     nx: tl.constexpr,
     iy: tl.constexpr,
     ix: tl.constexpr,
-    CHANNELS: tl.constexpr,
+    channels,
     SIDE: tl.constexpr,
     KERNEL: tl.constexpr,
     REACH: tl.constexpr,
@@ -65,21 +65,22 @@ def _add_cell(
         for ox in tl.static_range(SIDE):
             if _tap(ny, iy, oy, REACH, SIDE, KERNEL) >= 0 and _tap(nx, ix, ox, REACH, SIDE, KERNEL) >= 0:
                 at = _tap(ny, iy, oy, REACH, SIDE, KERNEL) * KERNEL + _tap(nx, ix, ox, REACH, SIDE, KERNEL)
-                tap = _load(weight + at * CHANNELS, inside, WHOLE)
+                tap = _load(weight + at * channels, inside, WHOLE)
                 updated = updated + (sums[oy * SIDE + ox] + value * tap,)
             else:
                 updated = updated + (sums[oy * SIDE + ox],)
     return updated
 
 
-@triton.jit(do_not_specialize=["patches"])
+@triton.jit(do_not_specialize=["patches", "any_channels"])
 def depthwise_kernel(
     x,
     weight,  # [K·K + 1, C], float32: the taps, and the bias
     neighbours,
     out,
     patches,
-    CHANNELS: tl.constexpr,
+    any_channels,
+    CHANNELS: tl.constexpr,  # 0 takes any_channels: one program for every width, with more arithmetic for addresses
     SIDE: tl.constexpr,
     KERNEL: tl.constexpr,
     REACH: tl.constexpr,
@@ -93,24 +94,28 @@ def depthwise_kernel(
     """
     ACROSS: tl.constexpr = 2 * REACH + 1
     AREA: tl.constexpr = SIDE * SIDE
-    WHOLE: tl.constexpr = CHANNELS % BLOCK_C == 0
-    ALL: tl.constexpr = CHANNELS % BLOCK_C == 0 and PATCHES == 1
+    WHOLE: tl.constexpr = CHANNELS > 0 and CHANNELS % BLOCK_C == 0
+    ALL: tl.constexpr = CHANNELS > 0 and CHANNELS % BLOCK_C == 0 and PATCHES == 1
+    if CHANNELS > 0:
+        channels: tl.constexpr = CHANNELS
+    else:
+        channels = any_channels
     patch = tl.program_id(0).to(tl.int64) * PATCHES + tl.arange(0, PATCHES)
     live = patch < patches
     columns = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
-    inside = columns < CHANNELS
-    bias = _load(weight + KERNEL * KERNEL * CHANNELS + columns, inside, WHOLE)
+    inside = columns < channels
+    bias = _load(weight + KERNEL * KERNEL * channels + columns, inside, WHOLE)
     sums = (tl.zeros([PATCHES, BLOCK_C], tl.float32) + bias,) * AREA
     for ny in tl.static_range(ACROSS):
         for nx in tl.static_range(ACROSS):
             source = tl.load(neighbours + patch * (ACROSS * ACROSS) + ny * ACROSS + nx, mask=live, other=-1)
             if tl.max(source, 0) >= 0:
-                base = x + (source.to(tl.int64) * (AREA * CHANNELS))[:, None] + columns
+                base = x + (source.to(tl.int64) * (AREA * channels))[:, None] + columns
                 valid = (source >= 0)[:, None] & inside
                 for iy in tl.static_range(SIDE):
                     for ix in tl.static_range(SIDE):
                         if _reached(ny, iy, REACH, SIDE, KERNEL) and _reached(nx, ix, REACH, SIDE, KERNEL):
-                            value = _load(base + (2 * _z(iy) + _z(ix)) * CHANNELS, valid, ALL)
+                            value = _load(base + (2 * _z(iy) + _z(ix)) * channels, valid, ALL)
                             sums = _add_cell(
                                 sums,
                                 value,
@@ -120,16 +125,16 @@ def depthwise_kernel(
                                 nx,
                                 iy,
                                 ix,
-                                CHANNELS,
+                                channels,
                                 SIDE,
                                 KERNEL,
                                 REACH,
                                 WHOLE,
                             )
-    own = out + (patch * (AREA * CHANNELS))[:, None] + columns
+    own = out + (patch * (AREA * channels))[:, None] + columns
     for oy in tl.static_range(SIDE):
         for ox in tl.static_range(SIDE):
-            at = own + (2 * _z(oy) + _z(ox)) * CHANNELS
+            at = own + (2 * _z(oy) + _z(ox)) * channels
             tl.store(at, sums[oy * SIDE + ox].to(out.dtype.element_ty), mask=live[:, None] & inside)
 
 

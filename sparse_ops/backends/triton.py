@@ -47,11 +47,13 @@ TILE, WEIGHT_TILE = 4, 8
 
 
 def depthwise_blocks(side: int, channels: int) -> list[Block]:
-    """Block shapes of the convolution worth trying, the likeliest first: one patch and one warp, no idle channels."""
+    """Block shapes of the convolution worth trying: one patch and one warp, few idle channels; 0 is any width."""
+    if not channels:
+        return [Block(1, 32, 1)]
     fitting = [c for c in ((64, 32, 128, 16) if side > 2 else (256, 128, 64, 32, 16)) if c < 2 * channels or c == 16]
     # Least idle lanes first, of which a warp has 32; stable, so among equals the order above.
     fitting.sort(key=lambda block: -(-channels // block) * max(block, 32))
-    return [Block(1, block, 1) for block in fitting[: 2 if side > 2 else 3]]  # tiles of 4 take long to compile
+    return [Block(1, block, 1) for block in fitting[: 1 if side > 2 else 3]]  # tiles of 4 take long to compile
 
 
 def weight_grad_blocks(side: int, channels: int) -> list[Block]:
@@ -128,12 +130,13 @@ def triton_depthwise(
         "depthwise_kernel",
         grid,
         side,
-        channels,
+        channels if channels >= 32 and channels % 8 == 0 else 0,
         x,
         taps,
         neighbours,
         out,
         patches,
+        channels,
         KERNEL=kernel_size,
         REACH=reach(kernel_size, side),
     )
