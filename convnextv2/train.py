@@ -130,6 +130,8 @@ class RunOptions:
             raise ValueError(f"--betas must be in [0, 1), got {self.betas}")
         if self.resume and self.overwrite:
             raise ValueError("--resume and --overwrite exclude each other")
+        if self.compile is not None and self.compile not in COMPILE_MODES:
+            raise ValueError(f"--compile must be one of {', '.join(COMPILE_MODES)}, got {self.compile!r}")
         if self.tracker is not None:
             if self.tracker not in TRACKERS:
                 raise ValueError(f"--tracker must be one of {', '.join(TRACKERS)}, got {self.tracker!r}")

@@ -39,7 +39,9 @@ models=(atto tiny base)
 if [ "${FULL:-0}" = 1 ]; then models+=(large huge); fi
 gpu=(--device cuda --dtype bfloat16)
 
-part parity 240 "$python" -m pytest -q -p no:cacheprovider -m cuda tests/ops tests/model
+workers=()
+if "$python" -c 'import xdist' 2>/dev/null; then workers=(-n 8); fi # kernels compile side by side
+part parity 300 "$python" -m pytest -q -p no:cacheprovider "${workers[@]}" -m cuda tests/ops tests/model
 part ops 120 "$python" benchmarks/ops.py "${gpu[@]}" --models tiny base --batch-size 64 --json "$out/ops.json"
 part encoder $((240 + 600 * ${FULL:-0})) "$python" benchmarks/encoder.py "${gpu[@]}" --what encoder --batch-size 64 \
     --models "${models[@]}" --backends triton triton+compile triton-depthwise+compile --json "$out/encoder.json"

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from train_helpers import finetune_options, make_images, pretrain_options, weights
+from train_helpers import compile_without_inductor, finetune_options, make_images, pretrain_options, weights
 
 from convnextv2 import ConvNeXtV2
 from convnextv2.checkpoint import CheckpointError, load_checkpoint, load_model
@@ -53,6 +53,17 @@ def test_colours_are_learned_and_everything_is_written(images: Path, tmp_path: P
     model = load_model(output)
     assert isinstance(model, ConvNeXtV2)
     assert model.config.class_names == ("blue", "green", "red")
+
+
+@pytest.mark.slow
+def test_a_compiled_run_is_the_same_run(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    finetune(finetune_options(images, tmp_path / "eager"))
+    modes = compile_without_inductor(monkeypatch)
+    finetune(finetune_options(images, tmp_path / "compiled", compile="default"))
+    assert modes == ["default"]
+    for eager, compiled in zip(metrics(tmp_path / "eager"), metrics(tmp_path / "compiled"), strict=True):
+        assert compiled["train_loss"] == pytest.approx(eager["train_loss"], rel=1e-4)
+    assert weights(tmp_path / "compiled").keys() == weights(tmp_path / "eager").keys()
 
 
 def test_init_fills_open_options_and_starts_the_head_small(images: Path, pretrained: Path, tmp_path: Path) -> None:

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from train_helpers import make_images, pretrain_options, weights
+from train_helpers import compile_without_inductor, make_images, pretrain_options, weights
 
 from convnextv2 import FCMAE
 from convnextv2.checkpoint import CheckpointError, load_checkpoint, load_model
 from convnextv2.data import DataError
 from convnextv2.pretrain import pretrain
-from convnextv2.train import DivergedError, RunStoppedError
+from convnextv2.train import DivergedError, RunStoppedError, mixed_precision
 
 
 @pytest.fixture(scope="module")
@@ -189,6 +189,8 @@ def test_divergence_stops_with_the_step_and_keeps_the_last_good_state(images: Pa
         ({"resume": True, "overwrite": True}, "exclude each other"),
         ({"optimizer": "adamx"}, "unknown optimizer"),
         ({"reconstruct_every": -1}, "--reconstruct-every"),
+        ({"compile": "fast"}, "--compile must be one of"),
+        ({"compile": "default", "backend": "minkowski"}, "MinkowskiEngine cannot be traced"),
     ],
 )
 def test_bad_options_are_refused_before_a_file_is_written(
@@ -222,6 +224,41 @@ def test_workers_do_not_change_the_result(images: Path, tmp_path: Path) -> None:
     for workers in (0, 1):
         pretrain(pretrain_options(images, tmp_path / str(workers), workers=workers))
     assert all(torch.equal(value, weights(tmp_path / "1")[name]) for name, value in weights(tmp_path / "0").items())
+
+
+@pytest.mark.slow
+def test_a_compiled_run_is_the_same_run(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretrain(pretrain_options(images, tmp_path / "eager"))
+    modes = compile_without_inductor(monkeypatch)
+    pretrain(pretrain_options(images, tmp_path / "compiled", compile="reduce-overhead"))
+    assert modes == ["reduce-overhead"]
+    for eager, compiled in zip(metrics(tmp_path / "eager"), metrics(tmp_path / "compiled"), strict=True):
+        assert compiled["loss"] == pytest.approx(eager["loss"], rel=1e-5)
+    assert weights(tmp_path / "compiled").keys() == weights(tmp_path / "eager").keys()
+
+
+def test_auto_precision_is_bfloat16_on_cuda_alone(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = pretrain_options(images, tmp_path / "run", device="auto")
+    for cuda, supported, expected in ((False, True, "no"), (True, False, "no"), (True, True, "bf16")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda supported=supported, **_: supported)
+        assert mixed_precision(options) == expected
+        assert mixed_precision(replace(options, device="cpu")) == "no"
+        assert mixed_precision(replace(options, precision="fp16")) == "fp16"
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+def test_tf32_is_off_unless_asked_for(images: Path, tmp_path: Path, tf32: bool) -> None:
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    try:
+        pretrain(pretrain_options(images, tmp_path / "run", epochs=1, tf32=tf32))
+        assert torch.get_float32_matmul_precision() == ("high" if tf32 else "highest")
+        assert torch.backends.cudnn.allow_tf32 == tf32
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
 
 
 def test_a_full_disk_keeps_the_old_state(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
+import torch
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -42,6 +44,20 @@ def pretrain_options(data: Path | str, output: Path, **changes: Any) -> Pretrain
 
 def finetune_options(data: Path | str, output: Path, **changes: Any) -> FinetuneOptions:
     return FinetuneOptions(data=str(data), output=str(output), **{**SMALL, "in_chans": 3, "epochs": 2, **changes})
+
+
+def compile_without_inductor(monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
+    """torch.compile traces as ever but generates no code, which would take minutes; returns the modes asked for."""
+    modes: list[str | None] = []
+    original = torch.compile
+
+    def traced(function: Any, *, mode: str | None = None, fullgraph: bool = False) -> Any:
+        modes.append(mode)
+        return original(function, fullgraph=fullgraph, backend="aot_eager")
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", traced)
+    return modes
 
 
 def weights(output: Path, name: str = "last") -> dict[str, Any]:
