@@ -22,7 +22,7 @@ def _z(x):
 
 
 @triton.constexpr_function
-def _tap(n, i, o, REACH, SIDE, KERNEL):
+def _along(n, i, o, REACH, SIDE, KERNEL):
     """Line (or column) of taps from cell i of neighbour n to cell o of the patch itself; -1 if beyond the kernel."""
     tap = (n - REACH) * SIDE + i - o + KERNEL // 2
     return tap if 0 <= tap < KERNEL else -1
@@ -43,32 +43,23 @@ def _load(at, valid, WHOLE: tl.constexpr):
     return tl.load(at, mask=valid, other=0.0).to(tl.float32)
 
 
+@triton.constexpr_function
+def _taps(ny, nx, iy, ix, REACH, SIDE, KERNEL):
+    """The tap from cell (iy, ix) of a neighbour to each cell of the patch itself; -1 if beyond the kernel."""
+    lines = [_along(ny, iy, oy, REACH, SIDE, KERNEL) for oy in range(SIDE)]
+    across = [_along(nx, ix, ox, REACH, SIDE, KERNEL) for ox in range(SIDE)]
+    return tuple(y * KERNEL + x if y >= 0 and x >= 0 else -1 for y in lines for x in across)
+
+
 @triton.jit
-def _add_cell(
-    sums,
-    value,
-    weight,
-    inside,
-    ny: tl.constexpr,
-    nx: tl.constexpr,
-    iy: tl.constexpr,
-    ix: tl.constexpr,
-    channels,
-    SIDE: tl.constexpr,
-    KERNEL: tl.constexpr,
-    REACH: tl.constexpr,
-    WHOLE: tl.constexpr,
-):
+def _add_cell(sums, value, weight, inside, channels, TAPS: tl.constexpr, WHOLE: tl.constexpr):
     """``sums`` of a patch's cells, with what one cell of a neighbour adds to each."""
     updated = ()
-    for oy in tl.static_range(SIDE):
-        for ox in tl.static_range(SIDE):
-            if _tap(ny, iy, oy, REACH, SIDE, KERNEL) >= 0 and _tap(nx, ix, ox, REACH, SIDE, KERNEL) >= 0:
-                at = _tap(ny, iy, oy, REACH, SIDE, KERNEL) * KERNEL + _tap(nx, ix, ox, REACH, SIDE, KERNEL)
-                tap = _load(weight + at * channels, inside, WHOLE)
-                updated = updated + (sums[oy * SIDE + ox] + value * tap,)
-            else:
-                updated = updated + (sums[oy * SIDE + ox],)
+    for o in tl.static_range(len(TAPS)):
+        if TAPS[o] >= 0:
+            updated = updated + (sums[o] + value * _load(weight + TAPS[o] * channels, inside, WHOLE),)
+        else:
+            updated = updated + (sums[o],)
     return updated
 
 
@@ -121,14 +112,8 @@ def depthwise_kernel(
                                 value,
                                 weight + columns,
                                 inside,
-                                ny,
-                                nx,
-                                iy,
-                                ix,
                                 channels,
-                                SIDE,
-                                KERNEL,
-                                REACH,
+                                _taps(ny, nx, iy, ix, REACH, SIDE, KERNEL),
                                 WHOLE,
                             )
     own = out + (patch * (AREA * channels))[:, None] + columns
