@@ -136,6 +136,8 @@ def encoder_contenders(args: argparse.Namespace, model: FCMAE, images: Tensor, m
 
     def sparse(name: str) -> Callable[[], tuple[Tensor, Tensor]]:
         backend, mode = entry(name)
+        config = model.config.encoder
+        backend.warm_up(config.stages, config.kernel_size, images.device, DTYPES[args.dtype])
 
         def encode(images: Tensor, mask: Tensor) -> Tensor:
             active = ActiveSet.from_mask(mask, grid_size, keep=keep)

@@ -7,7 +7,7 @@ of its matrix products at the rate of a large one in that dtype. ``of floor`` is
 perfect. Dense is torch's (cuDNN's) operation on every cell of the same images; its results are compared, and no figure
 is printed where they differ.
 
-    python benchmarks/ops.py --device cuda --dtype bfloat16 --models tiny base --batch-size 64 --json ops.json
+    python benchmarks/ops.py --device cuda --dtype bfloat16 --models tiny base --batch-size 128 --json ops.json
     python benchmarks/ops.py --models atto --batch-size 8
 """
 
@@ -211,6 +211,8 @@ def pointwise(args: argparse.Namespace, clock: Clock, rates: Rates, stage: Stage
 
     norm, pwconv1, grn, pwconv2 = pair(channels), pair(hidden, channels), pair(hidden), pair(channels, hidden)
     leaves = [*norm, *pwconv1, *grn, *pwconv2]
+    # As under autocast: the parameters are float32.
+    own = [leaf.detach().float().requires_grad_() if backend.mixes_dtypes else leaf for leaf in leaves]
     grid = SparseGrid(active, backend)
     keep = torch.zeros(active.batch_size, *active.grid_size, dtype=torch.bool, device=clock.device)
     keep[tuple(active.patch_coordinates.unbind(1))] = True
@@ -220,14 +222,16 @@ def pointwise(args: argparse.Namespace, clock: Clock, rates: Rates, stage: Stage
     dense_x, dense_grad = active.densify(x.detach()).requires_grad_(), active.densify(grad)
 
     def fused() -> Tensor:
-        return grid.fused_mlp(x, norm, pwconv1, grn, pwconv2, norm_eps=EPS, grn_eps=EPS)
+        pairs = (own[0], own[1]), (own[2], own[3]), (own[4], own[5]), (own[6], own[7])
+        with torch.autocast(clock.device.type, dtype, enabled=backend.mixes_dtypes and dtype != torch.float32):
+            return grid.fused_mlp(x, *pairs, norm_eps=EPS, grn_eps=EPS)
 
     def separate() -> Tensor:
         h = F.gelu(F.linear(F.layer_norm(dense_x, [channels], *norm, EPS), *pwconv1))
         return F.linear(dense_grid.grn(h, *grn, EPS), *pwconv2)
 
     ours, theirs = fused(), separate()
-    our_grads = torch.autograd.grad(ours, [x, *leaves], grad, retain_graph=True)
+    our_grads = torch.autograd.grad(ours, [x, *own], grad, retain_graph=True)
     their_grads = list(torch.autograd.grad(theirs, [dense_x, *leaves], dense_grad, retain_graph=True))
     their_grads[0] = active.gather(their_grads[0])
     error = check(f"{stage}, pointwise", [ours, *our_grads], [active.gather(theirs), *their_grads], args.dtype)
@@ -238,7 +242,7 @@ def pointwise(args: argparse.Namespace, clock: Clock, rates: Rates, stage: Stage
     # The hidden layer is written once and read twice, before and after the norms are known.
     forward = clock(lambda: fused(), lambda: separate())
     backward = clock(
-        lambda: torch.autograd.grad(ours, [x, *leaves], grad, retain_graph=True),
+        lambda: torch.autograd.grad(ours, [x, *own], grad, retain_graph=True),
         lambda: torch.autograd.grad(theirs, [dense_x, *leaves], dense_grad, retain_graph=True),
     )
     return [
@@ -343,6 +347,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{'of floor':>9}{'dense µs':>11}{'ratio':>8}{'densified':>11}{'error':>9}")
         results: list[Result] = []
         for name in args.models:
+            config = encoder_config(name)
+            args.kernels.warm_up(config.stages, config.kernel_size, device, DTYPES[args.dtype])
             for stage in stages(args, name):
                 try:
                     new = depthwise(args, clock, rates, stage) + pointwise(args, clock, rates, stage)

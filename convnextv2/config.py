@@ -53,6 +53,11 @@ class EncoderConfig:
         """Pixels a side of a cell after the stem."""
         return self.patch_size // 2 ** (NUM_STAGES - 1)
 
+    @property
+    def stages(self) -> list[tuple[int, int]]:
+        """Cells a side of a patch, and channels, of each stage."""
+        return [(2 ** (NUM_STAGES - 1 - stage), dim) for stage, dim in enumerate(self.dims)]
+
 
 @dataclass(frozen=True)
 class FCMAEConfig:

@@ -14,7 +14,7 @@ from convnextv2.layers import init_weights
 from convnextv2.masking import keep_count, random_mask
 from sparse_ops.active_set import ActiveSet
 from sparse_ops.backend import Backend, resolve_backend
-from sparse_ops.functional import pointwise_linear
+from sparse_ops.functional import autocast_dtype, pointwise_linear
 from sparse_ops.grid import DenseGrid, GRNScope, SparseGrid
 
 TARGET_EPS = 1e-6
@@ -87,9 +87,19 @@ class FCMAE(nn.Module):
         check_image_size(tuple(images.shape[2:]), patch)
         grid_size = images.shape[2] // patch, images.shape[3] // patch
         mask, keep = self._mask(images, mask, mask_ratio, grid_size, generator)
-        run = self._compiled or self._masked
-        loss, pred = run(images, mask, keep, resolve_backend(self.backend, images.device), return_pred)
+        backend = resolve_backend(self.backend, images.device)
+        if not torch.compiler.is_compiling():
+            self._warm_up(backend, images.device)
+        loss, pred = (self._compiled or self._masked)(images, mask, keep, backend, return_pred)
         return FCMAEOutput(loss, pred, mask)
+
+    def _warm_up(self, backend: Backend, device: torch.device) -> None:
+        """What the backend can do ahead of a step; it does so once."""
+        config, dtype = self.config, autocast_dtype(device) or self.mask_token.dtype
+        backend.warm_up(config.encoder.stages, config.encoder.kernel_size, device, dtype)
+        backend.warm_up(
+            [(1, config.decoder_dim)], self.decoder[0].get_parameter("dwconv.weight").shape[-1], device, dtype
+        )
 
     def compile(self, **options: Any) -> None:
         """Compile everything after the mask is drawn, with ``options`` of :func:`torch.compile`; one graph, no breaks.

@@ -6,7 +6,7 @@
 #
 # It ends with 1 if a test fails or a part does not end well; the report then says so. With 2 where there is no GPU.
 # FULL=1 adds large and huge.
-# PYTHON names the interpreter. Nothing but torch, triton, timm, pytest and numpy is needed.
+# PYTHON names the interpreter, PROCESSES how many share the tests (8, or the number of cores). Nothing but torch, triton, timm, pytest and numpy is needed.
 set -uo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 out=${1:-gpu-check}
@@ -25,31 +25,55 @@ fi
 status=0
 notes=()
 
-# part NAME SECONDS COMMAND...: run it, show it, keep its output, note how it ended.
+# part NAME COMMAND...: run it, show it, keep its output, note how it ended.
 part() {
-    local name=$1 limit=$2 start=$SECONDS rc=0
-    shift 2
+    local name=$1 start=$SECONDS rc=0
+    shift
     echo "== $name"
-    timeout "$limit" "$@" 2>&1 | tee "$out/$name.log" || rc=$?
+    "$@" 2>&1 | tee "$out/$name.log" || rc=$?
     if [ "$rc" -ne 0 ]; then status=1; fi
     notes+=(--note "- $name: $([ "$rc" -eq 0 ] && echo passed || echo "FAILED, status $rc"), $((SECONDS - start)) s; $(tail -n 1 "$out/$name.log" | cut -c1-200)")
 }
 
 models=(atto tiny base)
 if [ "${FULL:-0}" = 1 ]; then models+=(large huge); fi
+batch=(--batch-size 128) # small batches measure how fast kernels are launched
 gpu=(--device cuda --dtype bfloat16)
 
-workers=()
-if "$python" -c 'import xdist' 2>/dev/null; then workers=(-n 8); fi # kernels compile side by side
-part parity 300 "$python" -m pytest -q -p no:cacheprovider "${workers[@]}" -m cuda tests/ops tests/model
-part ops 120 "$python" benchmarks/ops.py "${gpu[@]}" --models tiny base --batch-size 64 --json "$out/ops.json"
-part encoder $((240 + 600 * ${FULL:-0})) "$python" benchmarks/encoder.py "${gpu[@]}" --what encoder --batch-size 64 \
-    --models "${models[@]}" --backends triton triton+compile triton-depthwise+compile --json "$out/encoder.json"
-part step 120 "$python" benchmarks/encoder.py "${gpu[@]}" --what step --batch-size 64 --models base \
+# The suite in processes that share the tests, since most of its time is spent compiling kernels.
+parity() {
+    local rc=0 pids=() i
+    for i in $(seq "$processes"); do
+        TEST_SHARD="$i/$processes" timeout 300 "$python" -m pytest -q -p no:cacheprovider -m cuda tests/ops tests/model \
+            >"$out/parity-$i.log" 2>&1 &
+        pids+=($!)
+    done
+    for i in $(seq "$processes"); do
+        wait "${pids[i - 1]}" || rc=$?
+        grep -aE '^(FAILED|ERROR)' "$out/parity-$i.log"
+        tail -n 1 "$out/parity-$i.log"
+    done
+    echo "$(counted passed) passed, $(counted failed) failed, $(counted skipped) skipped, in $processes processes"
+    return "$rc"
+}
+
+counted() {
+    tail -q -n 1 "$out"/parity-*.log | grep -oE "[0-9]+ $1" | awk '{ sum += $1 } END { print sum + 0 }'
+}
+
+processes=${PROCESSES:-$(nproc)}
+processes=$((processes < 8 ? processes : 8))
+part parity parity
+part ops timeout 120 "$python" benchmarks/ops.py "${gpu[@]}" --models tiny base "${batch[@]}" --json "$out/ops.json"
+for model in "${models[@]}"; do # one at a time, so that a compilation without end costs one model
+    part "encoder-$model" timeout 240 "$python" benchmarks/encoder.py "${gpu[@]}" --what encoder "${batch[@]}" \
+        --models "$model" --backends triton triton+graphs triton-depthwise+compile --json "$out/encoder-$model.json"
+done
+part step timeout 180 "$python" benchmarks/encoder.py "${gpu[@]}" --what step "${batch[@]}" --models base \
     --backends triton triton+graphs --json "$out/step.json"
 if "$python" -c 'import sys; from sparse_ops.minkowski import minkowski_engine; sys.exit(not minkowski_engine().is_cuda_available())' \
     2>/dev/null; then
-    part minkowski 120 "$python" benchmarks/minkowski.py --device cuda --models tiny --batch-size 64 --backends triton \
+    part minkowski timeout 120 "$python" benchmarks/minkowski.py --device cuda --models tiny --batch-size 64 --backends triton \
         --json "$out/minkowski.json"
 else
     notes+=(--note "- minkowski: not installed for CUDA")

@@ -10,6 +10,7 @@ import importlib
 import logging
 import pkgutil
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING, ClassVar
 
@@ -53,6 +54,18 @@ class Backend(ABC):
     def check(self, device: torch.device) -> str | None:
         """None if results on ``device`` are right, else what is wrong; ``auto`` asks once before taking the backend."""
         return None
+
+    def warm_up(  # noqa: B027  # optional, and nothing by default
+        self, stages: Sequence[tuple[int, int]], kernel_size: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        """Do ahead of the first step what can be: kernels for ``(side, channels)`` of each stage are compiled, say.
+
+        Args:
+            stages: cells a side of a patch, and channels.
+            kernel_size: of the depthwise convolution.
+            device: where the network will run.
+            dtype: of its features; the parameters are float32.
+        """
 
     def prepare(self, active: ActiveSet, kernel_size: int) -> None:  # noqa: B027  # optional, and nothing by default
         """Make the tables of ``active`` that the kernels use, which keeps them; by default there are none.

@@ -22,12 +22,20 @@ from sparse_ops import registry
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Cases of a test that run on a CUDA device are part of the suite that ``-m cuda`` selects."""
+@pytest.hookimpl(wrapper=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> Iterator[None]:
+    """Cases of a test that run on a CUDA device are part of the suite that ``-m cuda`` selects.
+
+    ``TEST_SHARD=2/8`` leaves every eighth of the tests selected, beginning with the second.
+    """
     for item in items:
         parameters = getattr(getattr(item, "callspec", None), "params", {}).values()
         if any(isinstance(value, str) and value == "cuda" for value in parameters):
             item.add_marker("cuda")
+    yield
+    if shard := os.environ.get("TEST_SHARD"):
+        number, count = map(int, shard.split("/"))
+        items[:] = items[number - 1 :: count]
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -52,14 +52,16 @@ def _taps(ny, nx, iy, ix, REACH, SIDE, KERNEL):
 
 
 @triton.jit
-def _add_cell(sums, value, weight, inside, channels, TAPS: tl.constexpr, WHOLE: tl.constexpr):
-    """``sums`` of a patch's cells, with what one cell of a neighbour adds to each."""
+def _add_cell(sums, value, held, weight, inside, channels, TAPS: tl.constexpr, WHOLE: tl.constexpr):
+    """``sums`` of a patch's cells, with what one cell of a neighbour adds; taps are ``held``, or loaded here."""
     updated = ()
     for o in tl.static_range(len(TAPS)):
-        if TAPS[o] >= 0:
-            updated = updated + (sums[o] + value * _load(weight + TAPS[o] * channels, inside, WHOLE),)
-        else:
+        if TAPS[o] < 0:
             updated = updated + (sums[o],)
+        elif len(held) > 0:
+            updated = updated + (sums[o] + value * held[TAPS[o]],)
+        else:
+            updated = updated + (sums[o] + value * _load(weight + TAPS[o] * channels, inside, WHOLE),)
     return updated
 
 
@@ -97,6 +99,10 @@ def depthwise_kernel(
     inside = columns < channels
     bias = _load(weight + KERNEL * KERNEL * channels + columns, inside, WHOLE)
     sums = (tl.zeros([PATCHES, BLOCK_C], tl.float32) + bias,) * AREA
+    held = ()
+    if SIDE > 2:  # the patch's own cells need each tap, most of them many times; smaller patches need few at once
+        for tap in tl.static_range(KERNEL * KERNEL):
+            held = held + (_load(weight + tap * channels + columns, inside, WHOLE),)
     for ny in tl.static_range(ACROSS):
         for nx in tl.static_range(ACROSS):
             source = tl.load(neighbours + patch * (ACROSS * ACROSS) + ny * ACROSS + nx, mask=live, other=-1)
@@ -110,6 +116,7 @@ def depthwise_kernel(
                             sums = _add_cell(
                                 sums,
                                 value,
+                                held,
                                 weight + columns,
                                 inside,
                                 channels,
@@ -138,9 +145,9 @@ def _rows(first, end, SIDE: tl.constexpr, PATCHES: tl.constexpr):
 
 
 @triton.jit
-def _line(features, patch, y, SIDE: tl.constexpr, CHANNELS: tl.constexpr):
-    """Where line y of each patch begins; its column x is ``_z(x) · CHANNELS`` further on."""
-    return features + (patch.to(tl.int64) * (SIDE * SIDE) + _spread(y) * 2) * CHANNELS
+def _line(features, patch, y, channels, SIDE: tl.constexpr):
+    """Where line y of each patch begins; its column x is ``_z(x) · channels`` further on."""
+    return features + (patch.to(tl.int64) * (SIDE * SIDE) + _spread(y) * 2) * channels
 
 
 @triton.constexpr_function
@@ -156,18 +163,20 @@ def _any_in_halo(nx, HALO, SIDE, KERNEL):
 
 
 @triton.jit
-def _load_cell(base, offset: tl.constexpr, found, columns, inside):
-    return tl.load(base[:, None] + offset + columns[None, :], mask=found[:, None] & inside[None, :], other=0.0)
+def _load_cell(base, offset, found, columns, inside):
+    at = base[:, None] + offset + columns[None, :]
+    return tl.load(at, mask=found[:, None] & inside[None, :], other=0.0).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["patches"])
+@triton.jit(do_not_specialize=["patches", "any_channels"])
 def depthwise_weight_grad_kernel(
     x,
     grad,
     neighbours,
     partial,  # [slices, K·K, C], float32
     patches,
-    CHANNELS: tl.constexpr,
+    any_channels,
+    CHANNELS: tl.constexpr,  # 0 takes any_channels
     SIDE: tl.constexpr,
     KERNEL: tl.constexpr,
     REACH: tl.constexpr,
@@ -178,28 +187,32 @@ def depthwise_weight_grad_kernel(
     RADIUS: tl.constexpr = KERNEL // 2
     ACROSS: tl.constexpr = 2 * REACH + 1
     HALO: tl.constexpr = REACH * SIDE - RADIUS  # column of the window of patches where the halo begins
+    if CHANNELS > 0:
+        channels: tl.constexpr = CHANNELS
+    else:
+        channels = any_channels
     length = tl.cdiv(patches, tl.num_programs(0))  # patches of a slice
     first = tl.program_id(0) * length
     end = tl.minimum(first + length, patches)
     columns = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     ky = tl.program_id(2)
-    inside = columns < CHANNELS
+    inside = columns < channels
     sums = (tl.zeros([PATCHES * SIDE, BLOCK_C], tl.float32),) * KERNEL
     while first < end:  # the interpreter's `range` takes no number known at run time only
         patch, y, live = _rows(first, end, SIDE, PATCHES)
-        own = _line(grad, patch, y, SIDE, CHANNELS)
+        own = _line(grad, patch, y, channels, SIDE)
         grads = ()
         for tx in tl.static_range(SIDE):
-            grads = grads + (_load_cell(own, _z(tx) * CHANNELS, live, columns, inside).to(tl.float32),)
+            grads = grads + (_load_cell(own, _z(tx) * channels, live, columns, inside),)
         line = y + ky - RADIUS + REACH * SIDE
         for nx in tl.static_range(ACROSS):
             if _any_in_halo(nx, HALO, SIDE, KERNEL):
                 at = neighbours + patch * (ACROSS * ACROSS) + (line // SIDE) * ACROSS + nx
                 source = tl.load(at, mask=live, other=-1)
-                base = _line(x, source, line % SIDE, SIDE, CHANNELS)
+                base = _line(x, source, line % SIDE, channels, SIDE)
                 for lx in tl.static_range(SIDE):
                     if _in_halo(nx * SIDE + lx, HALO, SIDE, KERNEL):
-                        value = _load_cell(base, _z(lx) * CHANNELS, source >= 0, columns, inside).to(tl.float32)
+                        value = _load_cell(base, _z(lx) * channels, source >= 0, columns, inside)
                         updated = ()
                         for kx in tl.static_range(KERNEL):
                             if nx * SIDE + lx - HALO - kx >= 0 and nx * SIDE + lx - HALO - kx < SIDE:
@@ -209,5 +222,5 @@ def depthwise_weight_grad_kernel(
                         sums = updated
         first += PATCHES
     for kx in tl.static_range(KERNEL):
-        at = partial + (tl.program_id(0) * KERNEL * KERNEL + ky * KERNEL + kx).to(tl.int64) * CHANNELS + columns
+        at = partial + (tl.program_id(0) * KERNEL * KERNEL + ky * KERNEL + kx).to(tl.int64) * channels + columns
         tl.store(at, tl.sum(sums[kx], axis=0), mask=inside)

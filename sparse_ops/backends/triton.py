@@ -10,6 +10,8 @@ import contextlib
 import importlib
 import importlib.util
 import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -46,27 +48,35 @@ TILE, WEIGHT_TILE = 4, 8
 """Cells a side that the convolution and the weight gradient take for a patch; larger ones are cut into tiles."""
 
 
+ANY = 0
+"""Of ``channels``: the kernel that takes any width, with more arithmetic for addresses."""
+
+
+def kernel_width(channels: int) -> int:
+    """``channels``, where that width has kernels of its own; networks have such widths. Else :data:`ANY`."""
+    return channels if channels >= 32 and channels % 8 == 0 else ANY
+
+
+def _widths(candidates: tuple[int, ...], channels: int) -> list[int]:
+    """The two of the numbers of channels a program that leave the fewest idle; the best is first."""
+    return sorted(candidates, key=lambda block: -(-channels // block) * block)[:2]
+
+
 def depthwise_blocks(side: int, channels: int) -> list[Block]:
-    """Block shapes of the convolution worth trying: one patch and one warp, few idle channels; 0 is any width."""
-    if not channels:
+    """Block shapes of the convolution worth trying: one patch and one warp."""
+    if channels == ANY:
         return [Block(1, 32, 1)]
-    fitting = [c for c in ((64, 32, 128, 16) if side > 2 else (256, 128, 64, 32, 16)) if c < 2 * channels or c == 16]
-    # Least idle lanes first, of which a warp has 32; stable, so among equals the order above.
-    fitting.sort(key=lambda block: -(-channels // block) * max(block, 32))
-    return [Block(1, block, 1) for block in fitting[: 1 if side > 2 else 3]]  # tiles of 4 take long to compile
+    return [Block(1, block, 1) for block in _widths((64, 32) if side > 2 else (256, 128, 64, 32), channels)]
 
 
 def weight_grad_blocks(side: int, channels: int) -> list[Block]:
-    """Those of the weight gradient: some 8 to 16 numbers a thread, and few idle channels."""
-    found = []
-    for block_channels in (64, 32, 16, 128):
-        if block_channels >= 2 * channels and block_channels > 16:
-            continue
-        for patches in (1, 2, 4, 8, 16):
-            numbers = patches * side * block_channels
-            if 256 <= numbers <= 1024:
-                found.append(Block(patches, block_channels, max(1, numbers // 256)))
-    return found[:8]
+    """Those of the weight gradient: 8 numbers a thread, on one warp if possible; 4 where registers are few."""
+    if channels == ANY:
+        widths, warp = [32], 128
+    else:
+        widths, warp = _widths((64, 32, 128, 16) if side < 8 else (64, 32, 128), channels), 256  # 16 of 8 spill
+    patches = [max(1, 256 // (side * block)) for block in widths]
+    return [Block(p, block, p * side * block // warp) for p, block in zip(patches, widths, strict=True)]
 
 
 def interpreting() -> bool:
@@ -74,9 +84,34 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _on(x: Tensor) -> Any:
-    """The device of ``x`` as the current one, where Triton launches."""
-    return contextlib.nullcontext() if interpreting() else torch.cuda.device(x.device)
+_only_compiling = False
+"""Whether kernels are compiled where they would be launched."""
+
+
+@contextlib.contextmanager
+def only_compiling() -> Iterator[None]:
+    """Kernels are compiled here, side by side, and not launched: operators return memory as it was.
+
+    All of it is compiled when the context ends, and launched without delay from then on.
+    """
+    global _only_compiling
+    from triton import AsyncCompileMode
+
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as threads, AsyncCompileMode(threads):
+        before, _only_compiling = _only_compiling, True
+        try:
+            yield
+        finally:
+            _only_compiling = before
+
+
+def _launch(kernel: Any, grid: Any, *args: Any, **constants: Any) -> None:
+    """Launch on the device of the first argument."""
+    with torch.cuda.device(args[0].device) if args[0].is_cuda else contextlib.nullcontext():
+        if _only_compiling:
+            kernel.warmup(*args, grid=(1,), **constants)
+        else:
+            kernel[grid](*args, **constants)
 
 
 @cache
@@ -98,15 +133,15 @@ def _tuned(name: str, side: int, channels: int) -> Any:
     return tune(getattr(_kernels("depthwise"), name))
 
 
-def _launch(name: str, grid: Any, side: int, channels: int, *args: Any, **constants: Any) -> None:
-    constants |= {"CHANNELS": channels, "SIDE": side}
+def _launch_depthwise(name: str, grid: Any, side: int, channels: int, *args: Any, **constants: Any) -> None:
+    width = kernel_width(channels)
     if interpreting():
         block = INTERPRETED[name]
-        sizes = {"PATCHES": block.patches, "BLOCK_C": block.channels}
-        getattr(_kernels("depthwise"), name)[grid](*args, **constants, **sizes, num_warps=block.warps)
+        kernel = getattr(_kernels("depthwise"), name)
+        constants |= {"PATCHES": block.patches, "BLOCK_C": block.channels, "num_warps": block.warps}
     else:
-        with _on(args[0]):
-            _tuned(name, side, channels)[grid](*args, **constants)
+        kernel = _tuned(name, side, width)
+    _launch(kernel, grid, *args, channels, CHANNELS=width, SIDE=side, **constants)
 
 
 @torch.library.custom_op("sparse_ops::triton_depthwise", mutates_args=())
@@ -126,17 +161,16 @@ def triton_depthwise(
     def grid(sizes: dict[str, int]) -> tuple[int, int]:
         return -(-patches // sizes["PATCHES"]), -(-channels // sizes["BLOCK_C"])
 
-    _launch(
+    _launch_depthwise(
         "depthwise_kernel",
         grid,
         side,
-        channels if channels >= 32 and channels % 8 == 0 else 0,
+        channels,
         x,
         taps,
         neighbours,
         out,
         patches,
-        channels,
         KERNEL=kernel_size,
         REACH=reach(kernel_size, side),
     )
@@ -160,7 +194,7 @@ def triton_depthwise_weight_grad(x: Tensor, grad: Tensor, neighbours: Tensor, si
     def grid(sizes: dict[str, int]) -> tuple[int, int, int]:
         return slices, -(-channels // sizes["BLOCK_C"]), kernel_size
 
-    _launch(
+    _launch_depthwise(
         "depthwise_weight_grad_kernel",
         grid,
         side,
@@ -249,14 +283,12 @@ class _Hidden:
     def walk(self, kernel: Any, *args: Any) -> None:
         if self.groups:
             grid = self.parts, self.groups, -(-self.dim // self.tile.columns)
-            with _on(self._h):
-                kernel[grid](*args, WIDTH=self.dim, **self.tile.constants)
+            _launch(kernel, grid, *args, WIDTH=self.dim, **self.tile.constants)
 
     def each_group(self, kernel: Any, *args: Any) -> None:
         if self.groups:
             tile = scale_tile(self.dim)
-            with _on(self._h):
-                kernel[(self.groups,)](*args, WIDTH=self.dim, BLOCK=tile.columns, num_warps=tile.warps)
+            _launch(kernel, (self.groups,), *args, WIDTH=self.dim, BLOCK=tile.columns, num_warps=tile.warps)
 
 
 def _mlp_outputs(
@@ -293,11 +325,9 @@ def triton_mlp(
     normed = torch.empty_like(x)
     if x.numel():
         tile = norm_tile(x.shape[1])
-        grid = (-(-x.shape[0] // tile.rows),)
-        with _on(x):
-            kernels.layer_norm_kernel[grid](
-                x, norm_weight, norm_bias, normed, mean, rstd, x.shape[0], norm_eps, WIDTH=x.shape[1], **tile.constants
-            )
+        (count, width), norm = x.shape, (norm_weight, norm_bias, normed, mean, rstd)
+        grid = (-(-count // tile.rows),)
+        _launch(kernels.layer_norm_kernel, grid, x, *norm, count, norm_eps, WIDTH=width, **tile.constants)
     torch.mm(normed, w1.to(x.dtype).t(), out=h)
     hidden = _Hidden(h, row_offsets)
     partial, scale, y = hidden.partial(), hidden.of_groups(), torch.empty_like(h)
@@ -361,22 +391,23 @@ def triton_mlp_backward(
     programs = min(512, -(-x.shape[0] // tile.rows))
     grad_x, partial = torch.empty_like(x), x.new_empty(2, programs, x.shape[1], dtype=torch.float32)
     if programs:
-        with _on(x):
-            kernels.layer_norm_backward_kernel[(programs,)](
-                grad_normed,
-                x,
-                norm_weight,
-                norm_bias,
-                mean,
-                rstd,
-                grad_x,
-                normed,
-                partial[0],
-                partial[1],
-                x.shape[0],
-                WIDTH=x.shape[1],
-                **tile.constants,
-            )
+        _launch(
+            kernels.layer_norm_backward_kernel,
+            (programs,),
+            grad_normed,
+            x,
+            norm_weight,
+            norm_bias,
+            mean,
+            rstd,
+            grad_x,
+            normed,
+            partial[0],
+            partial[1],
+            x.shape[0],
+            WIDTH=x.shape[1],
+            **tile.constants,
+        )
     sums = (
         partial[0].sum(0),
         partial[1].sum(0),
@@ -403,11 +434,33 @@ def _(
     return [torch.empty_like(tensor) for tensor in (x, *parameters)]
 
 
+def _compile_stage(side: int, channels: int, kernel_size: int, device: torch.device, dtype: torch.dtype) -> None:
+    """Inside of :func:`only_compiling`: everything that a block of such a stage launches; parameters are float32."""
+    active = ActiveSet.full(1, (1, 1), side, device=device)
+    x = torch.empty(active.num_cells, channels, device=device, dtype=dtype)
+    weight = x.new_empty(channels, 1, kernel_size, kernel_size)
+    convolved, summed = (active.tile_neighbours(kernel_size, tile) for tile in (TILE, WEIGHT_TILE))
+    triton_depthwise(x, weight, None, convolved, min(side, TILE), False)
+    triton_depthwise_weight_grad(x, x, summed, min(side, WEIGHT_TILE), kernel_size)
+
+    def parameter(*shape: int) -> Tensor:
+        return torch.empty(shape, device=device)
+
+    dim = 4 * channels
+    norm, hidden = [parameter(channels), parameter(channels)], [parameter(dim), parameter(dim), parameter(dim)]
+    parameters = [*norm, parameter(dim, channels), *hidden, parameter(channels, dim), parameter(channels)]
+    *kept, out = triton_mlp(x, parameters, active.row_offsets, None, 1e-6, 1e-6)
+    triton_mlp_backward(out, x, parameters, active.row_offsets, None, kept, 1e-6, 1e-6)
+
+
 class TritonBackend(Backend):
     """Kernels in Triton for float32, bfloat16 and float16, with sums in float32: convolution and pointwise half."""
 
     name = "triton"
     priority = 5
+
+    def __init__(self) -> None:
+        self._compiled: set[tuple[int, int, int, torch.device, torch.dtype]] = set()
 
     @property
     def summary(self) -> str:  # type: ignore[override]  # says where it runs
@@ -447,6 +500,19 @@ class TritonBackend(Backend):
         except Exception as error:  # whatever Triton raises, it is told and another backend runs
             return f"its kernels fail their check on this device ({type(error).__name__}: {str(error)[:500]})"
         return None
+
+    def warm_up(
+        self, stages: Sequence[tuple[int, int]], kernel_size: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        """Kernels are compiled side by side: some take seconds, and a network needs about forty."""
+        if interpreting() or device.type == "meta" or self.rejects(device, dtype, kernel_size) is not None:
+            return
+        missing = {(side, channels, kernel_size, device, dtype) for side, channels in stages} - self._compiled
+        if missing:
+            with only_compiling(), torch.no_grad(), torch.autocast(device.type, enabled=False):
+                for stage in missing:
+                    _compile_stage(*stage)
+            self._compiled |= missing
 
     def prepare(self, active: ActiveSet, kernel_size: int) -> None:
         active.tile_neighbours(kernel_size, TILE)

@@ -142,6 +142,75 @@ def test_compiled_without_a_graph_break(dtype):
     assert largest_relative_error(results[1], results[0]) < (1e-4 if dtype == torch.float32 else 3e-2)
 
 
+STEPS = """
+import sys
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from convnextv2 import FCMAE, EncoderConfig, FCMAEConfig
+from sparse_ops.backends import triton as kernels
+
+class Driver:
+    "What Triton asks of a GPU's driver before it compiles."
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+class Backend(kernels.TritonBackend):
+    def rejects(self, device, dtype, kernel_size):
+        return None
+
+    def warm_up(self, *args):
+        super().warm_up(*args)
+        told()
+
+def told():
+    print(*compiled)
+    compiled.clear()
+
+dtype, compiled = getattr(torch, sys.argv[1]), []
+triton.runtime.driver.set_active(Driver())
+triton.knobs.runtime.jit_post_compile_hook = lambda **facts: compiled.append(facts["fn"].name)
+encoder = EncoderConfig(depths=(1, 1, 1, 1), dims=(8, 16, 32, 40), kernel_size=3)
+model = FCMAE(FCMAEConfig(encoder, img_size=(64, 96), decoder_dim=24))
+model.backend = Backend()
+
+def step(batch, mask_ratio=None):
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        loss = model(torch.randn(batch, 3, 64, 96), mask_ratio=mask_ratio, return_pred=batch > 1).loss
+    loss.backward()
+
+kernels._only_compiling = True
+for size in ((1, None), (2, 0.2), (3, 0.5), (16, None)):
+    step(*size)
+    told()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="for machines without a GPU")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_step_compiles_what_it_needs_beforehand_and_once(dtype, tmp_path):
+    """Kernels are compiled for a GPU that is not there and not launched; sizes of batch and mask make no new ones."""
+    done = subprocess.run(
+        [sys.executable, "-c", STEPS, dtype],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env={**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    encoder, decoder, *later = (line.split() for line in done.stdout.splitlines())
+    assert {"depthwise_kernel", "depthwise_weight_grad_kernel", "layer_norm_backward_kernel"} < set(encoder)
+    assert len(decoder) >= 9
+    assert later == [[]] * (4 + 2 * 3)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="the tests above run in this process")
 def test_the_tests_of_this_file_pass_in_the_interpreter():

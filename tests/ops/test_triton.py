@@ -12,10 +12,12 @@ import torch
 from sparse_ops import registry
 from sparse_ops.active_set import reach
 from sparse_ops.backends.triton import (
+    ANY,
     KERNEL_SIZES,
     TILE,
     depthwise_blocks,
     hidden_tile,
+    kernel_width,
     norm_tile,
     scale_tile,
     weight_grad_blocks,
@@ -23,11 +25,10 @@ from sparse_ops.backends.triton import (
 from sparse_ops.testing import CASES, MLP_CASES
 
 triton = pytest.importorskip("triton")
-ANY = 0
-"""Of the convolution: the kernel for widths that have none of their own."""
 ARCHITECTURES = [80, 90, 100]
 COMPILED = [(a, d, *stage) for a in ARCHITECTURES for d in ("bf16", "fp32") for stage in ((8, 96), (2, 384), (1, 768))]
-COMPILED += [(90, "bf16", side, channels) for side, channels in ((8, 40), (8, ANY), (4, 192), (2, 160), (1, 2816))]
+COMPILED += [(90, "bf16", side, channels) for side, channels in ((8, 40), (8, ANY), (4, 256), (2, 160), (1, 2816))]
+COMPILED += [(80, "fp32", 8, ANY), (100, "fp32", 8, ANY)]  # where registers are scarcest
 
 
 INTERPRETED = """
@@ -115,14 +116,20 @@ def test_it_checks_itself_before_auto_takes_it():
     assert available == "0"
 
 
-@pytest.mark.parametrize(("side", "channels"), [(8, 40), (4, 80), (2, 160), (1, 320), (1, 2816), (8, 3)])
-def test_blocks_cover_little_more_than_the_channels(side, channels):
+@pytest.mark.parametrize(
+    ("side", "channels"), [(8, 40), (8, 352), (4, 80), (4, 256), (2, 160), (1, 320), (1, 2816), (8, ANY), (1, ANY)]
+)
+def test_blocks_are_few_and_the_best_leaves_fewest_channels_idle(side, channels):
+    for blocks in (weight_grad_blocks(side, channels), depthwise_blocks(min(side, TILE), channels)):
+        assert len(blocks) == (1 if channels == ANY else 2)
+        covered = [-(-channels // block.channels) * block.channels for block in blocks]
+        assert covered[0] == min(covered) < channels + 32
     for block in weight_grad_blocks(side, channels):
-        assert 256 <= block.patches * side * block.channels <= 1024
-        assert block.channels < 2 * max(channels, 16)
-        assert block.warps in (1, 2, 4)
-    for block in depthwise_blocks(min(side, TILE), channels):
-        assert -(-channels // block.channels) * block.channels < channels + max(channels, 64)
+        assert block.patches * side * block.channels == (128 if channels == ANY else 256) * block.warps
+
+
+def test_usual_widths_have_kernels_of_their_own():
+    assert [kernel_width(channels) for channels in (1, 13, 31, 32, 40, 41, 96, 2816)] == [0, 0, 0, 32, 40, 0, 96, 2816]
 
 
 def resources(cubin: bytes, folder: Path) -> dict[str, int]:
@@ -156,6 +163,7 @@ def check_compiles(kernel, architecture: int, types: dict[str, str], constants: 
 def test_depthwise_kernels_compile_without_spilling(architecture, side, channels, dtype, tmp_path):
     from sparse_ops.backends import _triton_depthwise as kernels
 
+    every_block = (architecture, dtype) == (90, "bf16")
     constants = {"CHANNELS": channels, "KERNEL": 7}
     types = dict.fromkeys(("x", "grad", "out"), f"*{dtype}")
     types |= dict.fromkeys(("weight", "partial"), "*fp32") | {"neighbours": "*i32"}
@@ -164,11 +172,9 @@ def test_depthwise_kernels_compile_without_spilling(architecture, side, channels
         (kernels.depthwise_weight_grad_kernel, 8, weight_grad_blocks),
     ):
         cells = min(side, most)
-        if channels == ANY and kernel is not kernels.depthwise_kernel:
-            continue
-        block = blocks(cells, channels)[0]
-        shape = {"SIDE": cells, "REACH": reach(7, cells), "PATCHES": block.patches, "BLOCK_C": block.channels}
-        check_compiles(kernel, architecture, types, constants | shape, block.warps, tmp_path)
+        for block in blocks(cells, channels)[: 2 if every_block else 1]:
+            shape = {"SIDE": cells, "REACH": reach(7, cells), "PATCHES": block.patches, "BLOCK_C": block.channels}
+            check_compiles(kernel, architecture, types, constants | shape, block.warps, tmp_path)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -46,7 +47,7 @@ def check(tmp_path):
         python.chmod(python.stat().st_mode | stat.S_IXUSR)
         return subprocess.run(
             [ROOT / "scripts/gpu_check.sh", tmp_path / "out"],
-            env={**os.environ, "PYTHON": str(python)},
+            env={**os.environ, "PYTHON": str(python), "PROCESSES": "2"},
             capture_output=True,
             text=True,
             timeout=120,
@@ -59,20 +60,16 @@ def test_it_leaves_a_report_of_every_part(check, tmp_path):
     done = check()
     assert done.returncode == 0, done.stdout + done.stderr
     report = (tmp_path / "out/gpu-check.md").read_text()
-    for part in ("parity", "ops", "encoder", "step", "minkowski"):
+    for part in ("parity", "ops", "encoder-atto", "encoder-tiny", "encoder-base", "step", "minkowski"):
         assert f"- {part}: passed" in report
-    assert "parity: passed, 0 s; 3 passed" in report
+    assert re.search(r"parity: passed, \d+ s; 6 passed, 0 failed, 0 skipped, in 2 processes", report)
     assert "| convnextv2_tiny | 2.50× | 1.0e-03 |" in report
     assert "img_size 224×192" in report
-    assert set(json.loads((tmp_path / "out/gpu-check.json").read_text())["reports"]) == {
-        "ops",
-        "encoder",
-        "step",
-        "minkowski",
-    }
+    reports = json.loads((tmp_path / "out/gpu-check.json").read_text())["reports"]
+    assert set(reports) == {"ops", "encoder-atto", "encoder-tiny", "encoder-base", "step", "minkowski"}
     calls = (tmp_path / "calls").read_text()
-    assert "-m cuda tests/ops tests/model" in calls
-    assert calls.count("--device cuda") == 4
+    assert calls.count("-m cuda tests/ops tests/model") == 2
+    assert calls.count("--device cuda") == 6
 
 
 def test_a_failed_test_is_told_and_is_the_status(check, tmp_path):
