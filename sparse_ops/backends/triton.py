@@ -121,27 +121,30 @@ def _kernels(half: str) -> Any:
 
 
 @cache
-def _tuned(name: str, side: int, channels: int) -> Any:
-    """The kernel, which times the block shapes when it first meets a dtype and keeps the fastest, also on disk."""
+def _tuned(name: str, side: int, width: int, kernel_size: int, dtype: torch.dtype) -> Any:
+    """The kernel, which times the block shapes when it first runs and keeps the fastest, also on disk."""
     import triton
 
     configs = [
         triton.Config({"PATCHES": block.patches, "BLOCK_C": block.channels}, num_warps=block.warps)
-        for block in (depthwise_blocks if name == "depthwise_kernel" else weight_grad_blocks)(side, channels)
+        for block in (depthwise_blocks if name == "depthwise_kernel" else weight_grad_blocks)(side, width)
     ]
     tune = triton.autotune(configs, key=["KERNEL", "SIDE", "CHANNELS"], cache_results=True)
     return tune(getattr(_kernels("depthwise"), name))
 
 
-def _launch_depthwise(name: str, grid: Any, side: int, channels: int, *args: Any, **constants: Any) -> None:
+def _launch_depthwise(name: str, grid: Any, side: int, channels: int, kernel_size: int, x: Tensor, *args: Any) -> None:
     width = kernel_width(channels)
+    constants = {"CHANNELS": width, "SIDE": side, "KERNEL": kernel_size, "REACH": reach(kernel_size, side)}
     if interpreting():
         block = INTERPRETED[name]
         kernel = getattr(_kernels("depthwise"), name)
         constants |= {"PATCHES": block.patches, "BLOCK_C": block.channels, "num_warps": block.warps}
     else:
-        kernel = _tuned(name, side, width)
-    _launch(kernel, grid, *args, channels, CHANNELS=width, SIDE=side, **constants)
+        kernel = _tuned(name, side, width, kernel_size, x.dtype)
+        if best := getattr(kernel, "best_config", None):  # past the autotuner, which takes as long as a launch
+            kernel, constants = kernel.fn, constants | best.all_kwargs()
+    _launch(kernel, grid, x, *args, channels, **constants)
 
 
 @torch.library.custom_op("sparse_ops::triton_depthwise", mutates_args=())
@@ -166,13 +169,12 @@ def triton_depthwise(
         grid,
         side,
         channels,
+        kernel_size,
         x,
         taps,
         neighbours,
         out,
         patches,
-        KERNEL=kernel_size,
-        REACH=reach(kernel_size, side),
     )
     return out
 
@@ -199,13 +201,12 @@ def triton_depthwise_weight_grad(x: Tensor, grad: Tensor, neighbours: Tensor, si
         grid,
         side,
         channels,
+        kernel_size,
         x,
         grad,
         neighbours,
         partial,
         patches,
-        KERNEL=kernel_size,
-        REACH=reach(kernel_size, side),
     )
     return partial.sum(0).t().to(x.dtype).reshape(channels, 1, kernel_size, kernel_size)
 
