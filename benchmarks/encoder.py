@@ -53,7 +53,8 @@ class Result:
     ms_per_image_min: float
     ms_per_image_max: float
     images_per_s: float
-    activation_mb: float
+    activation_mb: float | None
+    """None for CUDA graphs, whose memory the allocator does not count."""
     speedup: float | None = None
     speedup_min: float | None = None
     speedup_max: float | None = None
@@ -220,12 +221,8 @@ def step_contenders(args: argparse.Namespace, model: FCMAE, images: Tensor, mask
     return contenders
 
 
-def measure(args: argparse.Namespace, name: str, what: str) -> list[Result]:
-    """Check that all contenders agree, time them in turns, measure their memory.
-
-    Raises:
-        RuntimeError: if outputs or gradients differ by more than the tolerance.
-    """
+def measure(args: argparse.Namespace, name: str, what: str) -> tuple[list[Result], list[str]]:
+    """Check that all contenders agree, time them in turns, measure their memory; a line for each that fails."""
     torch.manual_seed(args.seed)
     device = torch.device(args.device)
     model = create_fcmae(name, img_size=args.img_size, mask_ratio=args.mask_ratio).to(device)
@@ -236,12 +233,13 @@ def measure(args: argparse.Namespace, name: str, what: str) -> list[Result]:
     build = encoder_contenders if what == "encoder" else step_contenders
     contenders = build(args, model, images, mask)
 
-    errors = agreement(contenders, contenders[0], args.dtype, f"{name}, {what}")
+    contenders, errors, failures = agreement(contenders, contenders[0], args.dtype, f"{name}, {what}")
     time_in_turns(contenders, args)
-    memory = {}
+    memory: dict[str, float] = {}
     for contender in contenders:
-        contender.clear(keep=True)
-        memory[contender.name] = peak_activation_bytes(contender.run, device)
+        if not contender.name.endswith("+graphs"):
+            contender.clear(keep=True)
+            memory[contender.name] = peak_activation_bytes(contender.run, device)
 
     results = []
     dense = min((c for c in contenders if c.name.startswith("dense")), key=lambda c: statistics.median(c.times_ms))
@@ -255,7 +253,7 @@ def measure(args: argparse.Namespace, name: str, what: str) -> list[Result]:
             ms_per_image_min=min(times),
             ms_per_image_max=max(times),
             images_per_s=1e3 / statistics.median(times),
-            activation_mb=memory[contender.name] / 2**20,
+            activation_mb=memory[contender.name] / 2**20 if contender.name in memory else None,
             error=errors.get(contender.name),
             times_ms=contender.times_ms,
         )
@@ -267,9 +265,10 @@ def measure(args: argparse.Namespace, name: str, what: str) -> list[Result]:
             ratios = [d / t for d, t in zip(dense.times_ms, contender.times_ms, strict=True)]
             result.speedup = statistics.median(ratios)
             result.speedup_min, result.speedup_max = min(ratios), max(ratios)
-            result.memory_ratio = memory[contender.name] / memory[dense.name]
+            if contender.name in memory:
+                result.memory_ratio = memory[contender.name] / memory[dense.name]
         results.append(result)
-    return results
+    return results, failures
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -302,8 +301,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def written(value: float | None, form: str) -> str:
+    """A number of the table; a dash for None."""
+    return "–" if value is None else format(value, form)
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Run, print a table, write the JSON; 2 where contenders disagree."""
+    """Run, print a table, write the JSON after every model; 2 where a contender fails or disagrees."""
     args = parse_args(argv)
     device = torch.device(args.device)
     facts = hardware(device)
@@ -311,27 +315,27 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{'model':<18}{'what':<9}{'backend':<16}{'ms/image':>10}{'(min–max)':>16}{'img/s':>8}{'act. MB':>9}", end="")
     print(f"{'speed-up':>10}{'(min–max)':>14}{'memory':>8}{'error':>9}{'of peak':>9}")
     results: list[Result] = []
+    status = 0
     for name in args.models:
         for what in args.what:
-            try:
-                new = measure(args, name, what)
-            except RuntimeError as error:
-                print(f"error: {error}", file=sys.stderr)
-                return 2
+            new, failures = measure(args, name, what)
             results += new
+            write_report(facts, args, results)
+            for failure in failures:
+                print(f"error: {failure}", file=sys.stderr)
+                status = 2
             for r in new:
                 spread = f"({r.ms_per_image_min:.1f}–{r.ms_per_image_max:.1f})"
                 line = f"{r.model:<18}{r.what:<9}{r.backend:<16}{r.ms_per_image:>10.2f}{spread:>16}"
-                line += f"{r.images_per_s:>8.1f}{r.activation_mb:>9.1f}"
+                line += f"{r.images_per_s:>8.1f}{written(r.activation_mb, '.1f'):>9}"
                 if r.speedup is not None:
                     line += f"{r.speedup:>9.2f}×{f'({r.speedup_min:.2f}–{r.speedup_max:.2f})':>14}"
-                    line += f"{r.memory_ratio:>8.2f}{r.error:>9.1e}"
+                    line += f"{written(r.memory_ratio, '.2f'):>8}{r.error:>9.1e}"
                 if r.flop_utilisation is not None:
                     line = f"{line:<119}{r.flop_utilisation:>8.1%}"
                 print(line, flush=True)
             torch.compiler.reset()
-    write_report(facts, args, results)
-    return 0
+    return status
 
 
 if __name__ == "__main__":

@@ -120,7 +120,9 @@ def measure(args: argparse.Namespace, name: str) -> list[Result]:
 
     dense = contender("dense", lambda: last.gather(encoder(images, dense_grid(visible))))
     contenders = [contender(title, sparse(title)) for title in ("stock", "minkowski", *args.backends)]
-    errors = agreement(contenders, dense, "float32", name)
+    _, errors, failures = agreement(contenders, dense, "float32", name)
+    if failures:
+        raise RuntimeError("; ".join(failures))
     time_in_turns(contenders, args)
     stock = contenders[0]
     results = []

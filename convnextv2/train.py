@@ -132,6 +132,11 @@ class RunOptions:
             raise ValueError("--resume and --overwrite exclude each other")
         if self.compile is not None and self.compile not in COMPILE_MODES:
             raise ValueError(f"--compile must be one of {', '.join(COMPILE_MODES)}, got {self.compile!r}")
+        if self.compile not in (None, "default") and self.accum > 1:
+            raise ValueError(
+                f"--compile {self.compile} and --accum exclude each other: a CUDA graph overwrites the gradients of "
+                "the batch before; use --compile default"
+            )
         if self.tracker is not None:
             if self.tracker not in TRACKERS:
                 raise ValueError(f"--tracker must be one of {', '.join(TRACKERS)}, got {self.tracker!r}")

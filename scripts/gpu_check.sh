@@ -6,7 +6,8 @@
 #
 # It ends with 1 if a test fails or a part does not end well; the report then says so. With 2 where there is no GPU.
 # FULL=1 adds large and huge.
-# PYTHON names the interpreter, PROCESSES how many share the tests (8, or the number of cores). Nothing but torch, triton, timm, pytest and numpy is needed.
+# PYTHON names the interpreter, PROCESSES how many share the tests (8, or the number of cores).
+# Nothing but torch, triton, timm, pytest and numpy is needed, and a C compiler, with which Triton builds launchers.
 set -uo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 out=${1:-gpu-check}
@@ -37,8 +38,8 @@ part() {
 
 models=(atto tiny base)
 if [ "${FULL:-0}" = 1 ]; then models+=(large huge); fi
-batch=(--batch-size 128) # small batches measure how fast kernels are launched
 gpu=(--device cuda --dtype bfloat16)
+batch=(--batch-size 128) # small batches measure how fast kernels are launched
 
 # The suite in processes that share the tests, since most of its time is spent compiling kernels.
 parity() {
@@ -64,12 +65,13 @@ counted() {
 processes=${PROCESSES:-$(nproc)}
 processes=$((processes < 8 ? processes : 8))
 part parity parity
-part ops timeout 120 "$python" benchmarks/ops.py "${gpu[@]}" --models tiny base "${batch[@]}" --json "$out/ops.json"
+part ops timeout 240 "$python" benchmarks/ops.py "${gpu[@]}" --models tiny base "${batch[@]}" --json "$out/ops.json"
 for model in "${models[@]}"; do # one at a time, so that a compilation without end costs one model
-    part "encoder-$model" timeout 240 "$python" benchmarks/encoder.py "${gpu[@]}" --what encoder "${batch[@]}" \
+    case $model in large | huge) images=(--batch-size 32) ;; *) images=("${batch[@]}") ;; esac # dense must fit, too
+    part "encoder-$model" timeout 300 "$python" benchmarks/encoder.py "${gpu[@]}" --what encoder "${images[@]}" \
         --models "$model" --backends triton triton+graphs triton-depthwise+compile --json "$out/encoder-$model.json"
 done
-part step timeout 180 "$python" benchmarks/encoder.py "${gpu[@]}" --what step "${batch[@]}" --models base \
+part step timeout 240 "$python" benchmarks/encoder.py "${gpu[@]}" --what step "${batch[@]}" --models base \
     --backends triton triton+graphs --json "$out/step.json"
 if "$python" -c 'import sys; from sparse_ops.minkowski import minkowski_engine; sys.exit(not minkowski_engine().is_cuda_available())' \
     2>/dev/null; then

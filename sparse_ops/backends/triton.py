@@ -24,6 +24,8 @@ from sparse_ops.backends._operators import run
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 KERNEL_SIZES = (3, 5, 7)
+TUNED_FROM = 2**20
+"""Numbers in the features from which block shapes are timed; smaller inputs say little, and take the first shape."""
 PROGRAMS = 2048
 """About how many programs the weight gradient is cut into: some for each multiprocessor of any GPU. A constant, so that
 the order of the sum, and with it the last bits, depend on the shapes alone."""
@@ -142,8 +144,11 @@ def _launch_depthwise(name: str, grid: Any, side: int, channels: int, kernel_siz
         constants |= {"PATCHES": block.patches, "BLOCK_C": block.channels, "num_warps": block.warps}
     else:
         kernel = _tuned(name, side, width, kernel_size, x.dtype)
-        if best := getattr(kernel, "best_config", None):  # past the autotuner, which takes as long as a launch
-            kernel, constants = kernel.fn, constants | best.all_kwargs()
+        chosen = getattr(kernel, "best_config", None)
+        if chosen is None and x.numel() < TUNED_FROM and not _only_compiling:
+            chosen = kernel.configs[0]
+        if chosen is not None:  # past the autotuner, which takes as long as a launch
+            kernel, constants = kernel.fn, constants | chosen.all_kwargs()
     _launch(kernel, grid, x, *args, channels, **constants)
 
 
@@ -208,7 +213,7 @@ def triton_depthwise_weight_grad(x: Tensor, grad: Tensor, neighbours: Tensor, si
         partial,
         patches,
     )
-    return partial.sum(0).t().to(x.dtype).reshape(channels, 1, kernel_size, kernel_size)
+    return partial.sum(0).t().to(x.dtype).contiguous().view(channels, 1, kernel_size, kernel_size)
 
 
 @triton_depthwise_weight_grad.register_fake

@@ -131,7 +131,9 @@ def test_compiled_without_a_graph_break(dtype):
         return encoder(images, SparseGrid(active, kernels)).square().mean()
 
     torch._dynamo.reset()
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager" if INTERPRETED else "inductor")
+    # Inductor lays out memory by what operators promise; once is enough in the interpreter.
+    inductor = not INTERPRETED or dtype == torch.float32
+    compiled = torch.compile(loss, fullgraph=True, backend="inductor" if inductor else "aot_eager")
     results = []
     for function in (loss, compiled):
         encoder.zero_grad()

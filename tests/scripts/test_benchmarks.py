@@ -10,7 +10,9 @@ import pytest
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-from encoder import encoder_flop  # noqa: E402  # a script's folder
+import torch  # noqa: E402
+from common import Contender, agreement  # noqa: E402  # a script's folder
+from encoder import encoder_flop  # noqa: E402
 
 from convnextv2.config import encoder_config  # noqa: E402
 
@@ -54,6 +56,26 @@ def test_bad_options_are_one_line(script, arguments, message):
     done = run(script, *arguments)
     assert done.returncode == 2
     assert message in done.stderr.splitlines()[-1]
+
+
+def test_a_contender_that_fails_or_differs_is_left_out_and_told():
+    weight = torch.ones(3, requires_grad=True)
+
+    def contender(name: str, factor: float) -> Contender:
+        def forward() -> tuple[torch.Tensor, torch.Tensor]:
+            if not factor:
+                raise ZeroDivisionError("compiled\nto nothing")
+            out = weight * factor
+            return out.sum(), out
+
+        return Contender(name, forward, [weight])
+
+    contenders = [contender(*c) for c in (("dense", 1), ("wrong", 1.1), ("broken", 0), ("right", 1.00001))]
+    agreeing, errors, failures = agreement(contenders, contenders[0], "float32", "atto")
+    assert [c.name for c in agreeing] == ["dense", "right"]
+    assert errors == {"right": pytest.approx(1e-5, rel=0.1)}
+    assert failures[0].startswith("atto, wrong: differs from dense masked by 1.0e-01")
+    assert failures[1:] == ["atto, broken: ZeroDivisionError: compiled"]
 
 
 @pytest.mark.parametrize(

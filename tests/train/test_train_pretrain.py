@@ -190,6 +190,7 @@ def test_divergence_stops_with_the_step_and_keeps_the_last_good_state(images: Pa
         ({"optimizer": "adamx"}, "unknown optimizer"),
         ({"reconstruct_every": -1}, "--reconstruct-every"),
         ({"compile": "fast"}, "--compile must be one of"),
+        ({"compile": "reduce-overhead", "accum": 2}, "exclude each other: a CUDA graph"),
         ({"compile": "default", "backend": "minkowski"}, "MinkowskiEngine cannot be traced"),
     ],
 )
