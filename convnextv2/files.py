@@ -1,0 +1,402 @@
+"""Checkpoint files: written atomically, read without ever executing what they contain.
+
+Ours are ``.safetensors`` with the configuration as JSON in the header, or ``.pth`` holding
+``{"model", "config", "metadata"}``. Official ``.pt`` files are read too; :mod:`convnextv2.convert` knows their layouts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import pickle
+import secrets
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from convnextv2.classifier import ConvNeXtV2
+from convnextv2.config import ClassifierConfig, EncoderConfig, FCMAEConfig, config_from_dict, config_to_dict
+from convnextv2.fcmae import FCMAE
+
+Config = EncoderConfig | FCMAEConfig | ClassifierConfig
+
+SUFFIXES = (".safetensors", ".pth", ".pt")
+NESTING = ("model_ema", "state_dict_ema", "ema", "model", "state_dict", "model_state_dict", "module")
+"""Where training scripts put the weights, best first: an averaged copy (EMA) is preferred to the raw weights."""
+
+_AVERAGING_COUNTERS = ("n_averaged",)
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read, is of another network, or does not fit: names the file, reason and remedy."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a file held.
+
+    Args:
+        state_dict: names to tensors on the CPU, wrapper prefixes (``module.``, ``_orig_mod.``) removed.
+        config: the architecture, or None where the file is not ours.
+        metadata: what was stored beside it, JSON values (for example ``mean`` and ``std`` of the images). For files
+            with several sets of weights ``weights`` says which one was taken.
+        path: the file read.
+    """
+
+    state_dict: dict[str, Tensor]
+    config: Config | None = None
+    metadata: dict[str, Any] = field(default_factory=dict)
+    path: Path = Path()
+
+
+# Writing --------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary path beside ``path`` that takes its name when the block ends well and vanishes when it does not.
+
+    The folder is made if need be; the suffix is kept, so that writers that look at it work.
+
+    Raises:
+        OSError: if the folder cannot be made or written.
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.stem}.{secrets.token_hex(4)}.tmp{target.suffix}")
+    try:
+        yield temporary
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        temporary.chmod(0o666 & ~_umask())  # some writers make files that only their owner may read
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _finite(value: Any) -> Any:
+    """``value`` with NaN and infinities replaced by None, which JSON can hold."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
+
+
+def write_json(path: str | os.PathLike[str], obj: Any) -> None:
+    """Write ``obj`` as indented JSON, atomically. Numbers that are not finite become null.
+
+    Raises:
+        TypeError: if ``obj`` holds something JSON cannot.
+        OSError: if the file cannot be written.
+    """
+    text = json.dumps(_finite(obj), indent=2, ensure_ascii=False, allow_nan=False)
+    with atomic_path(path) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def append_jsonl(path: str | os.PathLike[str], obj: Mapping[str, Any]) -> None:
+    """Append ``obj`` as one line of JSON. A line that an interrupted run left unfinished is closed first.
+
+    Raises:
+        TypeError: if ``obj`` holds something JSON cannot.
+        OSError: if the file cannot be written.
+    """
+    target = Path(path)
+    line = json.dumps(_finite(obj), ensure_ascii=False, allow_nan=False) + "\n"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with target.open("a+b") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                line = "\n" + line
+        file.write(line.encode())
+
+
+def _own_storage(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors on the CPU, contiguous, none of them a view of a larger or a shared storage."""
+    result, seen = {}, set()
+    for name, value in state.items():
+        tensor = value.detach().cpu().contiguous()
+        storage = tensor.untyped_storage()
+        if storage.nbytes() != tensor.numel() * tensor.element_size() or storage.data_ptr() in seen:
+            tensor = tensor.clone()
+        seen.add(tensor.untyped_storage().data_ptr())
+        result[name] = tensor
+    return result
+
+
+def save_checkpoint(
+    path: str | os.PathLike[str],
+    model: nn.Module | Mapping[str, Tensor],
+    config: Config | None,
+    metadata: Mapping[str, Any] | None = None,
+) -> None:
+    """Write weights, configuration and metadata to one file, atomically.
+
+    Args:
+        path: ends in ``.safetensors`` (the configuration goes into the header), ``.pth`` or ``.pt``.
+        model: a network, or a state dict.
+        config: its architecture; None for weights in a foreign layout.
+        metadata: JSON values to keep beside the weights.
+
+    Raises:
+        ValueError: if the suffix is another one.
+        TypeError: if the metadata holds something JSON cannot.
+        OSError: if the file cannot be written.
+    """
+    target = Path(path)
+    if target.suffix not in SUFFIXES:
+        raise ValueError(
+            f"{target}: a checkpoint must end in {', '.join(SUFFIXES)}, got {target.suffix or 'no suffix'!r}"
+        )
+    module = getattr(model, "_orig_mod", model)
+    state = _own_storage(module.state_dict() if isinstance(module, nn.Module) else module)
+    plain_config = None if config is None else config_to_dict(config)
+    plain_metadata = json.loads(json.dumps(_finite(dict(metadata or {}))))
+    with atomic_path(target) as temporary:
+        try:
+            if target.suffix == ".safetensors":
+                header = {"format": "pt", "metadata": json.dumps(plain_metadata)}
+                if plain_config is not None:
+                    header["config"] = json.dumps(plain_config)
+                safetensors.torch.save_file(state, temporary, metadata=header)
+            else:
+                content = {"model": state, "config": plain_config, "metadata": plain_metadata}
+                with temporary.open("wb") as file:
+                    torch.save(content, file)
+        except (SafetensorError, RuntimeError) as error:
+            raise OSError(f"cannot write {target}: {_first_line(error)}") from error
+
+
+# Reading --------------------------------------------------------------------------------------------------------------
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def resolve_path(path: str | os.PathLike[str]) -> Path:
+    """The checkpoint file that ``path`` means: itself, or the best, else the last one of a run folder.
+
+    Raises:
+        CheckpointError: if there is none.
+    """
+    given = Path(path)
+    if given.is_file():
+        return given
+    if given.is_dir():
+        candidates = [
+            folder / f"{name}{suffix}"
+            for folder in (given / "checkpoints", given)
+            for name in ("best", "last")
+            for suffix in SUFFIXES
+        ]
+        found = next((candidate for candidate in candidates if candidate.is_file()), None)
+        if found is not None:
+            return found
+        raise CheckpointError(
+            f"{given}: no checkpoint in this folder; looked for checkpoints/best.safetensors and "
+            "checkpoints/last.safetensors. Name the file itself"
+        )
+    raise CheckpointError(f"{given}: no such file or folder")
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = dict(file.metadata() or {})
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{path}: truncated or damaged safetensors file ({_first_line(error)}); copy or download it again"
+        ) from error
+    content: dict[str, Any] = {}
+    for key in ("config", "metadata"):
+        if key in header:
+            try:
+                content[key] = json.loads(header[key])
+            except json.JSONDecodeError:
+                # Other programs may use these names for text of their own.
+                content[key] = header[key]
+    return state, content
+
+
+def _read_pickle(path: Path) -> Any:
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Detected pickle protocol")
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        # Torch's own text advises to load without weights_only, which runs what is in the file.
+        doubt = "" if "GLOBAL" in str(error) else "is not a torch checkpoint, or "
+        raise CheckpointError(
+            f"{path}: {doubt}holds Python objects beside tensors, which could run code, so it was not opened; in a "
+            "place where you trust it, save its state dict alone"
+        ) from error
+    except (
+        RuntimeError,
+        EOFError,
+        ValueError,
+        LookupError,
+        AttributeError,
+        TypeError,
+        OSError,
+        SafetensorError,  # torch 2.15 reads .safetensors, too
+    ) as error:
+        # What torch.load raises for damaged files depends on where the damage is; an OSError without a file name
+        # comes from a seek beyond the end.
+        if isinstance(error, OSError) and error.filename is not None:
+            raise
+        raise CheckpointError(
+            f"{path}: truncated or damaged, or no torch checkpoint ({_first_line(error)}); copy or download it again"
+        ) from error
+
+
+def _check_start(path: Path) -> bytes:
+    """The first bytes of the file, once they do not show that it is something else altogether."""
+    with path.open("rb") as file:
+        start = file.read(64)
+    text = start.lstrip().lower()
+    if not start:
+        raise CheckpointError(f"{path}: the file is empty; copy or download it again")
+    if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
+        raise CheckpointError(
+            f"{path}: this is a web page, not a checkpoint (a download that led to a log-in or error page?)"
+        )
+    if text.startswith(b"version https://git-lfs"):
+        raise CheckpointError(f"{path}: this is a Git LFS pointer, not the file itself; fetch it with `git lfs pull`")
+    return start
+
+
+def _is_state_dict(value: Any) -> bool:
+    return isinstance(value, Mapping) and any(isinstance(item, Tensor) for item in value.values())
+
+
+def _find_state(content: Any, path: Path) -> tuple[Mapping[str, Any], str | None]:
+    """The mapping that holds the weights, and the name it was nested under."""
+    name = None
+    while isinstance(content, Mapping) and not _is_state_dict(content):
+        key = next((key for key in NESTING if isinstance(content.get(key), Mapping) and content[key]), None)
+        if key is None:
+            break
+        content, name = content[key], key
+    if not _is_state_dict(content):
+        what = (
+            f"keys {', '.join(map(str, list(content)[:5]))}" if isinstance(content, Mapping) else type(content).__name__
+        )
+        raise CheckpointError(
+            f"{path}: holds no weights (found {what}); expected a state dict, or one under {', '.join(NESTING)}"
+        )
+    return content, name
+
+
+def clean_state_dict(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Names without the prefixes of wrappers: ``module.`` (data parallel, EMA) and ``_orig_mod.`` (torch.compile).
+
+    Raises:
+        CheckpointError: if a value is not a tensor.
+    """
+    result = {name.replace("_orig_mod.", ""): value for name, value in state.items() if name not in _AVERAGING_COUNTERS}
+    while result and all(name.startswith("module.") for name in result):
+        result = {name.removeprefix("module.").replace("_orig_mod.", ""): value for name, value in result.items()}
+    for name, value in result.items():
+        if not isinstance(value, Tensor):
+            raise CheckpointError(f"{name!r} in the state dict is {type(value).__name__}, not a tensor")
+    return result
+
+
+def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+    """Read a checkpoint of ours or of any other project, without executing anything in it.
+
+    Args:
+        path: a ``.safetensors``, ``.pth`` or ``.pt`` file (told apart by content), a run folder or its ``checkpoints``
+            folder (then ``best``, or ``last`` where there is no best).
+
+    Raises:
+        CheckpointError: if there is no such file, it is damaged, holds no weights, or more than weights.
+        OSError: if it cannot be opened.
+    """
+    file = resolve_path(path)
+    start = _check_start(file)
+    content: Any
+    if start[:4] != b"PK\x03\x04" and start[8:9] == b"{":
+        state, content = _read_safetensors(file)
+        if not state:
+            raise CheckpointError(f"{file}: holds no weights")
+        nested = None
+    else:
+        content = _read_pickle(file)
+        found, nested = _find_state(content, file)
+        state = dict(found)
+    config, metadata = content.get("config"), content.get("metadata")
+    metadata = dict(metadata) if isinstance(metadata, Mapping) else {}
+    if nested is not None and len([key for key in NESTING if isinstance(content.get(key), Mapping)]) > 1:
+        metadata["weights"] = nested
+    try:
+        ours = isinstance(config, Mapping) and "kind" in config
+        architecture = config_from_dict(config) if ours else None
+        return Checkpoint(clean_state_dict(state), architecture, metadata, file)
+    except ValueError as error:
+        raise CheckpointError(f"{file}: {error}") from error
+
+
+def load_strict(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
+    """``model.load_state_dict(state, strict=True)`` with a one-line error.
+
+    Raises:
+        CheckpointError: if names or shapes differ; the first few are named.
+    """
+    own = model.state_dict()
+    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    shapes = [
+        f"{name} {tuple(state[name].shape)} instead of {tuple(own[name].shape)}"
+        for name in sorted(own.keys() & state.keys())
+        if own[name].shape != state[name].shape
+    ]
+    problems = [
+        f"{len(names)} {what}: {', '.join(names[:3])}{' …' if len(names) > 3 else ''}"
+        for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
+        if names
+    ]
+    if problems:
+        raise CheckpointError(f"{path}: does not fit the network: {'; '.join(problems)}")
+    model.load_state_dict(dict(state))
+
+
+def load_model(
+    path: str | os.PathLike[str], backend: str = "auto", device: torch.device | str = "cpu"
+) -> FCMAE | ConvNeXtV2:
+    """The network of a checkpoint, rebuilt from the configuration in the file, all weights loaded strictly.
+
+    Args:
+        path: as :func:`load_checkpoint`. Files of other projects work where their weights make a whole network: a
+            classifier, or a masked autoencoder with its decoder.
+        backend: backend of a masked autoencoder's sparse convolution.
+        device: where the network goes.
+
+    Raises:
+        CheckpointError: if the file cannot be read, does not fit, or holds an encoder alone.
+    """
+    from convnextv2.convert import complete_model
+
+    model = complete_model(load_checkpoint(path), backend)
+    return model.to(device)
