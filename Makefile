@@ -11,7 +11,7 @@ MINKOWSKI ?= --cpu
 
 BIN = $(VENV)/bin
 MINKOWSKI_SOURCES = scripts/install_minkowski.py $(wildcard scripts/_minkowski_*.py)
-SOURCES = setup.py pyproject.toml requirements.txt constraints.txt $(wildcard sparse_ops/backends/csrc/*)
+SOURCES = setup.py pyproject.toml requirements.txt constraints.txt $(wildcard sparse_ops/backends/cpu/csrc/*)
 
 ifeq ($(MINKOWSKI),skip)
 TEST_READY = $(VENV)/.installed-test

@@ -22,7 +22,7 @@ except ImportError:  # a setuptools before 59
     from distutils.errors import CompileError
 
 ROOT = Path(__file__).parent
-CSRC = "sparse_ops/backends/csrc"
+CSRC = "sparse_ops/backends/cpu/csrc"
 FLAGS = [
     "-O3",
     "-std=c++17",
@@ -94,14 +94,14 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=find_packages(include=["convnextv2*", "sparse_ops*"]),
-    package_data={"sparse_ops.backends": ["csrc/*"], "convnextv2": ["py.typed"], "sparse_ops": ["py.typed"]},
+    package_data={"sparse_ops.backends.cpu": ["csrc/*"], "convnextv2": ["py.typed"], "sparse_ops": ["py.typed"]},
     install_requires=requirements(),
     extras_require={
         "test": ["pytest>=8", "pytest-cov>=5", "pytest-xdist>=3.6", "hypothesis>=6", "ruff>=0.8", "mypy>=1.11"]
     },
     ext_modules=[
         Extension(
-            "sparse_ops.backends._cpu",
+            "sparse_ops.backends.cpu._cpu",
             sources=[
                 f"{CSRC}/{name}.cpp" for name in ("dispatch", "kernels_baseline", "kernels_avx2", "kernels_avx512")
             ],

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from convnextv2.config import VARIANTS
+from convnextv2.models.config import VARIANTS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOLERANCE = {"float32": 2e-4, "bfloat16": 5e-2, "float16": 2e-2}

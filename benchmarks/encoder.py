@@ -32,12 +32,12 @@ from common import (
 )
 from torch import Tensor
 
-from convnextv2.config import EncoderConfig
-from convnextv2.fcmae import FCMAE, create_fcmae
-from convnextv2.masking import keep_count, random_mask
+from convnextv2.models.config import EncoderConfig
+from convnextv2.models.fcmae import FCMAE, create_fcmae
+from convnextv2.models.masking import keep_count, random_mask
 from sparse_ops import ActiveSet, Backend, BackendUnavailableError, SparseGrid, get_backend, resolve_backend
-from sparse_ops.backends.triton import TritonBackend
-from sparse_ops.testing import MaskedDenseGrid
+from sparse_ops.backends.triton.backend import TritonBackend
+from sparse_ops.oracle import MaskedDenseGrid
 
 COMPILE_MODES = {"compile": "default", "graphs": "reduce-overhead"}
 

@@ -39,12 +39,13 @@ from common import (
 from encoder import dense_grid, randomise_grn
 from torch import Tensor
 
-from convnextv2.config import encoder_config
-from convnextv2.encoder import Encoder
-from convnextv2.masking import keep_count, random_mask
-from sparse_ops import ActiveSet, SparseGrid, get_backend, minkowski
-from sparse_ops.backends.minkowski import MinkowskiGrid
-from sparse_ops.testing import MaskedDenseGrid
+from convnextv2.models.config import encoder_config
+from convnextv2.models.encoder import Encoder
+from convnextv2.models.masking import keep_count, random_mask
+from sparse_ops import ActiveSet, SparseGrid, get_backend
+from sparse_ops.backends.minkowski import layers
+from sparse_ops.backends.minkowski.backend import MinkowskiGrid
+from sparse_ops.oracle import MaskedDenseGrid
 
 
 class StockGrid(MinkowskiGrid):
@@ -60,7 +61,7 @@ class StockGrid(MinkowskiGrid):
 @cache
 def stock_layer(channels: int, kernel_size: int) -> Any:
     """``MinkowskiChannelwiseConvolution``, made once: its own weights are replaced at every call."""
-    stock = minkowski.minkowski_engine().MinkowskiChannelwiseConvolution
+    stock = layers.minkowski_engine().MinkowskiChannelwiseConvolution
     return stock(channels, kernel_size=kernel_size, bias=True, dimension=2)
 
 
@@ -250,7 +251,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     try:
         get_backend("minkowski")
-        facts = hardware(torch.device(args.device)) | {"MinkowskiEngine": minkowski.minkowski_engine().__version__}
+        facts = hardware(torch.device(args.device)) | {"MinkowskiEngine": layers.minkowski_engine().__version__}
         if args.parity:
             print_facts(facts)
             results = run_parity(args)

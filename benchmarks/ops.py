@@ -35,10 +35,10 @@ from common import (
 )
 from torch import Tensor
 
-from convnextv2.config import encoder_config
-from convnextv2.masking import keep_count, random_mask
+from convnextv2.models.config import encoder_config
+from convnextv2.models.masking import keep_count, random_mask
 from sparse_ops import ActiveSet, Backend, BackendUnavailableError, DenseGrid, SparseGrid, resolve_backend
-from sparse_ops.testing import MaskedDenseGrid
+from sparse_ops.oracle import MaskedDenseGrid
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2, "float16": 5e-3}
 KERNEL = 7

@@ -1,6 +1,6 @@
 """ConvNeXt V2 and its sparse masked pre-training, FCMAE."""
 
-from convnextv2.classifier import (
+from convnextv2.models.classifier import (
     ConvNeXtV2,
     convnextv2_atto,
     convnextv2_base,
@@ -12,9 +12,9 @@ from convnextv2.classifier import (
     convnextv2_tiny,
     create_model,
 )
-from convnextv2.config import VARIANTS, ClassifierConfig, EncoderConfig, FCMAEConfig
-from convnextv2.encoder import Block, Encoder
-from convnextv2.fcmae import FCMAE, FCMAEOutput, create_fcmae
+from convnextv2.models.config import VARIANTS, ClassifierConfig, EncoderConfig, FCMAEConfig
+from convnextv2.models.encoder import Block, Encoder
+from convnextv2.models.fcmae import FCMAE, FCMAEOutput, create_fcmae
 
 __version__ = "0.1.0"
 

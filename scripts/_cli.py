@@ -15,8 +15,8 @@ from typing import Generic, NoReturn, TypeVar
 import torch
 from safetensors import SafetensorError
 
-from convnextv2 import options
-from sparse_ops.backend import BackendUnavailableError
+from convnextv2.training import recipe
+from sparse_ops.registry import BackendUnavailableError
 
 T = TypeVar("T")
 
@@ -153,7 +153,7 @@ def progress(iterable: Iterable[T], total: int | None = None, description: str =
 def image_size(text: str) -> tuple[int, int]:
     """(height, width) in pixels from ``224`` or ``192x256``; an argparse type."""
     try:
-        return options.image_size(text)
+        return recipe.image_size(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
 

@@ -11,21 +11,12 @@ import torch
 from _cli import run, say
 from torch import Tensor
 
-from convnextv2.checkpoint import SUFFIXES, CheckpointError, Config, load_checkpoint, save_checkpoint
-from convnextv2.classifier import ConvNeXtV2
-from convnextv2.config import ClassifierConfig
-from convnextv2.convert import (
-    DECODER_PARTS,
-    HEAD_PARTS,
-    Layout,
-    Weights,
-    describe,
-    foreign_name,
-    read_checkpoint,
-    weights_config,
-    write_layout,
-)
-from convnextv2.verify import verify_conversion
+from convnextv2.models.classifier import ConvNeXtV2
+from convnextv2.models.config import ClassifierConfig
+from convnextv2.weights.checkpoint import SUFFIXES, CheckpointError, Config, load_checkpoint, save_checkpoint
+from convnextv2.weights.layouts import DECODER_PARTS, HEAD_PARTS, Layout, foreign_name
+from convnextv2.weights.reading import Weights, describe, read_checkpoint, weights_config, write_layout
+from convnextv2.weights.verify import verify_conversion
 
 TARGETS: tuple[Layout, ...] = ("official-dense", "sparse-official", "timm")
 

@@ -20,7 +20,8 @@ from pathlib import Path
 
 from _cli import positive_int, run, say
 
-from convnextv2.data import export_digits, scan_images
+from convnextv2.data.digits import export_digits
+from convnextv2.data.folders import scan_images
 
 SCRIPTS = Path(__file__).parent
 CONFIGS = SCRIPTS.parent / "configs"

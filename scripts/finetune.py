@@ -14,9 +14,9 @@ from collections.abc import Sequence
 
 import _cli
 
-from convnextv2.finetune import FinetuneOptions, finetune
-from convnextv2.options import parse_options
-from convnextv2.train import RunStoppedError
+from convnextv2.training.finetuning import FinetuneOptions, finetune
+from convnextv2.training.recipe import parse_options
+from convnextv2.training.signals import RunStoppedError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

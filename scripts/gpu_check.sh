@@ -45,7 +45,7 @@ batch=(--batch-size 128) # small batches measure how fast kernels are launched
 parity() {
     local rc=0 pids=() i
     for i in $(seq "$processes"); do
-        TEST_SHARD="$i/$processes" timeout 300 "$python" -m pytest -q -p no:cacheprovider -m cuda tests/ops tests/model \
+        TEST_SHARD="$i/$processes" timeout 300 "$python" -m pytest -q -p no:cacheprovider -m cuda tests/ops tests/models \
             >"$out/parity-$i.log" 2>&1 &
         pids+=($!)
     done
@@ -73,7 +73,7 @@ for model in "${models[@]}"; do # one at a time, so that a compilation without e
 done
 part step timeout 240 "$python" benchmarks/encoder.py "${gpu[@]}" --what step "${batch[@]}" --models base \
     --backends triton triton+graphs --json "$out/step.json"
-if "$python" -c 'import sys; from sparse_ops.minkowski import minkowski_engine; sys.exit(not minkowski_engine().is_cuda_available())' \
+if "$python" -c 'import sys; from sparse_ops.backends.minkowski.layers import minkowski_engine; sys.exit(not minkowski_engine().is_cuda_available())' \
     2>/dev/null; then
     part minkowski timeout 120 "$python" benchmarks/minkowski.py --device cuda --models tiny --batch-size 64 --backends triton \
         --json "$out/minkowski.json"

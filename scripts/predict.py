@@ -19,10 +19,13 @@ import torch
 from torch.utils.data import DataLoader
 
 from convnextv2 import ConvNeXtV2
-from convnextv2.checkpoint import Checkpoint, CheckpointError, atomic_path, load_checkpoint, load_model
-from convnextv2.config import check_image_size
-from convnextv2.data import PredictDataset, build_predict_dataset
-from convnextv2.transforms import preprocessing_from_metadata
+from convnextv2.data.build import build_predict_dataset
+from convnextv2.data.datasets import PredictDataset
+from convnextv2.data.transforms import preprocessing_from_metadata
+from convnextv2.files import atomic_path
+from convnextv2.models.config import check_image_size
+from convnextv2.weights.checkpoint import Checkpoint, CheckpointError, load_checkpoint
+from convnextv2.weights.loading import load_model
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

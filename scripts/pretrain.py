@@ -12,9 +12,9 @@ from collections.abc import Sequence
 
 import _cli
 
-from convnextv2.options import parse_options
-from convnextv2.pretrain import PretrainOptions, pretrain
-from convnextv2.train import RunStoppedError
+from convnextv2.training.pretraining import PretrainOptions, pretrain
+from convnextv2.training.recipe import parse_options
+from convnextv2.training.signals import RunStoppedError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -17,9 +17,10 @@ import torch
 from torch import nn
 
 from convnextv2 import FCMAE, VARIANTS, ConvNeXtV2, Encoder, create_fcmae, create_model
-from convnextv2.checkpoint import CheckpointError, load_checkpoint, load_model
-from convnextv2.config import ClassifierConfig, FCMAEConfig, check_image_size, encoder_config
-from convnextv2.masking import keep_count
+from convnextv2.models.config import ClassifierConfig, FCMAEConfig, check_image_size, encoder_config
+from convnextv2.models.masking import keep_count
+from convnextv2.weights.checkpoint import CheckpointError, load_checkpoint
+from convnextv2.weights.loading import load_model
 
 
 @dataclass(frozen=True)

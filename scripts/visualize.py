@@ -14,12 +14,14 @@ import _cli
 import torch
 
 from convnextv2 import FCMAE
-from convnextv2.checkpoint import CheckpointError, load_checkpoint, load_model
-from convnextv2.config import check_image_size
-from convnextv2.data import DataError, build_predict_dataset
-from convnextv2.masking import parse_mask
-from convnextv2.transforms import preprocessing_from_metadata
-from convnextv2.visual import save_reconstructions
+from convnextv2.data.build import build_predict_dataset
+from convnextv2.data.sources import DataError
+from convnextv2.data.transforms import preprocessing_from_metadata
+from convnextv2.models.config import check_image_size
+from convnextv2.models.masking import parse_mask
+from convnextv2.training.pictures import save_reconstructions
+from convnextv2.weights.checkpoint import CheckpointError, load_checkpoint
+from convnextv2.weights.loading import load_model
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -1,9 +1,11 @@
 """Sparse operations on the visible patches of masked images. Depends on torch alone."""
 
 from sparse_ops.active_set import ActiveSet, morton_coordinates
-from sparse_ops.backend import Backend, BackendUnavailableError, get_backend, registry, resolve_backend
+from sparse_ops.backend import Backend
 from sparse_ops.functional import convnext_mlp, depthwise_conv
-from sparse_ops.grid import DenseGrid, Grid, SparseGrid
+from sparse_ops.grid import DenseGrid, Grid
+from sparse_ops.registry import BackendUnavailableError, get_backend, registry, resolve_backend
+from sparse_ops.sparse_grid import SparseGrid
 
 __all__ = [
     "ActiveSet",

@@ -7,7 +7,7 @@ import sys
 
 import torch
 
-from sparse_ops.backend import registry, resolve_backend
+from sparse_ops.registry import registry, resolve_backend
 
 
 def report() -> str:

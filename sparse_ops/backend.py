@@ -1,17 +1,14 @@
-"""The contract of a backend, and the registry that finds them.
+"""The contract of a backend.
 
-A backend is one module in ``sparse_ops/backends`` with a module-level ``BACKEND``. Its third-party imports happen in
-:meth:`Backend.unavailable_reason` and in its kernels, never when the module is imported.
+A backend is one module or package in ``sparse_ops/backends`` with a module-level ``BACKEND``. Its third-party imports
+happen in :meth:`Backend.unavailable_reason` and in its kernels, never when the module is imported.
 """
 
 from __future__ import annotations
 
-import importlib
 import logging
-import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from functools import cache
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -20,13 +17,9 @@ from torch import Tensor
 from sparse_ops.active_set import ActiveSet
 
 if TYPE_CHECKING:
-    from sparse_ops.grid import SparseGrid
+    from sparse_ops.sparse_grid import SparseGrid
 
 logger = logging.getLogger(__name__)
-
-
-class BackendUnavailableError(RuntimeError):
-    """The backend asked for by name cannot run here; the message says why and what to do."""
 
 
 class Backend(ABC):
@@ -208,61 +201,3 @@ class Backend(ABC):
             grad, x, [x.shape[1]], mean, rstd, weight, bias, [True, True, True]
         )
         return grad_x, grad_weight, grad_bias
-
-
-@cache
-def registry() -> dict[str, Backend]:
-    """All backends by name, highest priority first."""
-    from sparse_ops import backends
-
-    found: list[Backend] = []
-    for module in pkgutil.iter_modules(backends.__path__):
-        if module.name.startswith("_"):
-            continue
-        backend = getattr(importlib.import_module(f"{backends.__name__}.{module.name}"), "BACKEND", None)
-        if backend is not None:
-            found.append(backend)
-    found.sort(key=lambda backend: (-backend.priority, backend.name))
-    return {backend.name: backend for backend in found}
-
-
-def get_backend(name: str) -> Backend:
-    """The backend of that name, ready to run.
-
-    Raises:
-        ValueError: if no backend has that name.
-        BackendUnavailableError: if it cannot run here.
-    """
-    backends = registry()
-    if name not in backends:
-        raise ValueError(f"unknown backend {name!r}; choose auto or one of {', '.join(backends)}")
-    reason = backends[name].unavailable_reason()
-    if reason is not None:
-        raise BackendUnavailableError(f"backend {name!r} is not available: {reason}")
-    return backends[name]
-
-
-@cache
-def _auto(device_type: str) -> Backend:
-    device = torch.device(device_type)
-    for backend in registry().values():
-        if backend.rejects(device, torch.float32, 7) is not None:
-            continue
-        reason = backend.unavailable_reason() or backend.check(device)
-        if reason is None:
-            logger.info("backend auto: chose %s for %s", backend.name, device_type)
-            return backend
-        logger.warning("backend auto: the faster %s is not available: %s", backend.name, reason)
-    raise BackendUnavailableError(f"no backend serves device {device_type!r}")
-
-
-def resolve_backend(name: str | Backend, device: torch.device) -> Backend:
-    """The backend for ``name`` on ``device``; ``auto`` takes the best that is available there and logs the choice.
-
-    Raises:
-        ValueError: if no backend has that name, or the named one does not serve the device.
-        BackendUnavailableError: if the named one cannot run here. There is no silent fallback.
-    """
-    if isinstance(name, Backend):
-        return name
-    return _auto(device.type) if name == "auto" else get_backend(name)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sparse_ops.active_set import ActiveSet
 from sparse_ops.backend import Backend
+from sparse_ops.pointwise import autocast_dtype
 from sparse_ops.workspace import Workspace
 
 
@@ -39,13 +39,6 @@ class _DepthwiseConv(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias, None, None
 
 
-def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """The dtype of autocast on ``device`` where it is switched on, else None."""
-    if device.type == "meta" or not torch.is_autocast_enabled(device.type):  # torch raises for meta
-        return None
-    return torch.get_autocast_dtype(device.type)
-
-
 def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None, active: ActiveSet, backend: Backend) -> Tensor:
     """Depthwise convolution, stride 1 and "same" padding, over the active cells only.
 
@@ -57,7 +50,7 @@ def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None, active: Activ
         weight: ``[C, 1, K, K]`` with odd K, in the layout of ``torch.nn.Conv2d(groups=C)``.
         bias: ``[C]`` or None.
         active: the active set.
-        backend: a backend, see :func:`sparse_ops.backend.resolve_backend`.
+        backend: a backend, see :func:`sparse_ops.registry.resolve_backend`.
 
     Returns:
         ``[N, C]``.
@@ -235,29 +228,3 @@ def convnext_mlp(
     return _ConvNeXtMLP.apply(
         x, *norm, *pwconv1, *grn, *pwconv2, row_offsets, rows, norm_eps, grn_eps, backend, workspace
     )
-
-
-def channel_norm(energy: Tensor) -> Tensor:
-    """Square root of a sum of squares, with gradient 0 at 0 (a dead channel, an image without visible patches)."""
-    positive = energy > 0
-    return torch.where(positive, torch.where(positive, energy, 1).sqrt(), 0)
-
-
-def grn_scale(energy: Tensor, gamma: Tensor, eps: float) -> Tensor:
-    """Factor ``1 + gamma · N(G(x))`` of global response normalisation (ConvNeXt V2, eq. 1-3, with the residual).
-
-    Args:
-        energy: ``[G, D]`` sums of squares of a channel over the cells of each group.
-        gamma: ``[D]``.
-        eps: added to the mean of the norms over the channels.
-
-    Returns:
-        ``[G, D]``.
-    """
-    norm = channel_norm(energy)
-    return 1 + gamma * (norm / (norm.mean(-1, keepdim=True) + eps))
-
-
-def pointwise_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """A 1×1 convolution on channels-last features: ``weight`` is ``[out, in]`` or ``[out, in, 1, 1]``."""
-    return F.linear(x, weight.flatten(1), bias)

@@ -11,37 +11,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from convnextv2.checkpoint import CheckpointError, append_jsonl, load_checkpoint, load_strict, save_checkpoint
-from convnextv2.config import config_to_dict
-from convnextv2.convert import describe, read_checkpoint, write_layout
-from convnextv2.data import ImageDataset, build_pretrain_dataset
-from convnextv2.fcmae import FCMAE, create_fcmae
-from convnextv2.optim import create_optimizer, create_schedule, parameter_groups, scaled_lr
-from convnextv2.options import option, write_recipe
-from convnextv2.train import (
-    STEEP_LR,
-    EpochSampler,
-    Log,
-    Loop,
-    Occasionally,
-    ProgressBar,
-    RunFolder,
-    RunOptions,
-    StopSignals,
-    check_same_model,
-    derived_seed,
-    every,
-    feature_diversity,
-    fitting_batch_size,
-    make_accelerator,
-    make_loader,
-    say_skipped,
-    silent,
-)
+from convnextv2.data.build import build_pretrain_dataset
+from convnextv2.data.datasets import ImageDataset
+from convnextv2.data.loading import EpochSampler, derived_seed, make_loader
+from convnextv2.files import append_jsonl
+from convnextv2.models.config import config_to_dict
+from convnextv2.models.diversity import feature_diversity
+from convnextv2.models.fcmae import FCMAE, create_fcmae
+from convnextv2.training.device import fitting_batch_size, make_accelerator
+from convnextv2.training.loop import Loop
+from convnextv2.training.optim import create_optimizer, create_schedule, parameter_groups, scaled_lr
+from convnextv2.training.options import RunOptions
+from convnextv2.training.recipe import option, write_recipe
+from convnextv2.training.reporting import Log, Occasionally, ProgressBar, every, say_skipped, silent
+from convnextv2.training.run_folder import RunFolder, check_same_model
+from convnextv2.training.signals import StopSignals
+from convnextv2.weights.checkpoint import save_checkpoint
+from convnextv2.weights.loading import _initialise
 from sparse_ops.grid import GRN_SCOPES
 
 logger = logging.getLogger(__name__)
+
+
+STEEP_LR = 1e-2
 MASK_STREAM, MODEL_STREAM, PICTURE_SEED = 1, 2, 0
+
+
 PROBE_IMAGES = 16
 
 
@@ -218,26 +213,6 @@ def pretrain(options: PretrainOptions, *, log: Log = logger.info, progress: Prog
     return PretrainSummary(len(rows), rows[0]["loss"], rows[-1]["loss"], folder.path)
 
 
-def _initialise(model: FCMAE, path: str) -> str:
-    """Take the weights of a checkpoint: the encoder, and the decoder where there is one of the same shape."""
-    checkpoint = load_checkpoint(path)
-    weights = read_checkpoint(checkpoint)
-    own = replace(model.config.encoder, drop_path_rate=0.0)
-    if weights.config != own:
-        raise CheckpointError(
-            f"{checkpoint.path}: holds {describe(weights.config)}, but the network is {describe(own)}; "
-            "choose the model that the checkpoint is of"
-        )
-    state = model.state_dict()
-    found = write_layout(weights, "fcmae")
-    decoder = {name: value for name, value in found.items() if not name.startswith("encoder.")}
-    whole = bool(decoder) and all(name in state and state[name].shape == value.shape for name, value in decoder.items())
-    taken = {name: value for name, value in found.items() if whole or name.startswith("encoder.")}
-    load_strict(model, {**state, **taken}, checkpoint.path)
-    new = "nothing" if whole else "the decoder"
-    return f"{checkpoint.path}: {len(taken)} tensors loaded; {new} is freshly initialised"
-
-
 def _metadata(options: PretrainOptions, dataset: ImageDataset, epoch: int) -> dict[str, Any]:
     return {
         "mean": list(dataset.mean),
@@ -251,7 +226,7 @@ def _metadata(options: PretrainOptions, dataset: ImageDataset, epoch: int) -> di
 
 def _pictures(folder: RunFolder, model: FCMAE, dataset: ImageDataset, examples: Tensor, epoch: int | None) -> None:
     """The loss curve, and reconstructions after ``epoch`` if that is not None."""
-    from convnextv2.visual import save_loss_curve, save_reconstructions
+    from convnextv2.training.pictures import save_loss_curve, save_reconstructions
 
     save_loss_curve(folder.path / "loss.png", folder.metrics())
     if epoch is None:

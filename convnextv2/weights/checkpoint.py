@@ -1,20 +1,18 @@
 """Checkpoint files: written atomically, read without ever executing what they contain.
 
 Ours are ``.safetensors`` with the configuration as JSON in the header, or ``.pth`` holding
-``{"model", "config", "metadata"}``. Official ``.pt`` files are read too; :mod:`convnextv2.convert` knows their layouts.
+``{"model", "config", "metadata"}``. Official ``.pt`` files are read too;
+:mod:`convnextv2.weights.layouts` knows their layouts.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import math
 import os
 import pickle
-import secrets
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,15 +22,18 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from convnextv2.classifier import ConvNeXtV2
-from convnextv2.config import ClassifierConfig, EncoderConfig, FCMAEConfig, config_from_dict, config_to_dict
-from convnextv2.fcmae import FCMAE
+from convnextv2.files import _finite, atomic_path
+from convnextv2.models.config import ClassifierConfig, EncoderConfig, FCMAEConfig, config_from_dict, config_to_dict
 
 Config = EncoderConfig | FCMAEConfig | ClassifierConfig
 
+
 SUFFIXES = (".safetensors", ".pth", ".pt")
+
+
 NESTING = ("model_ema", "state_dict_ema", "ema", "model", "state_dict", "model_state_dict", "module")
 """Where training scripts put the weights, best first: an averaged copy (EMA) is preferred to the raw weights."""
+
 
 _AVERAGING_COUNTERS = ("n_averaged",)
 
@@ -57,78 +58,6 @@ class Checkpoint:
     config: Config | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
     path: Path = Path()
-
-
-# Writing --------------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary path beside ``path`` that takes its name when the block ends well and vanishes when it does not.
-
-    The folder is made if need be; the suffix is kept, so that writers that look at it work.
-
-    Raises:
-        OSError: if the folder cannot be made or written.
-    """
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.stem}.{secrets.token_hex(4)}.tmp{target.suffix}")
-    try:
-        yield temporary
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        temporary.chmod(0o666 & ~_umask())  # some writers make files that only their owner may read
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _finite(value: Any) -> Any:
-    """``value`` with NaN and infinities replaced by None, which JSON can hold."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return value
-
-
-def write_json(path: str | os.PathLike[str], obj: Any) -> None:
-    """Write ``obj`` as indented JSON, atomically. Numbers that are not finite become null.
-
-    Raises:
-        TypeError: if ``obj`` holds something JSON cannot.
-        OSError: if the file cannot be written.
-    """
-    text = json.dumps(_finite(obj), indent=2, ensure_ascii=False, allow_nan=False)
-    with atomic_path(path) as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")
-
-
-def append_jsonl(path: str | os.PathLike[str], obj: Mapping[str, Any]) -> None:
-    """Append ``obj`` as one line of JSON. A line that an interrupted run left unfinished is closed first.
-
-    Raises:
-        TypeError: if ``obj`` holds something JSON cannot.
-        OSError: if the file cannot be written.
-    """
-    target = Path(path)
-    line = json.dumps(_finite(obj), ensure_ascii=False, allow_nan=False) + "\n"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with target.open("a+b") as file:
-        if file.tell():
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":
-                line = "\n" + line
-        file.write(line.encode())
 
 
 def _own_storage(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -185,9 +114,6 @@ def save_checkpoint(
                     torch.save(content, file)
         except (SafetensorError, RuntimeError) as error:
             raise OSError(f"cannot write {target}: {_first_line(error)}") from error
-
-
-# Reading --------------------------------------------------------------------------------------------------------------
 
 
 def _first_line(error: BaseException) -> str:
@@ -357,46 +283,3 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         return Checkpoint(clean_state_dict(state), architecture, metadata, file)
     except ValueError as error:
         raise CheckpointError(f"{file}: {error}") from error
-
-
-def load_strict(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
-    """``model.load_state_dict(state, strict=True)`` with a one-line error.
-
-    Raises:
-        CheckpointError: if names or shapes differ; the first few are named.
-    """
-    own = model.state_dict()
-    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    shapes = [
-        f"{name} {tuple(state[name].shape)} instead of {tuple(own[name].shape)}"
-        for name in sorted(own.keys() & state.keys())
-        if own[name].shape != state[name].shape
-    ]
-    problems = [
-        f"{len(names)} {what}: {', '.join(names[:3])}{' …' if len(names) > 3 else ''}"
-        for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
-        if names
-    ]
-    if problems:
-        raise CheckpointError(f"{path}: does not fit the network: {'; '.join(problems)}")
-    model.load_state_dict(dict(state))
-
-
-def load_model(
-    path: str | os.PathLike[str], backend: str = "auto", device: torch.device | str = "cpu"
-) -> FCMAE | ConvNeXtV2:
-    """The network of a checkpoint, rebuilt from the configuration in the file, all weights loaded strictly.
-
-    Args:
-        path: as :func:`load_checkpoint`. Files of other projects work where their weights make a whole network: a
-            classifier, or a masked autoencoder with its decoder.
-        backend: backend of a masked autoencoder's sparse convolution.
-        device: where the network goes.
-
-    Raises:
-        CheckpointError: if the file cannot be read, does not fit, or holds an encoder alone.
-    """
-    from convnextv2.convert import complete_model
-
-    model = complete_model(load_checkpoint(path), backend)
-    return model.to(device)

@@ -1,221 +1,25 @@
-"""Pre-training: masked images in, an encoder that can be fine-tuned out (ConvNeXt V2, section 3.1)."""
+"""Weights into networks: a classifier or a masked autoencoder started from a checkpoint, and whole networks."""
 
 from __future__ import annotations
 
-import logging
-import math
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from convnextv2.checkpoint import CheckpointError, append_jsonl, load_checkpoint, load_strict, save_checkpoint
-from convnextv2.config import config_to_dict
-from convnextv2.convert import describe, read_checkpoint, write_layout
-from convnextv2.data import ImageDataset, build_pretrain_dataset
-from convnextv2.fcmae import FCMAE, create_fcmae
-from convnextv2.optim import create_optimizer, create_schedule, parameter_groups, scaled_lr
-from convnextv2.options import option, write_recipe
-from convnextv2.train import (
-    STEEP_LR,
-    EpochSampler,
-    Log,
-    Loop,
-    Occasionally,
-    ProgressBar,
-    RunFolder,
-    RunOptions,
-    StopSignals,
-    check_same_model,
-    derived_seed,
-    every,
-    feature_diversity,
-    fitting_batch_size,
-    make_accelerator,
-    make_loader,
-    say_skipped,
-    silent,
+from convnextv2.models.classifier import ConvNeXtV2
+from convnextv2.models.config import (
+    ClassifierConfig,
+    FCMAEConfig,
 )
-from sparse_ops.grid import GRN_SCOPES
-
-logger = logging.getLogger(__name__)
-MASK_STREAM, MODEL_STREAM, PICTURE_SEED = 1, 2, 0
-PROBE_IMAGES = 16
-
-
-@dataclass(frozen=True, kw_only=True)
-class PretrainOptions(RunOptions):
-    """Options of a pre-training run."""
-
-    blr: float = option(
-        1.5e-3,
-        "base learning rate: the peak is blr * batch / 256, with accumulation and processes counted in the batch. "
-        "1.5e-3 suits batches of up to some hundreds on small data; published for a batch of 4096: 1.5e-4",
-    )
-    betas: tuple[float, float] = option((0.9, 0.95), "AdamW's two betas")
-    mask_ratio: float = option(0.6, "share of the patches that is removed")
-    backend: str = option("auto", "of the sparse convolution; python -m sparse_ops lists them")
-    grn_scope: str = option(
-        "image", "GRN norms over each image, as fine-tuning will, or over the batch as officially", GRN_SCOPES
-    )
-    decoder_depth: int = option(1, "blocks of the decoder")
-    decoder_dim: int = option(512, "channels of the decoder")
-    norm_pix_loss: bool = option(True, "normalise target patches by their own mean and variance")
-    official_weight_decay: bool = option(False, "decay GRN's parameters and the mask token too, as officially")
-    val_fraction: float = option(0.2, "of the digits: the part kept out, which fine-tuning with this seed validates on")
-    reconstruct_every: int | None = option(None, "epochs between pictures; about five in a run by default, 0 for none")
-
-    def check(self) -> None:
-        super().check()
-        if self.reconstruct_every is not None and self.reconstruct_every < 0:
-            raise ValueError(f"--reconstruct-every must not be negative, got {self.reconstruct_every}")
-        if self.compile is not None and self.backend == "minkowski":
-            raise ValueError(
-                "--compile: MinkowskiEngine cannot be traced; use another --backend, or leave --compile out"
-            )
-
-
-@dataclass(frozen=True)
-class PretrainSummary:
-    """What a run came to: epochs done, loss of its first and last epoch, folder."""
-
-    epochs: int
-    first_loss: float
-    last_loss: float
-    output: Path
-
-
-def pretrain(options: PretrainOptions, *, log: Log = logger.info, progress: ProgressBar = silent) -> PretrainSummary:
-    """Run, or resume, a pre-training.
-
-    Args:
-        options: everything about it.
-        log: takes lines for the user.
-        progress: wraps the batches of an epoch.
-
-    Raises:
-        ValueError: on options that do not fit each other or the data, before any file is written.
-        DataError: if there is no usable image.
-        CheckpointError: if ``init`` or the state to resume from cannot be used.
-        BackendUnavailableError: if the backend named cannot run here.
-        DivergedError: if the loss is not finite.
-        RunStoppedError: after SIGINT or SIGTERM.
-        OSError: if the output cannot be written.
-    """
-    from accelerate.utils import set_seed
-
-    options.check()
-    folder = RunFolder(options.output)
-    saved = folder.check(options.resume, options.overwrite)
-    encoder = options.encoder()
-    assert options.img_size is not None
-    set_seed(derived_seed(options.seed, 0, 0, MODEL_STREAM))
-    model = create_fcmae(
-        encoder,
-        img_size=options.img_size,
-        backend=options.backend,
-        grn_scope=options.grn_scope,  # type: ignore[arg-type]  # one of the choices, and checked again
-        mask_ratio=options.mask_ratio,
-        decoder_depth=options.decoder_depth,
-        decoder_dim=options.decoder_dim,
-        norm_pix_loss=options.norm_pix_loss,
-    )
-    if saved is not None:
-        check_same_model(saved, model.config, folder.path)
-    elif options.init is not None:
-        log(_initialise(model, options.init))
-    dataset = build_pretrain_dataset(
-        options.data, options.img_size, encoder.in_chans, seed=options.seed, val_fraction=options.val_fraction
-    )
-    accelerator = make_accelerator(options)
-    main = accelerator.is_main_process
-    say = log if main else logger.debug
-    say(f"data: {dataset.description}")
-    say_skipped(dataset.skipped, say)
-    batch_size = fitting_batch_size(options, len(dataset), accelerator.num_processes, say)
-    options = replace(options, batch_size=batch_size)
-
-    effective_batch = batch_size * options.accum * accelerator.num_processes
-    lr = scaled_lr(options.blr, effective_batch, options.lr)
-    if lr > STEEP_LR:
-        say(f"notice: the learning rate {lr:.2e} is steep; published for large batches: --blr 1.5e-4")
-    groups = parameter_groups(model, options.weight_decay, official_weight_decay=options.official_weight_decay)
-    raw_optimizer = create_optimizer(groups, lr, options.betas, options.optimizer)
-    sampler = EpochSampler(len(dataset), options.seed)
-    wrapped, optimizer, loader = accelerator.prepare(
-        model, raw_optimizer, make_loader(dataset, batch_size, options.workers, sampler)
-    )
-    schedule = create_schedule(
-        raw_optimizer, math.ceil(len(loader) / options.accum), options.epochs, options.warmup_epochs, options.min_lr
-    )
-    if options.compile is not None:
-        model.compile(mode=options.compile)
-    examples = dataset.examples(PROBE_IMAGES).to(accelerator.device)
-    masks = torch.Generator(accelerator.device)
-
-    accelerator.wait_for_everyone()
-    if main:
-        folder.prepare(saved)
-        write_recipe(folder.path / "config.yaml", options)
-    accelerator.wait_for_everyone()
-    if options.tracker is not None:
-        accelerator.init_trackers("pretrain")
-    start = 0
-    with StopSignals() as stop:
-        loop = Loop(accelerator, wrapped, optimizer, schedule, folder, stop, options.clip_grad)
-        if saved is not None:
-            folder.load_state(accelerator)
-            start, loop.step = saved["epoch"], saved["step"]
-            say(
-                f"resuming after epoch {start}" if start < options.epochs else f"nothing to do: {start} epochs are done"
-            )
-        say(
-            f"pre-training {sum(p.numel() for p in model.parameters()):,} parameters on {accelerator.device}: "
-            f"{len(loader)} steps an epoch of batch {effective_batch}, peak learning rate {lr:.2e}, "
-            f"mixed precision: {accelerator.mixed_precision}"
-        )
-        draw = Occasionally()
-        pictures = every(options.reconstruct_every, options.epochs)
-
-        def loss_of(images: Tensor) -> tuple[Tensor, int]:
-            return wrapped(images, generator=masks, return_pred=False).loss, len(images)
-
-        for epoch in range(start, options.epochs):
-            set_seed(derived_seed(options.seed, epoch, accelerator.process_index))
-            masks.manual_seed(derived_seed(options.seed, epoch, accelerator.process_index, MASK_STREAM))
-            sampler.epoch = epoch
-            dataset.set_epoch(epoch)
-            loader.set_epoch(epoch)  # accelerate's own count, which it hands to the data set, starts anew on resuming
-            wrapped.train()
-            title = f"epoch {epoch + 1}/{options.epochs}"
-            result = loop.epoch(epoch, progress(loader, len(loader), title) if main else loader, loss_of)
-            diversity = feature_diversity(model.encoder, examples)
-            row: dict[str, Any] = {
-                "epoch": epoch + 1,
-                "step": loop.step,
-                "loss": result.loss,
-                "lr": result.lr,
-                "seconds": round(result.seconds, 3),
-                "images_per_s": round(result.images / result.seconds, 1),
-                "feature_diversity": diversity,
-            }
-            if main:
-                append_jsonl(folder.metrics_path, row)
-                save_checkpoint(folder.checkpoint("last"), model, model.config, _metadata(options, dataset, epoch + 1))
-            if options.tracker is not None:
-                accelerator.log(row, step=epoch + 1)
-            folder.save_state(
-                accelerator, {"epoch": epoch + 1, "step": loop.step, "config": config_to_dict(model.config)}
-            )
-            if main and draw(epoch + 1 in {*pictures, options.epochs}):
-                _pictures(folder, model, dataset, examples, epoch + 1 if epoch + 1 in pictures else None)
-            say(f"{title}: loss {result.loss:.4f}, {row['images_per_s']} images/s, feature diversity {diversity:.3f}")
-    if options.tracker is not None:
-        accelerator.end_training()
-    rows = folder.metrics()
-    return PretrainSummary(len(rows), rows[0]["loss"], rows[-1]["loss"], folder.path)
+from convnextv2.models.fcmae import FCMAE
+from convnextv2.weights.checkpoint import Checkpoint, CheckpointError, load_checkpoint
+from convnextv2.weights.layouts import DECODER_PARTS
+from convnextv2.weights.reading import _as_checkpoint, describe, read_checkpoint, weights_config, write_layout
+from sparse_ops.registry import get_backend
 
 
 def _initialise(model: FCMAE, path: str) -> str:
@@ -238,30 +42,125 @@ def _initialise(model: FCMAE, path: str) -> str:
     return f"{checkpoint.path}: {len(taken)} tensors loaded; {new} is freshly initialised"
 
 
-def _metadata(options: PretrainOptions, dataset: ImageDataset, epoch: int) -> dict[str, Any]:
-    return {
-        "mean": list(dataset.mean),
-        "std": list(dataset.std),
-        "img_size": list(options.img_size or ()),
-        "epoch": epoch,
-        "epochs": options.epochs,
-        "seed": options.seed,
-    }
+def load_strict(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
+    """``model.load_state_dict(state, strict=True)`` with a one-line error.
+
+    Raises:
+        CheckpointError: if names or shapes differ; the first few are named.
+    """
+    own = model.state_dict()
+    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    shapes = [
+        f"{name} {tuple(state[name].shape)} instead of {tuple(own[name].shape)}"
+        for name in sorted(own.keys() & state.keys())
+        if own[name].shape != state[name].shape
+    ]
+    problems = [
+        f"{len(names)} {what}: {', '.join(names[:3])}{' …' if len(names) > 3 else ''}"
+        for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
+        if names
+    ]
+    if problems:
+        raise CheckpointError(f"{path}: does not fit the network: {'; '.join(problems)}")
+    model.load_state_dict(dict(state))
 
 
-def _pictures(folder: RunFolder, model: FCMAE, dataset: ImageDataset, examples: Tensor, epoch: int | None) -> None:
-    """The loss curve, and reconstructions after ``epoch`` if that is not None."""
-    from convnextv2.visual import save_loss_curve, save_reconstructions
+def load_model(
+    path: str | os.PathLike[str], backend: str = "auto", device: torch.device | str = "cpu"
+) -> FCMAE | ConvNeXtV2:
+    """The network of a checkpoint, rebuilt from the configuration in the file, all weights loaded strictly.
 
-    save_loss_curve(folder.path / "loss.png", folder.metrics())
-    if epoch is None:
-        return
-    model.eval()
-    save_reconstructions(
-        folder.path / "reconstructions" / f"epoch_{epoch:04d}.png",
-        model,
-        examples,
-        generator=torch.Generator(examples.device).manual_seed(PICTURE_SEED),
-        mean=dataset.mean,
-        std=dataset.std,
+    Args:
+        path: as :func:`load_checkpoint`. Files of other projects work where their weights make a whole network: a
+            classifier, or a masked autoencoder with its decoder.
+        backend: backend of a masked autoencoder's sparse convolution.
+        device: where the network goes.
+
+    Raises:
+        CheckpointError: if the file cannot be read, does not fit, or holds an encoder alone.
+    """
+    from convnextv2.weights.loading import complete_model
+
+    model = complete_model(load_checkpoint(path), backend)
+    return model.to(device)
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What :func:`init_classifier` did, by names of the dense network."""
+
+    path: Path
+    loaded: tuple[str, ...]
+    dropped: tuple[str, ...]
+    new: tuple[str, ...]
+
+    def __str__(self) -> str:
+        def parts(names: tuple[str, ...]) -> str:
+            return ", ".join(dict.fromkeys(name.split(".")[0] for name in names)) or "nothing"
+
+        return (
+            f"{self.path}: {len(self.loaded)} tensors loaded; dropped: {parts(self.dropped)}; "
+            f"freshly initialised: {parts(self.new)}"
+        )
+
+
+def init_classifier(model: ConvNeXtV2, checkpoint: Checkpoint | str | Path) -> LoadReport:
+    """Start a classifier from the weights of a checkpoint of any layout.
+
+    The whole encoder must be there. The final norm and the head may be missing and then keep their initial values; a
+    head with another number of classes, a decoder and a mask token are dropped.
+
+    Returns:
+        What was loaded, dropped and left new.
+
+    Raises:
+        CheckpointError: if the file cannot be read, or is of another variant: both are named.
+    """
+    checkpoint = _as_checkpoint(checkpoint)
+    weights = read_checkpoint(checkpoint)
+    own = replace(model.encoder_config, drop_path_rate=0.0)
+    if weights.config != own:
+        raise CheckpointError(
+            f"{checkpoint.path}: holds {describe(weights.config)}, but the network is {describe(own)}; "
+            "choose the model that the checkpoint is of"
+        )
+    target = model.state_dict()
+    state = dict(target)
+    loaded, dropped = [], []
+    for name, tensor in weights:
+        if name in target and target[name].shape == tensor.shape:
+            state[name] = tensor
+            loaded.append(name)
+        else:
+            dropped.append(name)
+    assert all(name.split(".")[0] in (*DECODER_PARTS, "head") for name in dropped)
+    load_strict(model, state, checkpoint.path)
+    new = tuple(name for name in target if name not in loaded)
+    return LoadReport(checkpoint.path, tuple(loaded), tuple(dropped), new)
+
+
+def complete_model(checkpoint: Checkpoint, backend: str = "auto") -> FCMAE | ConvNeXtV2:
+    """The network of a checkpoint that holds all of it; see :func:`convnextv2.weights.loading.load_model`.
+
+    Raises:
+        CheckpointError: if the weights do not fit the configuration, or are an encoder alone.
+        BackendUnavailableError: if the backend named cannot run here.
+    """
+    weights = read_checkpoint(checkpoint)
+    config = weights_config(weights) if checkpoint.config is None else checkpoint.config
+    model: FCMAE | ConvNeXtV2
+    if isinstance(config, FCMAEConfig):
+        if backend != "auto":
+            get_backend(backend)
+        model = FCMAE(config, backend)
+    elif isinstance(config, ClassifierConfig):
+        model = ConvNeXtV2(config)
+    else:
+        raise CheckpointError(
+            f"{checkpoint.path}: holds an encoder without decoder and without head, so it is no whole network; "
+            "start a fine-tuning from it instead"
+        )
+    load_strict(
+        model, write_layout(weights, "fcmae" if isinstance(model, FCMAE) else "official-dense"), checkpoint.path
     )
+    return model

@@ -4,7 +4,8 @@ import torch.nn.functional as F
 
 from sparse_ops import ActiveSet, morton_coordinates
 from sparse_ops.active_set import reach
-from sparse_ops.testing import cell_coordinates, random_case, visible_from_text
+from sparse_ops.conformance_cases import random_case
+from sparse_ops.oracle import cell_coordinates, visible_from_text
 
 RAGGED = visible_from_text("..#/#.#", "###/###", ".../..#")
 UNIFORM = visible_from_text("..#/#.#", "#.#/..#")

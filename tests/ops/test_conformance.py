@@ -8,16 +8,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from sparse_ops import ActiveSet, Backend, convnext_mlp, depthwise_conv, get_backend, registry
-from sparse_ops.testing import (
-    CASES,
-    MLP_CASES,
-    ConformanceCase,
-    MLPCase,
-    check_conformance,
-    check_mlp_conformance,
-    oracle_depthwise,
-    random_case,
-)
+from sparse_ops.conformance import check_conformance, check_mlp_conformance
+from sparse_ops.conformance_cases import CASES, MLP_CASES, ConformanceCase, MLPCase, random_case
+from sparse_ops.oracle import oracle_depthwise
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

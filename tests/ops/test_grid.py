@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from sparse_ops import ActiveSet, DenseGrid, SparseGrid, depthwise_conv, get_backend
-from sparse_ops.functional import grn_scale
-from sparse_ops.testing import MaskedDenseGrid, visible_from_text
+from sparse_ops.oracle import MaskedDenseGrid, visible_from_text
+from sparse_ops.pointwise import grn_scale
 
 RAGGED = visible_from_text("..#/#.#", "###/###", ".../..#")
 UNIFORM = visible_from_text("..#/#.#", "#.#/..#")

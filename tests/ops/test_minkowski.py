@@ -13,10 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_ops import ActiveSet, BackendUnavailableError, SparseGrid, get_backend, minkowski, registry
-from sparse_ops.backends import minkowski as backend_module
-from sparse_ops.backends.minkowski import Coordinates, MinkowskiGrid
-from sparse_ops.testing import CASES, check_conformance, oracle_depthwise, visible_from_text
+from sparse_ops import ActiveSet, BackendUnavailableError, SparseGrid, get_backend, registry
+from sparse_ops.backends.minkowski import backend as backend_module
+from sparse_ops.backends.minkowski import layers as minkowski
+from sparse_ops.backends.minkowski.backend import Coordinates, MinkowskiGrid
+from sparse_ops.conformance import check_conformance
+from sparse_ops.conformance_cases import CASES
+from sparse_ops.oracle import oracle_depthwise, visible_from_text
 
 ROOT = Path(__file__).parents[2]
 VISIBLE = visible_from_text("..#./#.#.", "####/####", ".#.#/##..")
@@ -294,7 +297,7 @@ def test_maps_are_built_once_a_stage_and_a_batch(monkeypatch):
 @needs_minkowski
 def test_features_of_a_network_are_sparse_tensors_until_its_end(monkeypatch):
     from convnextv2 import Encoder, EncoderConfig
-    from convnextv2.encoder import Block
+    from convnextv2.models.encoder import Block
 
     engine = minkowski.minkowski_engine()
     seen = []
@@ -418,7 +421,7 @@ def test_without_it_the_reason_and_the_command_are_told(error, reason, monkeypat
 @needs_minkowski
 def test_importing_it_is_silent_and_leaves_the_environment_alone():
     code = (
-        "import os; from sparse_ops.minkowski import minkowski_engine as load; load(); "
+        "import os; from sparse_ops.backends.minkowski.layers import minkowski_engine as load; load(); "
         "print(os.environ.get('OMP_NUM_THREADS'))"
     )
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}

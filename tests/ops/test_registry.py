@@ -1,3 +1,4 @@
+import importlib
 import logging
 import subprocess
 import sys
@@ -6,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparse_ops import ActiveSet, BackendUnavailableError, SparseGrid, backend, get_backend, registry, resolve_backend
+from sparse_ops import ActiveSet, BackendUnavailableError, SparseGrid, get_backend, registry, resolve_backend
 from sparse_ops.__main__ import report
 
 ROOT = Path(__file__).parents[2]
+registry_module = importlib.import_module("sparse_ops.registry")  # the package's attribute of that name is the function
 
 
 class Broken(type(get_backend("reference"))):
@@ -25,11 +27,11 @@ class Broken(type(get_backend("reference"))):
 def with_broken(monkeypatch):
     """A registry whose most preferred backend is unavailable."""
     backends = {"broken": Broken(), **registry()}
-    backend._auto.cache_clear()
-    monkeypatch.setattr(backend, "registry", lambda: backends)
+    registry_module._auto.cache_clear()
+    monkeypatch.setattr(registry_module, "registry", lambda: backends)
     monkeypatch.setattr("sparse_ops.__main__.registry", lambda: backends)
     yield backends
-    backend._auto.cache_clear()
+    registry_module._auto.cache_clear()
 
 
 def test_registry_is_ordered_by_priority():
@@ -78,21 +80,21 @@ class Wrong(Broken):
 
 
 def test_auto_passes_over_a_backend_whose_results_are_wrong(monkeypatch, caplog):
-    backend._auto.cache_clear()
-    caplog.set_level(logging.INFO, logger="sparse_ops.backend")
+    registry_module._auto.cache_clear()
+    caplog.set_level(logging.INFO, logger="sparse_ops.registry")
     backends = {"wrong": Wrong(), "reference": get_backend("reference")}
-    monkeypatch.setattr(backend, "registry", lambda: backends)
+    monkeypatch.setattr(registry_module, "registry", lambda: backends)
     assert resolve_backend("auto", torch.device("cpu")).name == "reference"
     assert "2 + 2 = 5 on cpu" in caplog.text
-    backend._auto.cache_clear()
+    registry_module._auto.cache_clear()
 
 
 def test_auto_without_any_backend_raises(monkeypatch):
-    backend._auto.cache_clear()
-    monkeypatch.setattr(backend, "registry", lambda: {"broken": Broken()})
+    registry_module._auto.cache_clear()
+    monkeypatch.setattr(registry_module, "registry", lambda: {"broken": Broken()})
     with pytest.raises(BackendUnavailableError, match="no backend serves device 'cpu'"):
         resolve_backend("auto", torch.device("cpu"))
-    backend._auto.cache_clear()
+    registry_module._auto.cache_clear()
 
 
 def test_a_named_backend_is_the_one_that_runs(monkeypatch):
@@ -158,7 +160,7 @@ def test_imports_stay_light():
         "jsonargparse",
     }
     code = (
-        "import sys, torch; before = set(sys.modules); import {0}, sparse_ops.testing; "
+        "import sys, torch; before = set(sys.modules); import {0}, sparse_ops.conformance; "
         "print(*sorted(n for n in set(sys.modules) - before if '.' not in n))"
     )
     printed = {name: set(run(f"-c {code.format(name)}").split()) for name in ("sparse_ops", "convnextv2")}

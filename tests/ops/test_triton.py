@@ -11,18 +11,16 @@ import torch
 
 from sparse_ops import registry
 from sparse_ops.active_set import reach
-from sparse_ops.backends.triton import (
+from sparse_ops.backends.triton.depthwise import (
     ANY,
     KERNEL_SIZES,
     TILE,
     depthwise_blocks,
-    hidden_tile,
     kernel_width,
-    norm_tile,
-    scale_tile,
     weight_grad_blocks,
 )
-from sparse_ops.testing import CASES, MLP_CASES
+from sparse_ops.backends.triton.mlp import hidden_tile, norm_tile, scale_tile
+from sparse_ops.conformance_cases import CASES, MLP_CASES
 
 triton = pytest.importorskip("triton")
 ARCHITECTURES = [80, 90, 100]
@@ -34,7 +32,8 @@ COMPILED += [(80, "fp32", 8, ANY), (100, "fp32", 8, ANY)]  # where registers are
 INTERPRETED = """
 import sys, torch
 from sparse_ops import registry
-from sparse_ops.testing import CASES, MLP_CASES, check_conformance, check_mlp_conformance, random_case
+from sparse_ops.conformance import check_conformance, check_mlp_conformance
+from sparse_ops.conformance_cases import CASES, MLP_CASES, random_case
 
 dtype, backend = getattr(torch, sys.argv[1]), registry()["triton"]
 checks = [(check_conformance, case) for case in (*CASES, *map(random_case, range(6)))]
@@ -91,11 +90,11 @@ def test_it_says_why_it_cannot_run():
 CHECKED = """
 import torch
 from sparse_ops import registry
-from sparse_ops.backends import triton
+from sparse_ops.backends.triton.launch import _kernels
 
 backend, device = registry()["triton"], torch.device("cpu")
 print(backend.check(device))
-triton._kernels("depthwise").depthwise_kernel = None
+_kernels("depthwise").depthwise_kernel = None
 print(backend.check(device))
 print(len(backend.unavailable_reason() or ""))
 """
@@ -162,7 +161,7 @@ def check_compiles(kernel, architecture: int, types: dict[str, str], constants: 
 
 @pytest.mark.parametrize(("architecture", "dtype", "side", "channels"), COMPILED)
 def test_depthwise_kernels_compile_without_spilling(architecture, side, channels, dtype, tmp_path):
-    from sparse_ops.backends import _triton_depthwise as kernels
+    from sparse_ops.backends.triton import depthwise_kernels as kernels
 
     every_block = (architecture, dtype) == (90, "bf16")
     constants = {"CHANNELS": channels, "KERNEL": 7}
@@ -183,7 +182,7 @@ def test_depthwise_kernels_compile_without_spilling(architecture, side, channels
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_mlp_kernels_compile_without_spilling(architecture, channels, dtype, tmp_path):
     """Features in ``dtype``, parameters and sums in float32."""
-    from sparse_ops.backends import _triton_mlp as kernels
+    from sparse_ops.backends.triton import mlp_kernels as kernels
 
     features = ("x", "h", "out", "grad", "grad_x", "normed")
     sums = ("weight", "bias", "gamma", "beta", "mean", "rstd", "norms", "scale", "pull", "grad_gamma", "grad_beta")

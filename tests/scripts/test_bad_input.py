@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from convnextv2 import EncoderConfig, create_fcmae, create_model
-from convnextv2.checkpoint import save_checkpoint
+from convnextv2.weights.checkpoint import save_checkpoint
 
 CHECKPOINTS = {"predict": "classifier.pth", "visualize": "fcmae.pth"}
 

@@ -14,7 +14,7 @@ import torch  # noqa: E402
 from common import Contender, agreement  # noqa: E402  # a script's folder
 from encoder import encoder_flop  # noqa: E402
 
-from convnextv2.config import encoder_config  # noqa: E402
+from convnextv2.models.config import encoder_config  # noqa: E402
 
 
 def run(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from convnextv2.checkpoint import CheckpointError
-from convnextv2.data import DataError
+from convnextv2.data.sources import DataError
+from convnextv2.weights.checkpoint import CheckpointError
 from sparse_ops import BackendUnavailableError
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"

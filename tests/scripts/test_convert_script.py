@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from convnextv2 import EncoderConfig, create_fcmae, create_model
-from convnextv2.checkpoint import load_checkpoint, load_model, save_checkpoint
-from convnextv2.config import ClassifierConfig
-from convnextv2.convert import init_classifier, read_weights, write_layout
+from convnextv2.models.config import ClassifierConfig
+from convnextv2.weights.checkpoint import load_checkpoint, save_checkpoint
+from convnextv2.weights.loading import init_classifier, load_model
+from convnextv2.weights.reading import read_weights, write_layout
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "convert_sparse_to_dense.py"
 ENCODER = EncoderConfig((1, 1, 1, 1), (8, 16, 16, 24))
@@ -103,7 +104,7 @@ def test_half_precision_is_told(convert, tmp_path):
 
 
 def test_a_mismatch_writes_nothing(convert, pretrained, tmp_path, monkeypatch):
-    from convnextv2 import convert as converter
+    from convnextv2.weights import layouts as converter
 
     assert convert(pretrained, tmp_path / "sparse.pth", "--to", "sparse-official")[0] == 0
     right = converter.taps_to_map

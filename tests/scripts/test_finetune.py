@@ -9,9 +9,9 @@ import yaml
 from PIL import Image
 
 from convnextv2 import VARIANTS
-from convnextv2.finetune import FinetuneOptions
-from convnextv2.options import parse_options
-from convnextv2.pretrain import PretrainOptions
+from convnextv2.training.finetuning import FinetuneOptions
+from convnextv2.training.pretraining import PretrainOptions
+from convnextv2.training.recipe import parse_options
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "finetune.py"

@@ -68,7 +68,7 @@ def test_it_leaves_a_report_of_every_part(check, tmp_path):
     reports = json.loads((tmp_path / "out/gpu-check.json").read_text())["reports"]
     assert set(reports) == {"ops", "encoder-atto", "encoder-tiny", "encoder-base", "step", "minkowski"}
     calls = (tmp_path / "calls").read_text()
-    assert calls.count("-m cuda tests/ops tests/model") == 2
+    assert calls.count("-m cuda tests/ops tests/models") == 2
     assert calls.count("--device cuda") == 6
 
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from convnextv2 import EncoderConfig
-from convnextv2.checkpoint import save_checkpoint
-from convnextv2.classifier import ConvNeXtV2
-from convnextv2.config import ClassifierConfig
+from convnextv2.models.classifier import ConvNeXtV2
+from convnextv2.models.config import ClassifierConfig
+from convnextv2.weights.checkpoint import save_checkpoint
 
 CLASSES = ("blue", "green", "red")
 

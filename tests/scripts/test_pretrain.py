@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from convnextv2.options import parse_options
-from convnextv2.pretrain import PretrainOptions
+from convnextv2.training.pretraining import PretrainOptions
+from convnextv2.training.recipe import parse_options
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "pretrain.py"
 TINY = ("--depths 1 1 1 1 --dims 8 8 8 8 --decoder-dim 8 --patch-size 8 --batch-size 4 --workers 0").split()  # noqa: SIM905  # as one types it

@@ -15,7 +15,7 @@ import torch
 import yaml
 
 import convnextv2
-from convnextv2.fcmae import create_fcmae
+from convnextv2.models.fcmae import create_fcmae
 from sparse_ops import registry
 
 ROOT = Path(__file__).parents[2]

@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from convnextv2 import EncoderConfig, create_fcmae, create_model
-from convnextv2.checkpoint import save_checkpoint
+from convnextv2.weights.checkpoint import save_checkpoint
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from convnextv2 import EncoderConfig, create_fcmae
-from convnextv2.checkpoint import save_checkpoint
+from convnextv2.weights.checkpoint import save_checkpoint
 
 
 @pytest.fixture

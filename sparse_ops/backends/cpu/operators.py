@@ -1,122 +1,20 @@
-"""The compiled CPU backend: C++ kernels that work patch by patch with a halo, vectorised over channels.
-
-The library in ``csrc`` knows neither torch nor Python (it is called through ``ctypes`` with plain pointers), so it
-keeps working when either is upgraded. The instruction set is chosen when it is loaded, by what the processor has;
-``SPARSE_OPS_CPU=baseline|avx2|avx512`` asks for a lower one.
-"""
+"""The kernels as operators of torch, with the shapes of their results for its compiler."""
 
 from __future__ import annotations
-
-import ctypes
-import os
-from functools import cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from sparse_ops.active_set import ActiveSet
-from sparse_ops.backend import Backend
-from sparse_ops.backends._operators import run
-
-INTERFACE_VERSION = 4
-DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
-KERNEL_SIZES = (3, 5, 7)
-#: Up to this width the whole pointwise half of a block is one kernel: its weights stay in a core's own cache.
-MLP_MAX_CHANNELS = 192
-MLP_CHANNELS_MULTIPLE = 4
-_MLP_PARAMETERS = ("norm_weight", "norm_bias", "w1", "b1", "gamma", "beta", "w2", "b2")
-_MLP_OUTPUTS = ("h", "mean", "rstd", "norms", "out")
-_REMEDY = (
-    "install a C++ compiler (Debian: apt install g++; conda: conda install -c conda-forge gxx) "
-    "and reinstall: pip install --force-reinstall --no-deps ."
+from sparse_ops.backends.cpu.library import (
+    _MLP_OUTPUTS,
+    _MLP_PARAMETERS,
+    _call,
+    _DepthwiseArgs,
+    _GeluGrnArgs,
+    _LayerNormArgs,
+    _MLPArgs,
+    _pointer,
 )
-
-
-class _DepthwiseArgs(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("x", "other", "bias", "neighbours", "out")),
-        *((name, ctypes.c_int64) for name in ("patches", "channels")),
-        *((name, ctypes.c_int) for name in ("side", "kernel", "reverse_taps", "threads")),
-    )
-
-
-class _GeluGrnArgs(ctypes.Structure):
-    _fields_ = (
-        *(
-            (name, ctypes.c_void_p)
-            for name in [
-                "h",
-                "bias",
-                "gamma",
-                "beta",
-                "offsets",
-                "norms",
-                "y",
-                "grad",
-                "grad_gamma",
-                "grad_beta",
-                "grad_bias",
-            ]
-        ),
-        ("eps", ctypes.c_double),
-        *((name, ctypes.c_int64) for name in ("groups", "dim")),
-        ("threads", ctypes.c_int),
-    )
-
-
-class _LayerNormArgs(ctypes.Structure):
-    _fields_ = (
-        *(
-            (name, ctypes.c_void_p)
-            for name in ["grad", "x", "mean", "rstd", "weight", "bias", "normed", "grad_x", "grad_weight", "grad_bias"]
-        ),
-        *((name, ctypes.c_int64) for name in ("rows", "channels")),
-        ("threads", ctypes.c_int),
-    )
-
-
-class _MLPArgs(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ["x", *_MLP_PARAMETERS, "offsets", *_MLP_OUTPUTS]),
-        *((name, ctypes.c_void_p) for name in ["grad", "grad_x", *(f"grad_{name}" for name in _MLP_PARAMETERS)]),
-        *((name, ctypes.c_double) for name in ("norm_eps", "grn_eps")),
-        *((name, ctypes.c_int64) for name in ("groups", "channels", "dim")),
-        ("threads", ctypes.c_int),
-    )
-
-
-@cache
-def _load() -> tuple[ctypes.CDLL | None, str | None]:
-    """The library, or why there is none."""
-    found = sorted(Path(__file__).parent.glob("_cpu*.so"))
-    if not found:
-        return None, f"its C++ extension was not compiled when the package was installed; {_REMEDY}"
-    try:
-        library = ctypes.CDLL(os.fspath(found[0]))
-        version = library.sparse_ops_interface_version()
-    except (OSError, AttributeError) as error:
-        return None, f"its C++ extension {found[0].name} cannot be loaded ({error}); {_REMEDY}"
-    if version != INTERFACE_VERSION:
-        return None, (
-            f"its C++ extension has interface version {version}, this package needs {INTERFACE_VERSION}; "
-            "reinstall: pip install --force-reinstall --no-deps ."
-        )
-    library.sparse_ops_instruction_set.restype = ctypes.c_char_p
-    library.sparse_ops_threads.restype = ctypes.c_char_p
-    return library, None
-
-
-def _call(function: str, args: ctypes.Structure, dtype: torch.dtype) -> None:
-    library, _ = _load()
-    assert library is not None
-    status = getattr(library, function)(ctypes.byref(args), DTYPES[dtype])
-    assert status == 0, f"{function} has no kernel for {dtype}"
-
-
-def _pointer(tensor: Tensor | None) -> int | None:
-    assert tensor is None or tensor.is_contiguous()
-    return None if tensor is None else tensor.data_ptr()
 
 
 @torch.library.custom_op("sparse_ops::cpu_depthwise", mutates_args=(), device_types="cpu")
@@ -350,100 +248,3 @@ def _(
     grn_eps: float,
 ) -> list[Tensor]:
     return [torch.empty_like(tensor) for tensor in (x, *parameters)]
-
-
-class CPUBackend(Backend):
-    """Patch-and-halo kernels in C++ for float32, float64 and bfloat16 (accumulated in float32)."""
-
-    name = "cpu"
-    priority = 10
-
-    @property
-    def summary(self) -> str:  # type: ignore[override]  # says what was found on this machine
-        library, _ = _load()
-        if library is None:
-            return "compiled C++ for processors"
-        chosen = library.sparse_ops_instruction_set().decode()
-        return f"compiled C++ ({chosen}; threads: {library.sparse_ops_threads().decode()})"
-
-    def unavailable_reason(self) -> str | None:
-        return _load()[1]
-
-    def rejects(self, device: torch.device, dtype: torch.dtype, kernel_size: int) -> str | None:
-        if device.type != "cpu":
-            return f"it runs on the CPU, not on {device}"
-        if dtype not in DTYPES:
-            return f"dtype {dtype} is not one of {', '.join(map(str, DTYPES))}"
-        if kernel_size not in KERNEL_SIZES:
-            return f"kernel size {kernel_size} is not one of {KERNEL_SIZES}"
-        return None
-
-    def prepare(self, active: ActiveSet, kernel_size: int) -> None:
-        active.patch_neighbours(kernel_size)
-
-    def depthwise(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, active: ActiveSet, *, reverse_taps: bool
-    ) -> Tensor:
-        neighbours = active.patch_neighbours(weight.shape[-1])
-        return run(cpu_depthwise, x, weight, bias, neighbours, active.side, reverse_taps)
-
-    def depthwise_weight_grad(self, x: Tensor, grad: Tensor, active: ActiveSet, kernel_size: int) -> Tensor:
-        return run(cpu_depthwise_weight_grad, x, grad, active.patch_neighbours(kernel_size), active.side, kernel_size)
-
-    def fuses_mlp(self, device: torch.device, dtype: torch.dtype) -> bool:
-        return device.type == "cpu" and dtype in (torch.float32, torch.float64)
-
-    def gelu_grn(
-        self, h: Tensor, bias: Tensor, gamma: Tensor, beta: Tensor, row_offsets: Tensor, eps: float, out: Tensor
-    ) -> Tensor:
-        return run(cpu_gelu_grn, h, bias, gamma, beta, row_offsets, eps, out)
-
-    def gelu_grn_backward(
-        self,
-        grad: Tensor,
-        h: Tensor,
-        bias: Tensor,
-        gamma: Tensor,
-        beta: Tensor,
-        norms: Tensor,
-        row_offsets: Tensor,
-        eps: float,
-        out: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return run(cpu_gelu_grn_backward, grad, h, bias, gamma, beta, norms, row_offsets, eps, out)
-
-    def layer_norm_backward(
-        self, grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, out: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return run(cpu_layer_norm_backward, grad, x, mean, rstd, weight, bias, out)
-
-    def fuses_whole_mlp(self, channels: int, some_rows: bool) -> bool:
-        return not some_rows and channels <= MLP_MAX_CHANNELS and channels % MLP_CHANNELS_MULTIPLE == 0
-
-    def mlp(
-        self,
-        x: Tensor,
-        parameters: tuple[Tensor, ...],
-        row_offsets: Tensor,
-        rows: Tensor | None,
-        norm_eps: float,
-        grn_eps: float,
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        *kept, out = run(cpu_mlp, x, list(parameters), row_offsets, norm_eps, grn_eps)
-        return out, tuple(kept)
-
-    def mlp_backward(
-        self,
-        grad: Tensor,
-        x: Tensor,
-        parameters: tuple[Tensor, ...],
-        row_offsets: Tensor,
-        rows: Tensor | None,
-        kept: tuple[Tensor, ...],
-        norm_eps: float,
-        grn_eps: float,
-    ) -> list[Tensor]:
-        return run(cpu_mlp_backward, grad, x, list(parameters), row_offsets, list(kept), norm_eps, grn_eps)
-
-
-BACKEND = CPUBackend()

@@ -1,0 +1,1 @@
+"""The networks: encoder, classifier and masked autoencoder."""

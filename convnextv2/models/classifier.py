@@ -1,0 +1,98 @@
+"""The dense classifier, and its factories."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from torch import Tensor, nn
+
+from convnextv2.models.config import VARIANTS, ClassifierConfig, EncoderConfig, encoder_config
+from convnextv2.models.encoder import Encoder
+from convnextv2.models.layers import EPS, init_weights
+
+
+class ConvNeXtV2(Encoder):
+    """ConvNeXt V2 for classification: dense encoder, global average pooling, LayerNorm, linear head.
+
+    Its state dict has the names and shapes of the official dense checkpoints.
+
+    Args:
+        config: encoder, number of classes (0: no head) and head initialisation.
+    """
+
+    def __init__(self, config: ClassifierConfig) -> None:
+        super().__init__(config.encoder)
+        self.config = config
+        self.norm = nn.LayerNorm(config.encoder.dims[-1], eps=EPS)
+        self.head: nn.Module = nn.Identity()
+        self.reset_classifier(config.num_classes, config.head_init_scale)
+
+    def reset_classifier(self, num_classes: int, head_init_scale: float = 1.0) -> None:
+        """Replace the head by a new one for ``num_classes`` (0: none), its initial weights scaled."""
+        dim = self.encoder_config.dims[-1]
+        self.head = nn.Linear(dim, num_classes) if num_classes else nn.Identity()
+        init_weights(self.head)
+        if isinstance(self.head, nn.Linear):
+            self.head.weight.data.mul_(head_init_scale)
+
+    def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
+        """``[B, h, w, C]`` to logits ``[B, num_classes]``, or to the normalised pooled features ``[B, C]``."""
+        pooled = self.norm(features.mean((1, 2)))
+        return pooled if pre_logits else self.head(pooled)
+
+    def forward(self, images: Tensor) -> Tensor:  # type: ignore[override]  # a classifier is dense: it takes no grid
+        """Logits ``[B, num_classes]`` of images ``[B, in_chans, H, W]``."""
+        return self.forward_head(self.forward_features(images)[0])
+
+
+def create_model(
+    name: str | EncoderConfig,
+    *,
+    num_classes: int = 1000,
+    drop_path_rate: float = 0.0,
+    in_chans: int = 3,
+    patch_size: int = 32,
+    head_init_scale: float = 1.0,
+) -> ConvNeXtV2:
+    """Dense classifier of a published variant, or of a custom :class:`~convnextv2.models.config.EncoderConfig`.
+
+    Args:
+        name: ``convnextv2_atto`` … ``convnextv2_huge``, or a configuration (then the three encoder options after
+            ``num_classes`` are taken from it).
+        num_classes: outputs of the head; 0 for pooled features.
+        drop_path_rate: stochastic depth of the last block.
+        in_chans: channels of the images.
+        patch_size: total stride, 32, 16 or 8.
+        head_init_scale: factor on the head's initial weights.
+
+    Raises:
+        ValueError: if the name is unknown or an option is out of range.
+    """
+    if isinstance(name, EncoderConfig):
+        encoder = name
+    else:
+        encoder = encoder_config(name, drop_path_rate=drop_path_rate, in_chans=in_chans, patch_size=patch_size)
+    return ConvNeXtV2(ClassifierConfig(encoder, num_classes, head_init_scale))
+
+
+def _variant(name: str) -> Any:
+    def build(**options: Any) -> ConvNeXtV2:
+        return create_model(name, **options)
+
+    depths, dims = VARIANTS[name]
+    build.__name__ = build.__qualname__ = name
+    build.__doc__ = f"Dense {name}: depths {depths}, widths {dims}. Options as in :func:`create_model`."
+    return build
+
+
+convnextv2_atto = _variant("convnextv2_atto")
+convnextv2_femto = _variant("convnextv2_femto")
+convnextv2_pico = _variant("convnextv2_pico")
+convnextv2_nano = _variant("convnextv2_nano")
+convnextv2_tiny = _variant("convnextv2_tiny")
+convnextv2_base = _variant("convnextv2_base")
+convnextv2_large = _variant("convnextv2_large")
+convnextv2_huge = _variant("convnextv2_huge")
+
+assert all(hasattr(sys.modules[__name__], name) for name in VARIANTS)

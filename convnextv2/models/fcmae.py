@@ -1,0 +1,290 @@
+"""The fully convolutional masked autoencoder (ConvNeXt V2, section 3.1): mask → encode → densify → decode → loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from convnextv2.models.config import EncoderConfig, FCMAEConfig, check_image_size, encoder_config
+from convnextv2.models.encoder import Block, Encoder
+from convnextv2.models.layers import init_weights
+from convnextv2.models.masking import keep_count, random_mask
+from sparse_ops.active_set import ActiveSet
+from sparse_ops.backend import Backend
+from sparse_ops.grid import DenseGrid, GRNScope
+from sparse_ops.pointwise import autocast_dtype, pointwise_linear
+from sparse_ops.registry import resolve_backend
+from sparse_ops.sparse_grid import SparseGrid
+
+TARGET_EPS = 1e-6
+
+
+class FCMAEOutput(NamedTuple):
+    """What :class:`FCMAE` returns; unpacks as ``loss, pred, mask``."""
+
+    loss: Tensor
+    """``[]``, float32."""
+    pred: Tensor | None
+    """``[B, patch_size² · in_chans, gh, gw]``, or None where only the loss was asked for."""
+    mask: Tensor
+    """``[B, L]``: 1 = masked, 0 = visible."""
+
+
+class FCMAE(nn.Module):
+    """Sparse ConvNeXt V2 encoder, light dense decoder, reconstruction loss on the masked patches.
+
+    Args:
+        config: encoder, image size, mask ratio, decoder, target normalisation and GRN scope.
+        backend: name of the backend of the sparse depthwise convolution; ``auto`` takes the best available.
+    """
+
+    def __init__(self, config: FCMAEConfig, backend: str = "auto") -> None:
+        super().__init__()
+        self.config = config
+        self.backend: str | Backend = backend
+        self._compiled: Callable[..., tuple[Tensor, Tensor | None]] | None = None
+        width = config.decoder_dim
+        self.encoder = Encoder(config.encoder)
+        self.proj = nn.Conv2d(config.encoder.dims[-1], width, 1)
+        self.mask_token = nn.Parameter(torch.zeros(1, width, 1, 1))
+        self.decoder = nn.ModuleList(Block(width) for _ in range(config.decoder_depth))
+        self.pred = nn.Conv2d(width, config.encoder.patch_size**2 * config.encoder.in_chans, 1)
+        nn.init.trunc_normal_(self.mask_token, std=0.02)
+        for module in (self.proj, self.decoder, self.pred):
+            module.apply(init_weights)
+
+    def forward(
+        self,
+        images: Tensor,
+        mask: Tensor | None = None,
+        mask_ratio: float | None = None,
+        *,
+        generator: torch.Generator | None = None,
+        return_pred: bool = True,
+    ) -> FCMAEOutput:
+        """Reconstruct masked images.
+
+        Args:
+            images: ``[B, in_chans, H, W]`` with H and W divisible by the patch size; masked pixels enter the loss only.
+            mask: ``[B, L]`` or ``[B, gh, gw]``, 1 = masked; any number of visible patches per image. Drawn if None.
+            mask_ratio: share to mask where ``mask`` is drawn; the configuration's if None.
+            generator: source of randomness of the mask.
+            return_pred: False computes the decoder's last layers for the masked patches only and returns None for
+                the prediction; the loss is the same to rounding.
+
+        Returns:
+            ``(loss, pred, mask)``. The loss is the mean over the masked patches of the mean squared error of a
+            patch, in float32; 0 if nothing is masked.
+
+        Raises:
+            ValueError: if shapes do not fit, the ratio leaves no patch or every patch visible, or the mask holds
+                anything but 0 and 1.
+        """
+        patch = self.config.encoder.patch_size
+        if images.dim() != 4 or images.shape[1] != self.config.encoder.in_chans:
+            raise ValueError(f"expected images [B, {self.config.encoder.in_chans}, H, W], got {tuple(images.shape)}")
+        check_image_size(tuple(images.shape[2:]), patch)
+        grid_size = images.shape[2] // patch, images.shape[3] // patch
+        mask, keep = self._mask(images, mask, mask_ratio, grid_size, generator)
+        backend = resolve_backend(self.backend, images.device)
+        if not torch.compiler.is_compiling():
+            self._warm_up(backend, images.device)
+        loss, pred = (self._compiled or self._masked)(images, mask, keep, backend, return_pred)
+        return FCMAEOutput(loss, pred, mask)
+
+    def _warm_up(self, backend: Backend, device: torch.device) -> None:
+        """What the backend can do ahead of a step; it does so once."""
+        config, dtype = self.config, autocast_dtype(device) or self.mask_token.dtype
+        backend.warm_up(config.encoder.stages, config.encoder.kernel_size, device, dtype)
+        backend.warm_up(
+            [(1, config.decoder_dim)], self.decoder[0].get_parameter("dwconv.weight").shape[-1], device, dtype
+        )
+
+    def compile(self, **options: Any) -> None:
+        """Compile everything after the mask is drawn, with ``options`` of :func:`torch.compile`; one graph, no breaks.
+
+        Parameters and their names stay as they are. ``mode="reduce-overhead"`` runs it as CUDA graphs: then the masks
+        must be drawn here, or all have the same number of visible patches, and shapes must not change.
+        """
+        self._compiled = torch.compile(self._masked, fullgraph=True, **options)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_compiled": None}  # copies are not compiled
+
+    def _masked(
+        self, images: Tensor, mask: Tensor, keep: int | None, backend: Backend, return_pred: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Loss and prediction."""
+        grid_size = images.shape[2] // self.config.encoder.patch_size, images.shape[3] // self.config.encoder.patch_size
+        visible = ActiveSet.from_mask(mask, grid_size, keep=keep)
+        hidden = ActiveSet.from_mask(1 - mask, grid_size, side=1, keep=None if keep is None else mask.shape[1] - keep)
+        features, grid = self.encode(images, visible, backend)
+        pred = None
+        if return_pred:
+            decoded = self.decode(features, grid)
+            pred = pointwise_linear(decoded, self.pred.weight, self.pred.bias)
+            pred_hidden = hidden.gather(pred)
+            pred = pred.permute(0, 3, 1, 2)
+        else:
+            decoded = self.decode(features, grid, hidden.patch_index)
+            pred_hidden = pointwise_linear(decoded, self.pred.weight, self.pred.bias)
+        return self.loss(pred_hidden, self.targets(images, hidden)), pred
+
+    def _mask(
+        self,
+        images: Tensor,
+        mask: Tensor | None,
+        mask_ratio: float | None,
+        grid_size: tuple[int, int],
+        generator: torch.Generator | None,
+    ) -> tuple[Tensor, int | None]:
+        """The mask ``[B, L]`` and, where it was drawn, the number of visible patches of every image."""
+        num_patches = grid_size[0] * grid_size[1]
+        if mask is None:
+            ratio = self.config.mask_ratio if mask_ratio is None else mask_ratio
+            drawn = random_mask(images.shape[0], num_patches, ratio, generator=generator, device=images.device)
+            return drawn, keep_count(num_patches, ratio)
+        if mask_ratio is not None:
+            raise ValueError("give a mask or a mask_ratio, not both")
+        if tuple(mask.shape) == (images.shape[0], *grid_size):
+            mask = mask.flatten(1)
+        if tuple(mask.shape) != (images.shape[0], num_patches):
+            raise ValueError(
+                f"expected a mask [{images.shape[0]}, {num_patches}] for a patch grid of "
+                f"{grid_size[0]}×{grid_size[1]}, got {tuple(mask.shape)}"
+            )
+        mask = mask.to(images.device, torch.float32)
+        if not torch.all((mask == 0) | (mask == 1)):
+            raise ValueError("a mask holds 1 (masked) and 0 (visible) only")
+        return mask, None
+
+    def encode(
+        self, images: Tensor, visible: ActiveSet, backend: str | Backend | None = None
+    ) -> tuple[Tensor, SparseGrid]:
+        """Features ``[P, C]`` of the visible patches, and the sparse grid of the last stage; the network's own backend
+        by default."""
+        grid = SparseGrid(visible, self.backend if backend is None else backend, self.config.grn_scope)
+        features, last = self.encoder.forward_features(images, grid)
+        assert isinstance(last, SparseGrid)
+        return features, last
+
+    def decode(self, features: Tensor, grid: SparseGrid, rows: Tensor | None = None) -> Tensor:
+        """Decoder output ``[B, gh, gw, decoder_dim]`` from the features of the visible patches.
+
+        The mask token takes the place of masked patches after the projection, as in the official code. With ``rows``,
+        the indices ``[M]`` of patches in the batch, only those are computed: ``[M, decoder_dim]``.
+        """
+        projected = pointwise_linear(features, self.proj.weight, self.proj.bias)
+        x = grid.active.densify(projected, fill=self.mask_token.flatten())
+        everything: DenseGrid | SparseGrid = DenseGrid(grid.batch_size)
+        if grid.fuses_mlp(x):
+            # Rows of single cells are in row-major order, so the dense map is a sparse one with nothing masked.
+            full = ActiveSet.full(grid.batch_size, grid.active.map_size, side=1, device=x.device)
+            everything = SparseGrid(full, grid.backend)
+        h = x.flatten(0, 2) if isinstance(everything, SparseGrid) else x
+        *blocks, last = self.decoder
+        for block in blocks:
+            h = block(h, everything)
+        h = last(h, everything, rows)
+        return h.view(x.shape) if rows is None else h
+
+    def targets(self, images: Tensor, hidden: ActiveSet) -> Tensor:
+        """Target pixels ``[M, patch_size² · in_chans]`` of the masked patches, float32, channels last in a patch.
+
+        With ``norm_pix_loss`` each patch is normalised by its own mean and unbiased variance.
+        """
+        patches = hidden.gather_patches(images).float()
+        channels = self.config.encoder.in_chans
+        target = patches.view(patches.shape[0], channels, patches.shape[1] // channels).transpose(1, 2).flatten(1)
+        if self.config.norm_pix_loss:
+            variance, mean = torch.var_mean(target, dim=1, keepdim=True)
+            target = (target - mean) / (variance + TARGET_EPS).sqrt()
+        return target
+
+    @staticmethod
+    def loss(pred_hidden: Tensor, target: Tensor) -> Tensor:
+        """Mean squared error over the masked patches, in float32; every patch has the same number of pixels."""
+        error = (pred_hidden.float() - target).square()
+        return error.mean() if error.numel() else error.sum()
+
+    @torch.no_grad()
+    def reconstruct(self, images: Tensor, pred: Tensor) -> Tensor:
+        """Prediction as images ``[B, in_chans, H, W]`` in the value range of ``images``.
+
+        With ``norm_pix_loss`` each patch is de-normalised with its own mean and variance, masked ones included.
+        """
+        grid_size = pred.shape[2], pred.shape[3]
+        rows = pred.permute(0, 2, 3, 1).flatten(0, 2).float()
+        everything = ActiveSet.full(images.shape[0], (grid_size[0], grid_size[1]), side=1, device=images.device)
+        if self.config.norm_pix_loss:
+            variance, mean = torch.var_mean(everything.gather_patches(images).float(), dim=1, keepdim=True)
+            rows = rows * (variance + TARGET_EPS).sqrt() + mean
+        return unpatchify(rows.view(images.shape[0], -1, rows.shape[1]), grid_size, images.shape[1])
+
+
+def unpatchify(patches: Tensor, grid_size: tuple[int, int], channels: int) -> Tensor:
+    """``[B, L, p·p·channels]``, channels last in a patch, to images ``[B, channels, gh·p, gw·p]``."""
+    batch, _, pixels = patches.shape
+    gh, gw = grid_size
+    side = round((pixels // channels) ** 0.5)
+    return (
+        patches.view(batch, gh, gw, side, side, channels)
+        .permute(0, 5, 1, 3, 2, 4)
+        .reshape(batch, channels, gh * side, gw * side)
+    )
+
+
+def pixel_mask(mask: Tensor, grid_size: tuple[int, int], patch_size: int) -> Tensor:
+    """Mask ``[B, L]`` as a map over pixels, ``[B, 1, gh·p, gw·p]``."""
+    blocks = mask.view(mask.shape[0], 1, *grid_size)
+    return blocks.repeat_interleave(patch_size, 2).repeat_interleave(patch_size, 3)
+
+
+def create_fcmae(
+    name: str | EncoderConfig,
+    *,
+    img_size: int | tuple[int, int] = 224,
+    patch_size: int = 32,
+    in_chans: int = 3,
+    backend: str = "auto",
+    grn_scope: GRNScope = "image",
+    mask_ratio: float = 0.6,
+    decoder_depth: int = 1,
+    decoder_dim: int = 512,
+    norm_pix_loss: bool = True,
+    drop_path_rate: float = 0.0,
+) -> FCMAE:
+    """Masked autoencoder around a published variant, or around a custom :class:`~.config.EncoderConfig`.
+
+    Args:
+        name: ``convnextv2_atto`` … ``convnextv2_huge``, or a configuration (then ``patch_size``, ``in_chans`` and
+            ``drop_path_rate`` are taken from it).
+        img_size: pixels, (H, W) or one number for a square.
+        patch_size: pixels a patch side: 32, 16 or 8.
+        in_chans: channels of the images.
+        backend: ``auto`` or the name of a backend (``python -m sparse_ops`` lists them).
+        grn_scope: ``image`` or ``batch``, see :class:`~convnextv2.models.config.FCMAEConfig`.
+        mask_ratio: share of the patches that is masked.
+        decoder_depth, decoder_dim: shape of the decoder.
+        norm_pix_loss: normalise target patches.
+        drop_path_rate: stochastic depth of the encoder's last block.
+
+    Raises:
+        ValueError: if the name is unknown or an option is out of range.
+        BackendUnavailableError: if the backend named cannot run here.
+    """
+    if isinstance(name, EncoderConfig):
+        encoder = name
+    else:
+        encoder = encoder_config(name, patch_size=patch_size, in_chans=in_chans, drop_path_rate=drop_path_rate)
+    size = (img_size, img_size) if isinstance(img_size, int) else (img_size[0], img_size[1])
+    config = FCMAEConfig(encoder, size, mask_ratio, decoder_depth, decoder_dim, norm_pix_loss, grn_scope)
+    keep_count(config.grid_size[0] * config.grid_size[1], mask_ratio)
+    if backend != "auto":
+        from sparse_ops.registry import get_backend
+
+        get_backend(backend)
+    return FCMAE(config, backend)

@@ -1,0 +1,1 @@
+"""Runs: pre-training and fine-tuning."""

@@ -1,0 +1,239 @@
+"""Pictures of a run: reconstructions, loss curves, confusion matrices. PNG files, written atomically.
+
+matplotlib is imported inside the functions and never touches pyplot, so no display and no global state is needed.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from convnextv2.files import atomic_path
+from convnextv2.models.fcmae import FCMAE, pixel_mask
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+MASKED_COLOUR = (0.47, 0.52, 0.62)
+"""Slate: told apart from the grays of a gray image."""
+
+COLUMNS = ("original", "masked", "prediction", "prediction + visible")
+_DPI = 100
+_GAP = 8
+_HEADING = 34
+_LEAST_CELL = 200
+
+
+@torch.no_grad()
+def reconstruction_panels(
+    model: FCMAE,
+    images: Tensor,
+    mask: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    mask_ratio: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The four pictures of each image, in true colours.
+
+    Args:
+        model: the masked autoencoder; its training mode is left as it was.
+        images: ``[B, C, H, W]``, normalised with ``mean`` and ``std``.
+        mask: ``[B, L]`` or ``[B, gh, gw]``, 1 = masked; drawn from ``generator`` if None.
+        generator: source of randomness of the mask.
+        mean, std: one number a channel.
+        mask_ratio: share to mask where the mask is drawn; the model's own if None.
+
+    Returns:
+        Panels ``[B, 4, 3, H, W]`` on the CPU with values in [0, 1], and the mask ``[B, L]``. One channel is shown gray,
+        of more than three the first three, of two the first. Predictions of normalised targets are de-normalised with
+        each patch's own mean and variance.
+
+    Raises:
+        ValueError: if shapes do not fit (see :meth:`convnextv2.models.fcmae.FCMAE.forward`).
+    """
+    was_training = model.training
+    images = images.to(next(model.parameters()).device)
+    model.eval()
+    try:
+        output = model(images, mask, mask_ratio, generator=generator)
+        predicted = model.reconstruct(images, output.pred)
+    finally:
+        model.train(was_training)
+    patch = model.config.encoder.patch_size
+    grid_size = images.shape[2] // patch, images.shape[3] // patch
+    hidden = pixel_mask(output.mask.cpu(), grid_size, patch)
+    original, prediction = (_true_colours(x, mean, std) for x in (images, predicted))
+    slate = torch.tensor(MASKED_COLOUR).view(1, 3, 1, 1)
+    masked = original * (1 - hidden) + slate * hidden
+    pasted = original * (1 - hidden) + prediction * hidden
+    return torch.stack((original, masked, prediction, pasted), dim=1), output.mask.cpu()
+
+
+def save_reconstructions(
+    path: str | os.PathLike[str],
+    model: FCMAE,
+    images: Tensor,
+    mask: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    max_images: int = 8,
+    mask_ratio: float | None = None,
+) -> None:
+    """A row per image: original, masked, prediction, and prediction with the visible patches pasted back.
+
+    Arguments as :func:`reconstruction_panels`; of more than ``max_images`` images the first ones are shown.
+
+    Raises:
+        ValueError: if shapes do not fit.
+        OSError: if the file cannot be written.
+    """
+    shown = images[:max_images]
+    panels, used = reconstruction_panels(
+        model,
+        shown,
+        None if mask is None else mask[:max_images],
+        generator,
+        mean=mean,
+        std=std,
+        mask_ratio=mask_ratio,
+    )
+    titles = (COLUMNS[0], f"{COLUMNS[1]} ({used.mean():.0%})", *COLUMNS[2:])
+    _save(path, _panel_figure(panels, titles))
+
+
+def _true_colours(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """``[B, C, H, W]`` normalised to ``[B, 3, H, W]`` in [0, 1]; values beyond are clamped, never wrapped."""
+    shape = (1, -1, 1, 1)
+    values = images.detach().cpu().float() * torch.tensor(std).view(shape) + torch.tensor(mean).view(shape)
+    values = values[:, :3] if values.shape[1] >= 3 else values[:, :1].expand(-1, 3, -1, -1)
+    return values.nan_to_num(0.0).clamp(0, 1)
+
+
+def _panel_figure(panels: Tensor, titles: Sequence[str]) -> Figure:
+    """Pictures ``[rows, columns, 3, H, W]`` at a whole number of screen pixels a pixel, so that nothing is blurred."""
+    from matplotlib.figure import Figure
+
+    rows, columns, _, height, width = panels.shape
+    scale = max(1, math.ceil(_LEAST_CELL / width))
+    cell_h, cell_w = height * scale, width * scale
+    total_w = columns * cell_w + (columns + 1) * _GAP
+    total_h = rows * (cell_h + _GAP) + _HEADING
+    figure = Figure(figsize=(total_w / _DPI, total_h / _DPI), dpi=_DPI, facecolor="white")
+    for column, title in enumerate(titles):
+        left = _GAP + column * (cell_w + _GAP)
+        figure.text((left + cell_w / 2) / total_w, 1 - _HEADING / 2 / total_h, title, ha="center", va="center", size=11)
+        for row in range(rows):
+            bottom = _GAP + (rows - 1 - row) * (cell_h + _GAP)
+            axes = figure.add_axes((left / total_w, bottom / total_h, cell_w / total_w, cell_h / total_h))
+            axes.imshow(panels[row, column].permute(1, 2, 0).numpy(), interpolation="nearest", aspect="auto")
+            axes.set_axis_off()
+    return figure
+
+
+def save_loss_curve(path: str | os.PathLike[str], metrics: Sequence[Mapping[str, Any]]) -> None:
+    """Losses over the epochs, and the top-1 accuracy of the validation part where there is one.
+
+    Args:
+        path: the PNG file.
+        metrics: one mapping an epoch, as in ``metrics.jsonl``: ``epoch`` and any of ``loss``, ``train_loss``,
+            ``val_loss``, ``val_top1`` (per cent). Missing values and NaN leave gaps.
+
+    Raises:
+        ValueError: if there is no loss to draw.
+        OSError: if the file cannot be written.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    curves = {name: _series(metrics, name) for name in ("loss", "train_loss", "val_loss", "val_top1")}
+    curves = {name: points for name, points in curves.items() if np.isfinite(points[:, 1]).any()}
+    if not any(name != "val_top1" for name in curves):
+        raise ValueError(f"no loss to draw in {len(metrics)} epochs; expected 'loss', 'train_loss' or 'val_loss'")
+    figure = Figure(figsize=(8, 4.5), dpi=_DPI, layout="constrained")
+    axes = figure.subplots()
+    labels = {"loss": "training loss", "train_loss": "training loss", "val_loss": "validation loss"}
+    colours = {"loss": "C0", "train_loss": "C0", "val_loss": "C1"}
+    marker = "o" if len(metrics) <= 30 else None
+    for name, label in labels.items():
+        if name in curves:
+            axes.plot(*curves[name].T, color=colours[name], label=label, marker=marker, markersize=3)
+    axes.set_xlabel("epoch")
+    axes.set_ylabel("loss")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
+    handles = axes.get_lines()
+    if "val_top1" in curves:
+        right = axes.twinx()
+        handles += right.plot(*curves["val_top1"].T, "--", color="C2", label="validation top-1", marker=marker, ms=3)
+        right.set_ylabel("top-1 accuracy, %")
+    figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False)
+    _save(path, figure)
+
+
+def _series(metrics: Sequence[Mapping[str, Any]], name: str) -> NDArray[np.float64]:
+    """``[n, 2]``: epoch and value, NaN where there is none."""
+    values = [(row.get("epoch", number), row.get(name)) for number, row in enumerate(metrics)]
+    points = [(float(x), math.nan if y is None else float(y)) for x, y in values]
+    return np.array(points, dtype=np.float64).reshape(-1, 2)
+
+
+def save_confusion_matrix(
+    path: str | os.PathLike[str], matrix: Tensor | NDArray[Any] | Sequence[Sequence[int]], classes: Sequence[str]
+) -> None:
+    """Confusion matrix; colours are shares of the true class, numbers (up to 20 classes) are images.
+
+    Args:
+        path: the PNG file.
+        matrix: ``[K, K]`` counts, rows are true classes, columns predicted ones.
+        classes: K names.
+
+    Raises:
+        ValueError: if the matrix does not fit the names.
+        OSError: if the file cannot be written.
+    """
+    from matplotlib.figure import Figure
+
+    counts = np.asarray(matrix)
+    k = len(classes)
+    if counts.shape != (k, k) or k == 0:
+        raise ValueError(f"expected a matrix [{k}, {k}] for {k} classes, got {counts.shape}")
+    totals = counts.sum(1, keepdims=True)
+    shares = np.divide(counts, totals, out=np.zeros((k, k)), where=totals > 0)
+    side = min(16.0, max(4.5, 2.5 + 0.45 * k))
+    figure = Figure(figsize=(side + 1, side), dpi=_DPI, layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    figure.colorbar(image, ax=axes, label="share of the true class", shrink=0.8)
+    step = math.ceil(k / 40)
+    ticks = list(range(0, k, step))
+    names = [name if len(name) <= 24 else f"{name[:23]}…" for name in (str(classes[i]) for i in ticks)]
+    axes.set_xticks(ticks, names, rotation=90 if k > 5 else 30, ha="center" if k > 5 else "right", parse_math=False)
+    axes.set_yticks(ticks, names, parse_math=False)
+    axes.set_xlabel("predicted class")
+    axes.set_ylabel("true class")
+    correct = int(np.trace(counts))
+    axes.set_title(f"{correct} of {int(counts.sum())} right ({correct / max(1, int(counts.sum())):.1%})")
+    if k <= 20:
+        for (row, column), count in np.ndenumerate(counts):
+            if count:
+                colour = "white" if shares[row, column] > 0.5 else "black"
+                axes.text(column, row, f"{int(count)}", ha="center", va="center", color=colour, fontsize=9)
+    _save(path, figure)
+
+
+def _save(path: str | os.PathLike[str], figure: Figure) -> None:
+    with atomic_path(path) as temporary, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # a box for letters that the font lacks will do
+        figure.savefig(temporary, format="png")

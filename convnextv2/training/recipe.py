@@ -1,0 +1,147 @@
+"""Options of a run as a frozen dataclass whose fields carry their help, read from command line and recipe.
+
+Precedence: command line, then the recipe of ``--config``, then, where a run is resumed, its own ``config.yaml``, then
+the defaults.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import types
+from collections.abc import Sequence
+from dataclasses import asdict, field, fields
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml  # type: ignore[import-untyped]  # its stubs are a package of their own
+
+T = TypeVar("T")
+NOT_IN_RECIPE = ("resume", "overwrite")
+
+
+def option(default: Any, help: str, choices: Sequence[Any] | None = None) -> Any:
+    """A dataclass field with the help text that ``--help`` shows; ``choices`` closes the set of values."""
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+class ImageSize:
+    """(height, width) in pixels from ``224``, ``192x256``, ``192,256`` or ``[192, 256]``; else ValueError."""
+
+    def __call__(self, value: Any) -> tuple[int, int]:
+        parts = list(value) if isinstance(value, list | tuple) else re.split("[x×,]", str(value).lower())
+        try:
+            sides = [int(part) for part in parts]
+        except ValueError:
+            sides = []
+        if len(sides) not in (1, 2) or min(sides) < 1:
+            raise ValueError(f"{value!r} is not a size in pixels; write 224, or HEIGHTxWIDTH as in 192x256")
+        return sides[0], sides[-1]
+
+    def __repr__(self) -> str:
+        return "size"  # --help prints it
+
+
+image_size = ImageSize()
+
+
+def parse_options(cls: type[T], argv: Sequence[str] | None, description: str) -> T:
+    """Options of the dataclass ``cls`` from the command line.
+
+    Args:
+        cls: fields made by :func:`option`; those called ``img_size`` take :func:`image_size`.
+        argv: arguments; None takes those of the process.
+        description: head of ``--help``.
+
+    Raises:
+        ValueError: on an unknown or ill-typed option or recipe key.
+        OSError: if a recipe cannot be read.
+        SystemExit: after ``--help``.
+    """
+    import sys
+
+    from jsonargparse import ArgumentError
+
+    arguments = _recipes_first(list(sys.argv[1:] if argv is None else argv))
+    parser = _parser(cls, description)
+    for item, value in itertools.pairwise(["", *arguments]):
+        if item == "--config" or value.startswith("--config="):
+            _check_recipe(Path(value.removeprefix("--config=")))
+    try:
+        values = parser.parse_args(arguments)
+        own = Path(values.output or "") / "config.yaml"
+        if values.resume and values.output and own.is_file():
+            values = parser.parse_args([f"--config={own}", *arguments])
+    except ArgumentError as error:
+        raise ValueError(" ".join(str(error).split())) from error
+    values = values.as_dict()
+    return cls(**{f.name: _tuples(values[f.name]) for f in fields(cls)})  # type: ignore[arg-type]
+
+
+def write_recipe(path: Path, options: Any) -> None:
+    """Write resolved options as a recipe that ``--config`` reads back."""
+    from convnextv2.files import atomic_path
+
+    values = {key: _plain(value) for key, value in asdict(options).items() if key not in NOT_IN_RECIPE}
+    with atomic_path(path) as temporary:
+        temporary.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def _check_recipe(path: Path) -> None:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a recipe, lines of 'option: value', got {type(content).__name__}")
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _recipes_first(arguments: list[str]) -> list[str]:
+    """``--config`` moved to the front: what is parsed later wins, and the command line is to win."""
+    recipes, rest = [], []
+    items = iter(arguments)
+    for item in items:
+        if item == "--config":
+            recipes += [item, *([value] if (value := next(items, None)) is not None else [])]
+        elif item.startswith("--config="):
+            recipes.append(item)
+        else:
+            rest.append(item)
+    return [*recipes, *rest]
+
+
+def _parser(cls: type, description: str) -> Any:
+    from jsonargparse import ActionYesNo, ArgumentParser
+
+    parser = ArgumentParser(description=description, exit_on_error=False)
+    parser.add_argument("--config", action="config", help="YAML recipe: option names with underscores, and values")
+    hints = get_type_hints(cls)
+    for item in fields(cls):
+        flag, kind = f"--{item.name.replace('_', '-')}", _without_none(hints[item.name])
+        extra: dict[str, Any] = {"default": _plain(item.default), "help": item.metadata["help"]}
+        if kind is bool:
+            extra["action"] = ActionYesNo(yes_prefix="", no_prefix="no-")
+        elif item.name == "img_size":
+            extra |= {"type": image_size, "metavar": "SIZE", "default": item.default}
+        elif get_origin(kind) is tuple:
+            extra |= {"type": get_args(kind)[0], "nargs": len(get_args(kind)), "metavar": "N"}
+        elif item.metadata["choices"]:
+            extra["type"] = Literal[tuple(item.metadata["choices"])]
+        else:
+            extra |= {"type": kind, "metavar": kind.__name__.upper()}
+        parser.add_argument(flag, **extra)
+    return parser
+
+
+def _without_none(hint: Any) -> Any:
+    if get_origin(hint) in (Union, types.UnionType):
+        (hint,) = [part for part in get_args(hint) if part is not type(None)]
+    return hint

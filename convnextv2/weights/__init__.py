@@ -1,0 +1,1 @@
+"""Checkpoints, the layouts of other projects, and published weights."""

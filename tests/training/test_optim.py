@@ -1,0 +1,139 @@
+import pytest
+import torch
+
+from convnextv2 import ConvNeXtV2, create_fcmae
+from convnextv2.models.config import ClassifierConfig, EncoderConfig
+from convnextv2.training.optim import (
+    create_optimizer,
+    create_schedule,
+    layer_number,
+    num_layers,
+    parameter_groups,
+    scaled_lr,
+)
+
+TINY = EncoderConfig((1, 2, 4, 1), (8, 8, 8, 8))
+
+
+def classifier() -> ConvNeXtV2:
+    return ConvNeXtV2(ClassifierConfig(TINY, 3))
+
+
+def names_without_decay(model: torch.nn.Module, **options: bool) -> set[str]:
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = parameter_groups(model, 0.05, **options)
+    assert sum(len(group["params"]) for group in groups) == len(names)
+    return {names[id(p)] for group in groups if group["weight_decay"] == 0 for p in group["params"]}
+
+
+def test_biases_norms_grn_and_mask_token_are_not_decayed() -> None:
+    model = create_fcmae(TINY, img_size=64)
+    spared = names_without_decay(model)
+    expected = {
+        name
+        for name, parameter in model.named_parameters()
+        if name.endswith("bias") or "grn" in name or name == "mask_token" or parameter.ndim == 1
+    }
+    assert spared == expected
+    assert {
+        "mask_token",
+        "encoder.stages.0.0.grn.gamma",
+        "decoder.0.grn.beta",
+        "encoder.stages.0.0.norm.weight",
+    } <= spared
+    assert "encoder.stages.0.0.dwconv.weight" not in spared
+
+
+def test_official_weight_decay_reaches_grn_and_mask_token() -> None:
+    model = create_fcmae(TINY, img_size=64)
+    gained = names_without_decay(model) - names_without_decay(model, official_weight_decay=True)
+    assert "mask_token" in gained
+    assert gained == {name for name in dict(model.named_parameters()) if "grn" in name} | {"mask_token"}
+
+
+@pytest.mark.parametrize(
+    ("name", "single", "group"),
+    [
+        ("downsample_layers.0.0.weight", 1, 0),
+        ("stages.0.2.dwconv.weight", 3, 1),
+        ("downsample_layers.1.0.bias", 4, 2),
+        ("stages.1.0.norm.weight", 4, 2),
+        ("downsample_layers.2.1.weight", 7, 3),
+        ("stages.2.0.grn.gamma", 7, 3),
+        ("stages.2.2.grn.gamma", 9, 3),
+        ("stages.2.3.grn.gamma", 10, 4),
+        ("stages.2.26.pwconv1.weight", 33, 11),
+        ("downsample_layers.3.1.weight", 34, 12),
+        ("stages.3.2.pwconv2.bias", 36, 12),
+        ("norm.weight", 37, 13),
+        ("head.bias", 37, 13),
+    ],
+)
+def test_layer_numbers_are_the_official_ones_for_base(name: str, single: int, group: int) -> None:
+    depths = (3, 3, 27, 3)
+    assert layer_number(name, depths, "single") == single
+    assert layer_number(name, depths, "group") == group
+
+
+def test_group_numbers_follow_the_depths() -> None:
+    assert num_layers((3, 3, 27, 3), "group") == 12
+    assert num_layers((2, 2, 8, 2), "group") == 6
+    assert layer_number("stages.2.7.norm.weight", (2, 2, 8, 2), "group") == 5
+    assert layer_number("stages.3.0.norm.weight", (2, 2, 8, 2), "group") == 6
+
+
+def test_layer_decay_scales_the_learning_rate_of_timms_schedule() -> None:
+    model = classifier()
+    groups = parameter_groups(model, 0.05, depths=TINY.depths, layer_decay=0.5)
+    optimizer = create_optimizer(groups, 1.0, (0.9, 0.999))
+    create_schedule(optimizer, 10, 2, 0.5).step_update(5)
+    rate = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    named = dict(model.named_parameters())
+    assert rate[id(named["head.weight"])] == 1.0
+    assert rate[id(named["stages.3.0.dwconv.weight"])] == 0.5
+    assert rate[id(named["stages.0.0.dwconv.weight"])] == 0.5**8
+    assert rate[id(named["downsample_layers.0.0.weight"])] == 0.5**8
+
+
+def test_frozen_parameters_stay_out_and_bad_decay_is_refused() -> None:
+    model = classifier()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = name == "head.weight"
+    (group,) = parameter_groups(model, 0.05)
+    assert [p is model.head.weight for p in group["params"]] == [True]
+    with pytest.raises(ValueError, match="layer_decay must be in"):
+        parameter_groups(model, 0.05, layer_decay=0.0)
+    model.head.weight.requires_grad = False
+    with pytest.raises(ValueError, match="no parameter"):
+        parameter_groups(model, 0.05)
+    with pytest.raises(ValueError, match="layer_decay_type"):
+        layer_number("head.bias", (1, 1, 1, 1), "blocks")  # type: ignore[arg-type]
+
+
+def test_schedule_rises_linearly_and_falls_as_half_a_cosine() -> None:
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = create_optimizer([{"params": [parameter]}], 2.0, (0.9, 0.95))
+    schedule = create_schedule(optimizer, updates_per_epoch=10, epochs=10, warmup_epochs=2, min_lr=0.5)
+    rates = []
+    for step in (0, 10, 20, 60, 100):
+        schedule.step_update(step)
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([0.0, 1.0, 2.0, 1.25, 0.5])
+
+
+def test_long_warmup_is_cut_to_half_the_run() -> None:
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = create_optimizer([{"params": [parameter]}], 2.0, (0.9, 0.95))
+    schedule = create_schedule(optimizer, updates_per_epoch=4, epochs=2, warmup_epochs=40)
+    schedule.step_update(4)
+    assert optimizer.param_groups[0]["lr"] == 2.0
+
+
+def test_rate_scales_with_the_batch_and_lr_overrides() -> None:
+    assert scaled_lr(1.5e-4, 4096) == pytest.approx(2.4e-3)
+    assert scaled_lr(1.5e-4, 4096, 0.1) == 0.1
+
+
+def test_unknown_optimizer_is_named() -> None:
+    with pytest.raises(ValueError, match="unknown optimizer 'adamx'"):
+        create_optimizer([{"params": [torch.nn.Parameter(torch.zeros(1))]}], 1.0, (0.9, 0.95), "adamx")
