@@ -4,6 +4,7 @@ from sparse_ops.active_set import ActiveSet, morton_coordinates
 from sparse_ops.backend import Backend
 from sparse_ops.functional import convnext_mlp, depthwise_conv
 from sparse_ops.grid import DenseGrid, Grid
+from sparse_ops.pointwise import MLPWeights
 from sparse_ops.registry import BackendUnavailableError, get_backend, registry, resolve_backend
 from sparse_ops.sparse_grid import SparseGrid
 
@@ -13,6 +14,7 @@ __all__ = [
     "BackendUnavailableError",
     "DenseGrid",
     "Grid",
+    "MLPWeights",
     "SparseGrid",
     "convnext_mlp",
     "depthwise_conv",

@@ -6,20 +6,17 @@ happen in :meth:`Backend.unavailable_reason` and in its kernels, never when the 
 
 from __future__ import annotations
 
-import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from sparse_ops.active_set import ActiveSet
-
-if TYPE_CHECKING:
-    from sparse_ops.sparse_grid import SparseGrid
-
-logger = logging.getLogger(__name__)
+from sparse_ops.grid import Grid, GRNScope
+from sparse_ops.pointwise import MLPWeights
+from sparse_ops.workspace import Workspace
 
 
 class Backend(ABC):
@@ -33,8 +30,8 @@ class Backend(ABC):
     summary: ClassVar[str]
     #: ``auto`` takes the highest priority among the backends that are available and accept the device.
     priority: ClassVar[int]
-    #: Whether :meth:`mlp` takes parameters in float32 with features of 16 bits, as autocast has them.
-    mixes_dtypes: ClassVar[bool] = False
+    #: Whether torch.compile can trace a network that runs on it.
+    traceable: ClassVar[bool] = True
 
     @abstractmethod
     def unavailable_reason(self) -> str | None:
@@ -86,81 +83,33 @@ class Backend(ABC):
     def depthwise_weight_grad(self, x: Tensor, grad: Tensor, active: ActiveSet, kernel_size: int) -> Tensor:
         """Gradient for the weight, ``[C, 1, K, K]`` in the dtype of ``x``, from ``x`` and ``grad``, both ``[N, C]``."""
 
-    def native_grid(self, grid: SparseGrid) -> SparseGrid:
-        """The grid to run a whole network on, for a backend that runs all its layers; by default the one given."""
-        return grid
+    def native_grid(self, active: ActiveSet, grn_scope: GRNScope) -> Grid | None:
+        """The grid to run a whole network on, for a backend that runs all its layers; None for the ordinary one."""
+        return None
 
-    def fuses_mlp(self, device: torch.device, dtype: torch.dtype) -> bool:
-        """Whether the pointwise half of a block runs in one piece for such features.
-
-        Then :meth:`fuses_whole_mlp` accepts every width, or :meth:`gelu_grn` and :meth:`gelu_grn_backward` are there.
-        """
-        return False
-
-    def gelu_grn(
-        self, h: Tensor, bias: Tensor, gamma: Tensor, beta: Tensor, row_offsets: Tensor, eps: float, out: Tensor
-    ) -> Tensor:
-        """GRN of the GELU of ``h + bias`` (ConvNeXt V2, eq. 1-3).
-
-        Args:
-            h: ``[N, D]``, contiguous. bias, gamma, beta: ``[D]``.
-            row_offsets: ``[G + 1]`` int64 on the device of ``h``: norms are taken over the rows of each group.
-            out: ``[N, D]``, receives the result.
-
-        Returns:
-            The channel norms ``[G, D]``.
-        """
-        raise NotImplementedError(f"backend {self.name!r} has no fused GELU + GRN")
-
-    def gelu_grn_backward(
-        self,
-        grad: Tensor,
-        h: Tensor,
-        bias: Tensor,
-        gamma: Tensor,
-        beta: Tensor,
-        norms: Tensor,
-        row_offsets: Tensor,
-        eps: float,
-        out: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Backward of :meth:`gelu_grn`, which also recomputes its output so that it need not be kept.
-
-        Args:
-            grad: ``[N, D]``, the gradient for the output; overwritten with the gradient for ``h``.
-            h, bias, gamma, beta, norms, row_offsets, eps: as forward.
-            out: ``[N, D]``, receives the output of the forward pass again.
-
-        Returns:
-            ``(grad_gamma, grad_beta, gradient for h summed over the rows)``, each ``[D]``.
-        """
-        raise NotImplementedError(f"backend {self.name!r} has no fused GELU + GRN")
-
-    def fuses_whole_mlp(self, channels: int, some_rows: bool) -> bool:
-        """Whether :meth:`mlp` takes that width, and ``rows`` if there are some; it is then preferred.
-
-        Asked only for inputs that :meth:`fuses_mlp` accepts.
-        """
+    def fuses_mlp(self, device: torch.device, dtype: torch.dtype, weights_dtype: torch.dtype) -> bool:
+        """Whether :meth:`mlp` and :meth:`mlp_backward` serve features of ``dtype`` with weights of ``weights_dtype``,
+        which is wider under autocast."""
         return False
 
     def mlp(
         self,
         x: Tensor,
-        parameters: tuple[Tensor, ...],
+        weights: MLPWeights,
         row_offsets: Tensor,
         rows: Tensor | None,
-        norm_eps: float,
-        grn_eps: float,
+        eps: tuple[float, float],
+        workspace: Workspace,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The pointwise half of a block, from LayerNorm to projection.
+        """The pointwise half of a block in one piece, from LayerNorm to projection.
 
         Args:
-            x: ``[N, C]``, contiguous.
-            parameters: LayerNorm's weight and bias ``[C]``, w1 ``[D, C]``, b1 ``[D]``, gamma and beta ``[D]``,
-                w2 ``[C, D]``, b2 ``[C]``.
-            row_offsets: ``[G + 1]`` int64 on the device of ``x``: norms are taken over the rows of each group.
+            x: ``[N, C]``, contiguous, as all tensors are.
+            weights: of any C and D.
+            row_offsets: ``[G + 1]`` int64 on the device of ``x``: GRN norms are taken over the rows of each group.
             rows: ``[M]`` int64, distinct: the rows of the result to compute; all of them if None.
-            norm_eps, grn_eps: added to the variance, and to the mean of the norms.
+            eps: added to the variance of the LayerNorm, and to the mean of GRN's norms.
+            workspace: memory for temporaries.
 
         Returns:
             The result, ``[N, C]`` or ``[M, C]``, and the tensors that :meth:`mlp_backward` needs.
@@ -171,33 +120,12 @@ class Backend(ABC):
         self,
         grad: Tensor,
         x: Tensor,
-        parameters: tuple[Tensor, ...],
+        weights: MLPWeights,
         row_offsets: Tensor,
         rows: Tensor | None,
         kept: tuple[Tensor, ...],
-        norm_eps: float,
-        grn_eps: float,
+        eps: tuple[float, float],
+        workspace: Workspace,
     ) -> list[Tensor]:
-        """Gradients for ``x`` and each of ``parameters``, from ``grad`` (of the result) and what :meth:`mlp` kept."""
+        """Gradients for ``x`` and for the eight weights, from ``grad`` (of the result) and what :meth:`mlp` kept."""
         raise NotImplementedError(f"backend {self.name!r} has no fused MLP")
-
-    def layer_norm_backward(
-        self, grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, out: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Backward of LayerNorm over the channels, which also recomputes its output.
-
-        Args:
-            grad, x: ``[N, C]``, the gradient for the output and the input, contiguous.
-            mean, rstd: ``[N, 1]``, from the forward pass.
-            weight, bias: ``[C]``.
-            out: ``[N, C]``, receives the output of the forward pass again.
-
-        Returns:
-            ``(grad_x, grad_weight, grad_bias)``.
-        """
-        normed = (x - mean) * rstd
-        torch.addcmul(bias, normed, weight, out=out)
-        grad_x, grad_weight, grad_bias = torch.ops.aten.native_layer_norm_backward(
-            grad, x, [x.shape[1]], mean, rstd, weight, bias, [True, True, True]
-        )
-        return grad_x, grad_weight, grad_bias

@@ -15,8 +15,9 @@ from torch import Tensor
 from sparse_ops import functional
 from sparse_ops.active_set import ActiveSet
 from sparse_ops.backend import Backend
-from sparse_ops.conformance_cases import ConformanceCase, MLPCase
-from sparse_ops.oracle import NORM_EPS, _dense_depthwise, _wide, plain_mlp
+from sparse_ops.conformance_cases import ConformanceCase, MLPCase, in_layout
+from sparse_ops.oracle import dense_depthwise, plain_mlp
+from sparse_ops.pointwise import MLPWeights, widened
 from sparse_ops.registry import get_backend
 
 
@@ -120,7 +121,7 @@ def check_conformance(
         return functional.depthwise_conv(x, weight, bias, active, backend)
 
     def dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return _dense_depthwise(x, weight, bias, visible, side)
+        return dense_depthwise(x, weight, bias, visible, side)
 
     exact: dict[str, Tensor | None] = {"bias": None, **_double(values)}
     absolute = {name: None if value is None else value.abs() for name, value in exact.items()}
@@ -128,7 +129,7 @@ def check_conformance(
     terms = _run(dense, absolute, grad.cpu().double().abs())
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         plain = _run(dense, leaves, grad)
-    accumulator, storage = torch.finfo(_wide(dtype)).eps, torch.finfo(dtype).eps
+    accumulator, storage = torch.finfo(widened(grad).dtype).eps, torch.finfo(dtype).eps
     floors = {k: 2 * accumulator * _largest(terms[k]) + storage / 2 * _largest(oracle[k]) for k in oracle}
     what = f"{backend.name}, {case.name}, {dtype}, {torch.device(device).type}"
     return _compare(what, _run(sparse, leaves, grad), plain, oracle, floors)
@@ -155,32 +156,20 @@ def check_mlp_conformance(
         ValueError: if the backend does not fuse this dtype on this device.
     """
     backend = get_backend(backend) if isinstance(backend, str) else backend
-    if not backend.fuses_mlp(torch.device(device), dtype):
+    if not backend.fuses_mlp(torch.device(device), dtype, dtype):
         raise ValueError(f"backend {backend.name!r} does not fuse the MLP for {dtype} on {torch.device(device).type}")
     values = case.values(dtype, device)
     grad = values.pop("grad")
     offsets = case.row_offsets
 
-    def fused(
-        x: Tensor,
-        norm_weight: Tensor,
-        norm_bias: Tensor,
-        w1: Tensor,
-        b1: Tensor,
-        gamma: Tensor,
-        beta: Tensor,
-        w2: Tensor,
-        b2: Tensor,
-    ) -> Tensor:
-        parts = ((norm_weight, norm_bias), (w1, b1), (gamma, beta), (w2, b2))
-        return functional.convnext_mlp(x, *parts, offsets.to(x.device), backend, norm_eps=NORM_EPS, grn_eps=NORM_EPS)
+    def fused(x: Tensor, **weights: Tensor) -> Tensor:
+        return functional.convnext_mlp(x, MLPWeights(**weights), in_layout(offsets.to(x.device), case.layout), backend)
 
-    def reversed_plain(x: Tensor, **parameters: Tensor) -> Tensor:
-        flipped_offsets = (offsets[-1] - offsets).flip(0)
-        return plain_mlp(x.flip(0), **parameters, row_offsets=flipped_offsets).flip(0)
+    def reversed_plain(x: Tensor, **weights: Tensor) -> Tensor:
+        return plain_mlp(x.flip(0), MLPWeights(**weights), (offsets[-1] - offsets).flip(0)).flip(0)
 
-    def plain(x: Tensor, **parameters: Tensor) -> Tensor:
-        return plain_mlp(x, **parameters, row_offsets=offsets)
+    def plain(x: Tensor, **weights: Tensor) -> Tensor:
+        return plain_mlp(x, MLPWeights(**weights), offsets)
 
     oracle = _run(plain, _double(values), grad.cpu().double())
     ordinary, reverse = _run(plain, values, grad), _run(reversed_plain, values, grad)

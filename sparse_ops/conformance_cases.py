@@ -4,12 +4,27 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from sparse_ops.grid import GRNScope
 from sparse_ops.oracle import visible_from_text
+
+Layout = Literal["contiguous", "transposed", "strided", "channels last"]
+
+
+def in_layout(x: Tensor, layout: Layout) -> Tensor:
+    """The same numbers with other strides: the first axis fastest, every second number of twice as much memory, or the
+    second axis fastest; where the axes do not suffice, strided."""
+    if layout == "contiguous":
+        return x
+    if layout == "transposed" and x.dim() > 1:
+        return x.transpose(0, -1).contiguous().transpose(0, -1)
+    if layout == "channels last" and x.dim() == 4:
+        return x.contiguous(memory_format=torch.channels_last)
+    return torch.stack((x, torch.full_like(x, -1)), dim=-1)[..., 0]
 
 
 @dataclass(frozen=True)
@@ -23,7 +38,7 @@ class ConformanceCase:
         side: cells a patch side.
         kernel_size: K; a backend that rejects it skips the case.
         bias: whether there is one.
-        contiguous: False passes transposed and strided views of x, weight and the incoming gradient.
+        layout: of x, weight, bias and the incoming gradient in memory.
         seed: of the values.
     """
 
@@ -33,7 +48,7 @@ class ConformanceCase:
     side: int = 8
     kernel_size: int = 7
     bias: bool = True
-    contiguous: bool = True
+    layout: Layout = "contiguous"
     seed: int = 0
 
     def __str__(self) -> str:
@@ -57,11 +72,7 @@ class ConformanceCase:
         made = {}
         for name, shape in shapes.items():
             value = torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype)
-            if not self.contiguous and value.dim() > 1:
-                value = value.transpose(0, -1).contiguous().transpose(0, -1)
-            elif not self.contiguous:
-                value = torch.stack((value, value), dim=1)[:, 0]
-            made[name] = value
+            made[name] = in_layout(value, self.layout)
         return made
 
 
@@ -89,8 +100,10 @@ CASES: tuple[ConformanceCase, ...] = (
     ConformanceCase("kernel 1", ("..#/#.#",), channels=13, kernel_size=1, side=4),
     ConformanceCase("kernel 9, side 2", ("..#./#.#./....",), channels=5, kernel_size=9, side=2),
     ConformanceCase("no bias", ("..#/#.#", "#.#/..#"), channels=13, bias=False),
-    ConformanceCase("non-contiguous", ("..#/#.#", "#.#/..#"), channels=40, contiguous=False),
-    ConformanceCase("non-contiguous, side 1", ("..#./#.#.", "#.#./..#."), channels=13, side=1, contiguous=False),
+    ConformanceCase("transposed", ("..#/#.#", "#.#/..#"), channels=40, layout="transposed"),
+    ConformanceCase("transposed, side 1", ("..#./#.#.", "#.#./..#."), channels=13, side=1, layout="transposed"),
+    ConformanceCase("strided", ("..#/#.#", "#.#/..#"), channels=40, side=4, layout="strided"),
+    ConformanceCase("channels last", ("..#/#.#", "#.#/..#"), channels=40, side=4, layout="channels last"),
 )
 """What every backend must pass, in every dtype it serves."""
 
@@ -112,7 +125,7 @@ def random_case(seed: int) -> ConformanceCase:
         side=side,
         kernel_size=draw.choice((7, 7, 7, 5, 3)),
         bias=draw.random() < 0.8,
-        contiguous=draw.random() < 0.8,
+        layout=draw.choice(("contiguous",) * 6 + ("transposed", "strided", "channels last")),
         seed=seed,
     )
 
@@ -128,6 +141,7 @@ class MLPCase:
         scope: whether GRN norms are taken over each image or over the batch.
         dead_channel: makes one hidden channel exactly zero everywhere, so that its norm is 0.
         tails: spreads the arguments of GELU from -30 to 30.
+        layout: of x, the weights, the offsets and the incoming gradient in memory.
         seed: of the values.
     """
 
@@ -137,6 +151,7 @@ class MLPCase:
     scope: GRNScope = "image"
     dead_channel: bool = False
     tails: bool = False
+    layout: Layout = "contiguous"
     seed: int = 0
 
     def __str__(self) -> str:
@@ -149,7 +164,7 @@ class MLPCase:
         return offsets if self.scope == "image" else offsets[[0, -1]]
 
     def values(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-        """x ``[N, C]``, the eight parameters in the shapes of :func:`sparse_ops.convnext_mlp`, and ``grad``."""
+        """x ``[N, C]``, the eight tensors of :class:`~sparse_ops.pointwise.MLPWeights`, and ``grad``."""
         generator = torch.Generator().manual_seed(self.seed)
         rows, dim = sum(self.counts), self.channels
 
@@ -173,7 +188,7 @@ class MLPCase:
         if self.dead_channel:
             values["w1"][1] = 0
             values["b1"][1] = 0
-        return {name: value.to(device, dtype) for name, value in values.items()}
+        return {name: in_layout(value.to(device, dtype), self.layout) for name, value in values.items()}
 
 
 MLP_CASES: tuple[MLPCase, ...] = (
@@ -195,5 +210,8 @@ MLP_CASES: tuple[MLPCase, ...] = (
     MLPCase("dead channel, batch scope", (16, 16), channels=13, scope="batch", dead_channel=True),
     MLPCase("tails of GELU", (64, 64), channels=40, tails=True),
     MLPCase("many rows", (700, 901), channels=8),
+    MLPCase("transposed", (16, 4, 36), channels=40, layout="transposed"),
+    MLPCase("strided", (16, 4, 36), channels=40, layout="strided"),
+    MLPCase("transposed, an unusual width", (16, 4, 36), channels=13, layout="transposed"),
 )
 """What every backend that fuses the pointwise half of a block must pass, in every dtype it fuses."""

@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from sparse_ops.active_set import ActiveSet
 from sparse_ops.backend import Backend
-from sparse_ops.pointwise import autocast_dtype
+from sparse_ops.pointwise import MLPWeights, autocast_dtype
 from sparse_ops.workspace import Workspace
 
 
@@ -90,141 +90,75 @@ def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None, active: Activ
     return _DepthwiseConv.apply(x.contiguous(), weight.contiguous(), bias, active, backend)
 
 
-class _ConvNeXtMLP(torch.autograd.Function):
-    """LayerNorm, expansion, GELU, GRN and projection, keeping only the input and the hidden layer before GELU."""
-
+class _MLP(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
-        norm_weight: Tensor,
-        norm_bias: Tensor,
-        w1: Tensor,
-        b1: Tensor,
-        gamma: Tensor,
-        beta: Tensor,
-        w2: Tensor,
-        b2: Tensor,
         row_offsets: Tensor,
         rows: Tensor | None,
-        norm_eps: float,
-        grn_eps: float,
+        eps: tuple[float, float],
         backend: Backend,
         workspace: Workspace,
+        *tensors: Tensor,
     ) -> Tensor:
-        normed, mean, rstd = torch.native_layer_norm(x, [x.shape[1]], norm_weight, norm_bias, norm_eps)
-        h = normed @ w1.t()
-        y = workspace.take("y", h.shape, h)
-        norms = backend.gelu_grn(h, b1, gamma, beta, row_offsets, grn_eps, y)
-        ctx.save_for_backward(
-            x, mean, rstd, norm_weight, norm_bias, w1, b1, h, gamma, beta, norms, w2, row_offsets, rows
-        )
-        ctx.eps, ctx.backend, ctx.workspace = grn_eps, backend, workspace
-        return torch.addmm(b2, y if rows is None else y[rows], w2.t())
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, mean, rstd, norm_weight, norm_bias, w1, b1, h, gamma, beta, norms, w2, row_offsets, rows = ctx.saved_tensors
-        grad = grad.contiguous()
-        grad_h, y = (ctx.workspace.take(slot, h.shape, h) for slot in ("grad", "y"))
-        if rows is None:
-            torch.mm(grad, w2, out=grad_h)
-        else:
-            grad_h.zero_().index_copy_(0, rows, grad @ w2)
-        grad_gamma, grad_beta, grad_b1 = ctx.backend.gelu_grn_backward(
-            grad_h, h, b1, gamma, beta, norms, row_offsets, ctx.eps, y
-        )
-        grad_w2, grad_b2 = grad.t() @ (y if rows is None else y[rows]), grad.sum(0)
-        normed, grad_normed = (ctx.workspace.take(slot, x.shape, x) for slot in ("normed", "grad_normed"))
-        torch.mm(grad_h, w1, out=grad_normed)
-        grad_x, grad_norm_weight, grad_norm_bias = ctx.backend.layer_norm_backward(
-            grad_normed, x, mean, rstd, norm_weight, norm_bias, normed
-        )
-        grad_w1 = grad_h.t() @ normed
-        return (
-            grad_x,
-            grad_norm_weight,
-            grad_norm_bias,
-            grad_w1,
-            grad_b1,
-            grad_gamma,
-            grad_beta,
-            grad_w2,
-            grad_b2,
-            None,
-            None,
-            None,
-            None,
-            None,
-            None,
-        )
-
-
-class _WholeMLP(torch.autograd.Function):
-    """The same as one call of the backend each way, where it takes the width."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        row_offsets: Tensor,
-        rows: Tensor | None,
-        norm_eps: float,
-        grn_eps: float,
-        backend: Backend,
-        *parameters: Tensor,
-    ) -> Tensor:
-        out, kept = backend.mlp(x, parameters, row_offsets, rows, norm_eps, grn_eps)
-        ctx.save_for_backward(x, row_offsets, rows, *parameters, *kept)
-        ctx.eps, ctx.backend, ctx.parameters = (norm_eps, grn_eps), backend, len(parameters)
+        out, kept = backend.mlp(x, MLPWeights(*tensors), row_offsets, rows, eps, workspace)
+        ctx.save_for_backward(x, row_offsets, rows, *tensors, *kept)
+        ctx.eps, ctx.backend, ctx.workspace = eps, backend, workspace
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, row_offsets, rows, *rest = ctx.saved_tensors
-        parameters, kept = tuple(rest[: ctx.parameters]), tuple(rest[ctx.parameters :])
-        grad_x, *grads = ctx.backend.mlp_backward(grad.contiguous(), x, parameters, row_offsets, rows, kept, *ctx.eps)
+        weights, kept = MLPWeights(*rest[:8]), tuple(rest[8:])
+        grad_x, *grads = ctx.backend.mlp_backward(
+            grad.contiguous(), x, weights, row_offsets, rows, kept, ctx.eps, ctx.workspace
+        )
         return grad_x, None, None, None, None, None, *grads
 
 
 def convnext_mlp(
     x: Tensor,
-    norm: tuple[Tensor, Tensor],
-    pwconv1: tuple[Tensor, Tensor],
-    grn: tuple[Tensor, Tensor],
-    pwconv2: tuple[Tensor, Tensor],
+    weights: MLPWeights,
     row_offsets: Tensor,
     backend: Backend,
     *,
-    norm_eps: float,
-    grn_eps: float,
+    eps: tuple[float, float] = (1e-6, 1e-6),
     rows: Tensor | None = None,
     workspace: Workspace | None = None,
 ) -> Tensor:
     """The pointwise half of a ConvNeXt V2 block, fused: ``pwconv2(grn(gelu(pwconv1(layer_norm(x)))))``.
 
     Keeps ``x`` and the hidden layer for the backward pass and recomputes the rest: 5·C numbers a cell instead of
-    about 19·C. Only for backends whose :meth:`~sparse_ops.backend.Backend.fuses_mlp` says so. Parameters have the dtype
-    of ``x``, or are wider where the backend ``mixes_dtypes``: then matrix products run in the dtype of ``x``.
+    about 19·C. Only for backends whose :meth:`~sparse_ops.backend.Backend.fuses_mlp` says so.
 
     Args:
-        x: ``[N, C]``, contiguous.
-        norm: weight and bias ``[C]`` of the LayerNorm.
-        pwconv1: weight ``[D, C]`` and bias ``[D]``.
-        grn: gamma and beta, ``[D]``.
-        pwconv2: weight ``[C, D]`` and bias ``[C]``.
+        x: ``[N, C]``.
+        weights: in the dtype of ``x``, or wider where the backend takes that: products run in the dtype of ``x``.
         row_offsets: ``[G + 1]`` int64 on the device of ``x``: GRN norms are taken over the rows of each group.
-        backend: the backend that fuses GELU and GRN.
-        norm_eps, grn_eps: added to the variance, and to the mean of the norms.
+        backend: the backend that fuses it.
+        eps: added to the variance of the LayerNorm, and to the mean of GRN's norms.
         rows: ``[M]`` int64, distinct: the rows of the output to compute; all of them if None.
         workspace: memory for temporaries; fresh if None.
+
+    Returns:
+        ``[N, C]``, or ``[M, C]`` with ``rows``.
+
+    Raises:
+        ValueError: if shapes do not fit.
     """
-    if backend.fuses_whole_mlp(x.shape[1], rows is not None):
-        parameters = (parameter.contiguous() for parameter in (*norm, *pwconv1, *grn, *pwconv2))
-        return _WholeMLP.apply(x, row_offsets, rows, norm_eps, grn_eps, backend, *parameters)
-    workspace = Workspace() if workspace is None else workspace
-    return _ConvNeXtMLP.apply(
-        x, *norm, *pwconv1, *grn, *pwconv2, row_offsets, rows, norm_eps, grn_eps, backend, workspace
+    channels, hidden = x.shape[-1], weights.w1.shape[0]
+    expected = [(channels,)] * 2 + [(hidden, channels), *[(hidden,)] * 3, (channels, hidden), (channels,)]
+    found = [tuple(tensor.shape) for tensor in weights]
+    if x.dim() != 2 or found != expected:
+        raise ValueError(f"expected x [N, C] and weights {expected} for C={channels}, got {tuple(x.shape)} and {found}")
+    return _MLP.apply(
+        x.contiguous(),
+        row_offsets.contiguous(),
+        None if rows is None else rows.contiguous(),
+        eps,
+        backend,
+        Workspace() if workspace is None else workspace,
+        *(tensor.contiguous() for tensor in weights),
     )

@@ -1,25 +1,37 @@
 """What the spatial operations of the encoder run on: every cell (:class:`DenseGrid`) or an active set
-(:class:`SparseGrid`). Features are channels last: ``[B, H, W, C]`` on a dense grid, ``[N, C]`` on a sparse one.
+(:class:`~sparse_ops.sparse_grid.SparseGrid`). A network written against :class:`Grid` has one definition for both.
 
-A network written against :class:`Grid` has one definition for both.
+Features lie between the layers of a network: ``[B, C, H, W]`` on a dense grid, in memory channels last, and ``[N, C]``
+on a sparse one. Cells are the same numbers with the channels last, ``[B, H, W, C]`` or ``[N, C]``, as layers that treat
+every cell by itself take them.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from sparse_ops import pointwise
+from sparse_ops.pointwise import grn_scale, widened
 
 GRNScope = Literal["image", "batch"]
-
-
 GRN_SCOPES: tuple[GRNScope, ...] = ("image", "batch")
+
+torch.fx.wrap("widened")  # it looks at the dtype, which a symbolic trace does not know
+
+
+class MLP(NamedTuple):
+    """The layers of the pointwise half of a block, in their order (ConvNeXt V2, figure 5)."""
+
+    norm: nn.LayerNorm
+    pwconv1: nn.Linear
+    act: nn.GELU
+    grn: Any
+    """A :class:`~sparse_ops.layers.GRN`, called with the cells and their grid."""
+    pwconv2: nn.Linear
 
 
 class Grid(ABC):
@@ -40,71 +52,75 @@ class Grid(ABC):
     def batch_size(self) -> int: ...
 
     @abstractmethod
-    def stem(self, images: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Non-overlapping patch embedding of ``[B, C, H, W]`` with a weight ``[out, C, k, k]`` and stride k."""
+    def stem(self, layer: nn.Conv2d, images: Tensor) -> Tensor:
+        """Non-overlapping patch embedding of images ``[B, C, H, W]``: a convolution whose stride is its kernel size."""
 
     @abstractmethod
-    def depthwise_conv(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Depthwise convolution with a weight ``[C, 1, K, K]``, stride 1, "same" padding."""
+    def depthwise(self, layer: nn.Conv2d, x: Tensor) -> Tensor:
+        """Depthwise convolution, stride 1, "same" padding."""
 
     @abstractmethod
-    def downsample(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Grid]:
-        """2×2 convolution of stride 2 with a weight ``[out, C, 2, 2]``; returns the features and their grid."""
+    def downsample(self, layer: nn.Conv2d, x: Tensor) -> Tensor:
+        """2×2 convolution of stride 2: features on the grid :meth:`down`."""
 
-    def native(self) -> Grid:
-        """The grid to run a whole network on: itself, unless its backend keeps features in a form of its own.
+    @abstractmethod
+    def down(self) -> Grid:
+        """The grid of the next stage."""
 
-        Features between :meth:`stem` and :meth:`rows` are then in that form.
+    def native(self, dtype: torch.dtype, kernel_size: int) -> Grid:
+        """The grid to run a whole network on, whose features are of ``dtype``: itself, unless a backend has its own.
+
+        Features between :meth:`stem` and :meth:`plain` are then in a form of the backend's.
         """
         return self
 
-    def rows(self, x: Tensor) -> Tensor:
+    def plain(self, x: Tensor) -> Tensor:
         """Features of a network in the form that the caller knows."""
         return x
 
-    def pointwise(self, module: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """Apply a module that treats every cell alike and by itself."""
-        return module(x)
+    def cells(self, x: Tensor) -> Tensor:
+        """Features as cells."""
+        return x
+
+    def features(self, cells: Tensor) -> Tensor:
+        """Inverse of :meth:`cells`."""
+        return cells
+
+    def pointwise(self, layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """Features from a layer that treats every cell alike and by itself."""
+        return self.features(layer(self.cells(x)))
+
+    def take(self, x: Tensor, rows: Tensor | None) -> Tensor:
+        """Features, or of the cells in row-major order those with the numbers ``rows`` ``[M]``: ``[M, C]``."""
+        return x if rows is None else self.cells(x).flatten(0, -2)[rows]
+
+    def mlp(self, x: Tensor, layers: MLP, rows: Tensor | None = None) -> Tensor:
+        """The pointwise half of a block: features, or ``[M, C]`` for the cells ``rows``, see :meth:`take`."""
+        h = layers.grn(layers.act(layers.pwconv1(layers.norm(self.cells(x)))), self)
+        if rows is not None:
+            return layers.pwconv2(h.flatten(0, -2)[rows])
+        return self.features(layers.pwconv2(h))
 
     @abstractmethod
-    def image_sum(self, x: Tensor) -> Tensor:
+    def image_sum(self, cells: Tensor) -> Tensor:
         """Sum over the cells of each image: ``[B, C]``."""
 
     @abstractmethod
-    def image_scale(self, x: Tensor, factor: Tensor) -> Tensor:
+    def image_scale(self, cells: Tensor, factor: Tensor) -> Tensor:
         """Multiply the cells of image b by ``factor[b]``; ``factor`` is ``[B, C]`` or ``[B, 1]``."""
 
-    def grn(self, x: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
-        """Global response normalisation; norms in float32 or wider, output in the dtype of ``x``."""
-        wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+    def grn(self, cells: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
+        """Global response normalisation; norms in float32 or wider, output in the dtype of ``cells``."""
+        wide = widened(cells)
         energy = self.image_sum(wide.square())
         if self.grn_scope == "batch":
             energy = energy.sum(0, keepdim=True).expand_as(energy)
-        scale = pointwise.grn_scale(energy, gamma.to(wide.dtype), eps)
-        return self.image_scale(x, scale.to(x.dtype)) + beta.to(x.dtype)
-
-    def fuses_mlp(self, x: Tensor) -> bool:
-        """Whether :meth:`fused_mlp` serves ``x``."""
-        return False
-
-    def fused_mlp(
-        self,
-        x: Tensor,
-        norm: tuple[Tensor, Tensor],
-        pwconv1: tuple[Tensor, Tensor],
-        grn: tuple[Tensor, Tensor],
-        pwconv2: tuple[Tensor, Tensor],
-        *,
-        norm_eps: float,
-        grn_eps: float,
-        rows: Tensor | None = None,
-    ) -> Tensor:
-        """The pointwise half of a block in one piece; arguments as :func:`sparse_ops.functional.convnext_mlp`."""
-        raise NotImplementedError(f"{type(self).__name__} has no fused MLP; ask fuses_mlp first")
+        scale = grn_scale(energy, gamma.to(wide.dtype), eps)
+        return self.image_scale(cells, scale.to(cells.dtype)) + beta.to(cells.dtype)
 
 
 class DenseGrid(Grid):
-    """Every cell of ``[B, H, W, C]``: ordinary dense convolutions."""
+    """Every cell of ``[B, C, H, W]``: the layers themselves are called."""
 
     def __init__(self, batch_size: int, grn_scope: GRNScope = "image") -> None:
         super().__init__(grn_scope)
@@ -114,20 +130,26 @@ class DenseGrid(Grid):
     def batch_size(self) -> int:
         return self._batch_size
 
-    def stem(self, images: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        out = F.conv2d(images.contiguous(memory_format=torch.channels_last), weight, bias, stride=weight.shape[-1])
-        return out.permute(0, 2, 3, 1)
+    def stem(self, layer: nn.Conv2d, images: Tensor) -> Tensor:
+        return layer(self.features(self.cells(images).contiguous()))  # in memory channels last from here on
 
-    def depthwise_conv(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        padding = weight.shape[-1] // 2
-        out = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=padding, groups=weight.shape[0])
-        return out.permute(0, 2, 3, 1)
+    def depthwise(self, layer: nn.Conv2d, x: Tensor) -> Tensor:
+        return layer(x)
 
-    def downsample(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, DenseGrid]:
-        return F.conv2d(x.permute(0, 3, 1, 2), weight, bias, stride=2).permute(0, 2, 3, 1), self
+    def downsample(self, layer: nn.Conv2d, x: Tensor) -> Tensor:
+        return layer(x)
 
-    def image_sum(self, x: Tensor) -> Tensor:
-        return x.sum((1, 2))
+    def down(self) -> DenseGrid:
+        return self
 
-    def image_scale(self, x: Tensor, factor: Tensor) -> Tensor:
-        return x * factor[:, None, None, :]
+    def cells(self, x: Tensor) -> Tensor:
+        return x.permute(0, 2, 3, 1)
+
+    def features(self, cells: Tensor) -> Tensor:
+        return cells.permute(0, 3, 1, 2)
+
+    def image_sum(self, cells: Tensor) -> Tensor:
+        return cells.sum((1, 2))
+
+    def image_scale(self, cells: Tensor, factor: Tensor) -> Tensor:
+        return cells * factor[:, None, None, :]

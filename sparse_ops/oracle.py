@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparse_ops.grid import DenseGrid, GRNScope
-
-NORM_EPS = 1e-6
+from sparse_ops.pointwise import MLPWeights, widened
 
 
 def visible_from_text(*images: str) -> Tensor:
@@ -42,7 +41,7 @@ def cell_coordinates(visible: Tensor, side: int) -> list[tuple[int, int, int]]:
     return cells
 
 
-def _dense_depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, visible: Tensor, side: int) -> Tensor:
+def dense_depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, visible: Tensor, side: int) -> Tensor:
     """Densify, convolve, gather in the dtype of ``x``."""
     batch, height, width = visible.shape[0], visible.shape[1] * side, visible.shape[2] * side
     cells = cell_coordinates(visible, side)
@@ -67,38 +66,23 @@ def oracle_depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, visible: Te
         ``[N, C]`` float64.
     """
     wide_bias = None if bias is None else bias.double()
-    return _dense_depthwise(x.double(), weight.double(), wide_bias, visible, side)
+    return dense_depthwise(x.double(), weight.double(), wide_bias, visible, side)
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
-
-
-def plain_mlp(
-    x: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    w1: Tensor,
-    b1: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    w2: Tensor,
-    b2: Tensor,
-    *,
-    row_offsets: Tensor,
-) -> Tensor:
+def plain_mlp(x: Tensor, weights: MLPWeights, row_offsets: Tensor, eps: tuple[float, float] = (1e-6, 1e-6)) -> Tensor:
     """LayerNorm, linear, GELU, GRN, linear as separate torch operations; arguments as :func:`sparse_ops.convnext_mlp`.
 
     GRN takes its norms in float32 or wider.
     """
-    h = F.gelu(F.linear(F.layer_norm(x, x.shape[1:], norm_weight, norm_bias, NORM_EPS), w1, b1))
-    wide = h.to(_wide(h.dtype))
+    norm_weight, norm_bias, w1, b1, gamma, beta, w2, b2 = weights
+    h = F.gelu(F.linear(F.layer_norm(x, x.shape[1:], norm_weight, norm_bias, eps[0]), w1, b1))
+    wide = widened(h)
     groups = []
     for start, stop in zip(row_offsets[:-1].tolist(), row_offsets[1:].tolist(), strict=True):
         energy = wide[start:stop].square().sum(0)
         alive = energy > 0
         norm = torch.where(alive, torch.where(alive, energy, 1).sqrt(), 0)
-        scale = 1 + gamma.to(wide.dtype) * norm / (norm.mean() + NORM_EPS)
+        scale = 1 + gamma.to(wide.dtype) * norm / (norm.mean() + eps[1])
         groups.append(h[start:stop] * scale.to(h.dtype) + beta)
     return F.linear(torch.cat(groups), w2, b2)
 
@@ -130,26 +114,25 @@ class MaskedDenseGrid(DenseGrid):
         self.side = side
         self.dtype = dtype
         batch, gh, gw = visible.shape
-        cells = visible.to(dtype)[:, :, None, :, None].expand(batch, gh, side, gw, side)
-        self.cells = cells.reshape(batch, gh * side, gw * side, 1)
+        mask = visible.to(dtype)[:, :, None, :, None].expand(batch, gh, side, gw, side)
+        self.mask = mask.reshape(batch, gh * side, gw * side, 1)
         """``[B, H, W, 1]``: 1 in visible cells, 0 in masked ones."""
 
-    def depthwise_conv(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return super().depthwise_conv(x * self.cells.to(x.dtype), weight, bias)
+    def depthwise(self, layer: nn.Conv2d, x: Tensor) -> Tensor:
+        return super().depthwise(layer, x * self.features(self.mask).to(x.dtype))
 
-    def downsample(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, MaskedDenseGrid]:
-        features, _ = super().downsample(x, weight, bias)
-        return features, MaskedDenseGrid(self.visible, self.side // 2, self.grn_scope, self.dtype)
+    def down(self) -> MaskedDenseGrid:
+        return MaskedDenseGrid(self.visible, self.side // 2, self.grn_scope, self.dtype)
 
-    def image_sum(self, x: Tensor) -> Tensor:
-        cells = self.cells.to(x.dtype)
+    def image_sum(self, cells: Tensor) -> Tensor:
+        mask = self.mask.to(cells.dtype)
         if torch.compiler.is_compiling():
-            return super().image_sum(x * cells)
-        # The mask as a row vector: one pass over x where no compiler fuses the multiplication with the sum.
-        with torch.autocast(x.device.type, enabled=False):
-            return torch.bmm(cells.flatten(1).unsqueeze(1), x.flatten(1, 2)).squeeze(1)
+            return super().image_sum(cells * mask)
+        # The mask as a row vector: one pass over the cells where no compiler fuses the multiplication with the sum.
+        with torch.autocast(cells.device.type, enabled=False):
+            return torch.bmm(mask.flatten(1).unsqueeze(1), cells.flatten(1, 2)).squeeze(1)
 
     def gather(self, x: Tensor) -> Tensor:
-        """The visible cells of ``[B, H, W, C]`` as rows ``[N, C]``, in the order of an active set."""
+        """The visible cells of features ``[B, C, H, W]`` as rows ``[N, C]``, in the order of an active set."""
         index = torch.tensor(cell_coordinates(self.visible, self.side), device=x.device).reshape(-1, 3)
-        return x[index[:, 0], index[:, 1], index[:, 2]]
+        return self.cells(x)[index[:, 0], index[:, 1], index[:, 2]]

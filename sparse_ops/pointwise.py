@@ -2,9 +2,34 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+class MLPWeights(NamedTuple):
+    """What the pointwise half of a block computes with: ``pwconv2(grn(gelu(pwconv1(layer_norm(x)))))``."""
+
+    norm_weight: Tensor
+    """``[C]``, as ``norm_bias``."""
+    norm_bias: Tensor
+    w1: Tensor
+    """``[D, C]``."""
+    b1: Tensor
+    """``[D]``, as ``gamma`` and ``beta``."""
+    gamma: Tensor
+    beta: Tensor
+    w2: Tensor
+    """``[C, D]``."""
+    b2: Tensor
+    """``[C]``."""
+
+
+def widened(x: Tensor) -> Tensor:
+    """``x`` in float32 where it has 16 bits, else as it is."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:

@@ -21,8 +21,8 @@ class BackendUnavailableError(RuntimeError):
 @cache
 def registry() -> dict[str, Backend]:
     """All backends by name, highest priority first."""
-    from sparse_ops import backends
-
+    # By name: the registry knows no backend, and each of them knows what lies below it.
+    backends = importlib.import_module("sparse_ops.backends")
     found: list[Backend] = []
     for module in pkgutil.iter_modules(backends.__path__):
         if module.name.startswith("_"):
@@ -51,26 +51,41 @@ def get_backend(name: str) -> Backend:
 
 
 @cache
-def _auto(device_type: str) -> Backend:
-    device = torch.device(device_type)
+def _checked(backend: Backend, device: torch.device) -> str | None:
+    """What is wrong with a backend that is available, by its own check; once for a device."""
+    return backend.check(device)
+
+
+@cache
+def _auto(device: torch.device, dtype: torch.dtype, kernel_size: int) -> Backend:
     for backend in registry().values():
-        if backend.rejects(device, torch.float32, 7) is not None:
+        if backend.rejects(device, dtype, kernel_size) is not None:
             continue
-        reason = backend.unavailable_reason() or backend.check(device)
+        reason = backend.unavailable_reason() or _checked(backend, device)
         if reason is None:
-            logger.info("backend auto: chose %s for %s", backend.name, device_type)
+            logger.info("backend auto: chose %s for %s, %s, kernel size %d", backend.name, device, dtype, kernel_size)
             return backend
         logger.warning("backend auto: the faster %s is not available: %s", backend.name, reason)
-    raise BackendUnavailableError(f"no backend serves device {device_type!r}")
+    raise BackendUnavailableError(f"no backend serves {dtype} and kernel size {kernel_size} on {device}")
 
 
-def resolve_backend(name: str | Backend, device: torch.device) -> Backend:
-    """The backend for ``name`` on ``device``; ``auto`` takes the best that is available there and logs the choice.
+def resolve_backend(
+    name: str | Backend, device: torch.device, dtype: torch.dtype = torch.float32, kernel_size: int = 7
+) -> Backend:
+    """The backend for ``name``; ``auto`` takes the best one that is available and serves such inputs, and logs it.
+
+    A backend that is named is not asked what it serves: it says so when it is called. There is no silent fallback.
+
+    Args:
+        name: ``auto``, a backend's name, or a backend, which is returned.
+        device: where it will run.
+        dtype: of the features.
+        kernel_size: of the depthwise convolution.
 
     Raises:
-        ValueError: if no backend has that name, or the named one does not serve the device.
-        BackendUnavailableError: if the named one cannot run here. There is no silent fallback.
+        ValueError: if no backend has that name.
+        BackendUnavailableError: if the named one cannot run here, or ``auto`` finds none.
     """
     if isinstance(name, Backend):
         return name
-    return _auto(device.type) if name == "auto" else get_backend(name)
+    return _auto(device, dtype, kernel_size) if name == "auto" else get_backend(name)

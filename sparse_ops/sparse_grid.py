@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from sparse_ops import functional, pointwise
+from sparse_ops import functional
 from sparse_ops.active_set import ActiveSet
 from sparse_ops.backend import Backend
-from sparse_ops.grid import Grid, GRNScope
-from sparse_ops.registry import resolve_backend
+from sparse_ops.grid import MLP, Grid, GRNScope
+from sparse_ops.layers import call_in_place_of, conv_weights, mlp_weights
+from sparse_ops.pointwise import autocast_dtype, pointwise_linear
+from sparse_ops.registry import get_backend, resolve_backend
 
 
 class SparseGrid(Grid):
@@ -16,8 +19,8 @@ class SparseGrid(Grid):
 
     Args:
         active: the active set.
-        backend: a name, or ``auto`` for the best one available on the device of ``active``.
-        grn_scope: see :class:`Grid`.
+        backend: a name, or ``auto`` for the best one that serves what is to be computed.
+        grn_scope: see :class:`~sparse_ops.grid.Grid`.
 
     Raises:
         ValueError: if no backend has that name.
@@ -27,70 +30,64 @@ class SparseGrid(Grid):
     def __init__(self, active: ActiveSet, backend: str | Backend = "auto", grn_scope: GRNScope = "image") -> None:
         super().__init__(grn_scope)
         self.active = active
-        self.backend = resolve_backend(backend, active.device)
+        self._choice = backend if isinstance(backend, Backend) or backend == "auto" else get_backend(backend)
+
+    def serving(self, dtype: torch.dtype, kernel_size: int) -> Backend:
+        """The backend for features of ``dtype`` and a depthwise convolution of ``kernel_size``."""
+        return resolve_backend(self._choice, self.active.device, dtype, kernel_size)
+
+    @property
+    def backend(self) -> Backend:
+        """The backend named; of ``auto`` the one for float32 and the networks' own kernel size, 7."""
+        return self.serving(torch.float32, 7)
 
     @property
     def batch_size(self) -> int:
         return self.active.batch_size
 
-    def native(self) -> SparseGrid:
-        return self.backend.native_grid(self)
+    def native(self, dtype: torch.dtype, kernel_size: int) -> Grid:
+        backend = self.serving(dtype, kernel_size)
+        return backend.native_grid(self.active, self.grn_scope) or SparseGrid(self.active, backend, self.grn_scope)
 
-    def stem(self, images: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return pointwise.pointwise_linear(self.active.gather_patches(images), weight, bias)
+    def stem(self, layer: nn.Conv2d, images: Tensor) -> Tensor:
+        weight, bias = conv_weights(layer)
+        return call_in_place_of(
+            layer, lambda images: pointwise_linear(self.active.gather_patches(images), weight, bias), images
+        )
 
-    def depthwise_conv(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return functional.depthwise_conv(x, weight, bias, self.active, self.backend)
+    def depthwise(self, layer: nn.Conv2d, x: Tensor) -> Tensor:
+        weight, bias = conv_weights(layer)
+        backend = self.serving(autocast_dtype(x.device) or x.dtype, weight.shape[-1])
+        return call_in_place_of(layer, lambda x: functional.depthwise_conv(x, weight, bias, self.active, backend), x)
 
-    def downsample(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, SparseGrid]:
+    def downsample(self, layer: nn.Conv2d, x: Tensor) -> Tensor:
+        weight, bias = conv_weights(layer)
         # Four consecutive rows are one 2×2 group in the order (0,0), (0,1), (1,0), (1,1): see morton_coordinates.
-        groups = x.reshape(-1, 4 * x.shape[1])
-        weight = weight.permute(0, 2, 3, 1)
-        return pointwise.pointwise_linear(groups, weight, bias), self._at(self.active.down())
+        return call_in_place_of(
+            layer, lambda x: pointwise_linear(x.reshape(-1, 4 * x.shape[1]), weight.permute(0, 2, 3, 1), bias), x
+        )
 
-    def _at(self, active: ActiveSet) -> SparseGrid:
-        return SparseGrid(active, self.backend, self.grn_scope)
+    def down(self) -> SparseGrid:
+        return SparseGrid(self.active.down(), self._choice, self.grn_scope)
 
-    def image_sum(self, x: Tensor) -> Tensor:
+    def image_sum(self, cells: Tensor) -> Tensor:
         count = self.active.uniform_count
         if count is not None:
-            return x.view(self.batch_size, count, x.shape[1]).sum(1)
-        return x.new_zeros(self.batch_size, x.shape[1]).index_add(0, self.active.image_index, x)
+            return cells.view(self.batch_size, count, cells.shape[1]).sum(1)
+        return cells.new_zeros(self.batch_size, cells.shape[1]).index_add(0, self.active.image_index, cells)
 
-    def image_scale(self, x: Tensor, factor: Tensor) -> Tensor:
+    def image_scale(self, cells: Tensor, factor: Tensor) -> Tensor:
         count = self.active.uniform_count
         if count is not None:
-            return (x.view(self.batch_size, count, x.shape[1]) * factor[:, None]).view(x.shape)
-        return x * factor[self.active.image_index]
+            return (cells.view(self.batch_size, count, cells.shape[1]) * factor[:, None]).view(cells.shape)
+        return cells * factor[self.active.image_index]
 
-    def fuses_mlp(self, x: Tensor) -> bool:
-        mixed = pointwise.autocast_dtype(x.device) is not None
-        return (self.backend.mixes_dtypes or not mixed) and self.backend.fuses_mlp(x.device, x.dtype)
-
-    def fused_mlp(
-        self,
-        x: Tensor,
-        norm: tuple[Tensor, Tensor],
-        pwconv1: tuple[Tensor, Tensor],
-        grn: tuple[Tensor, Tensor],
-        pwconv2: tuple[Tensor, Tensor],
-        *,
-        norm_eps: float,
-        grn_eps: float,
-        rows: Tensor | None = None,
-    ) -> Tensor:
+    def mlp(self, x: Tensor, layers: MLP, rows: Tensor | None = None) -> Tensor:
+        weights = mlp_weights(layers)
+        backend = self.serving(x.dtype, 7)
+        if weights is None or not backend.fuses_mlp(x.device, x.dtype, weights.w1.dtype):
+            return super().mlp(x, layers, rows)
         offsets = self.active.row_offsets
         groups = offsets if self.grn_scope == "image" else offsets[:: offsets.numel() - 1].contiguous()
-        return functional.convnext_mlp(
-            x,
-            norm,
-            pwconv1,
-            grn,
-            pwconv2,
-            groups,
-            self.backend,
-            norm_eps=norm_eps,
-            grn_eps=grn_eps,
-            rows=rows,
-            workspace=self.active.workspace,
-        )
+        eps = layers.norm.eps, layers.grn.eps
+        return functional.convnext_mlp(x, weights, groups, backend, eps=eps, rows=rows, workspace=self.active.workspace)

@@ -37,13 +37,13 @@ class ConvNeXtV2(Encoder):
             self.head.weight.data.mul_(head_init_scale)
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
-        """``[B, h, w, C]`` to logits ``[B, num_classes]``, or to the normalised pooled features ``[B, C]``."""
-        pooled = self.norm(features.mean((1, 2)))
+        """``[B, C, h, w]`` to logits ``[B, num_classes]``, or to the normalised pooled features ``[B, C]``."""
+        pooled = self.norm(features.mean((2, 3)))
         return pooled if pre_logits else self.head(pooled)
 
     def forward(self, images: Tensor) -> Tensor:  # type: ignore[override]  # a classifier is dense: it takes no grid
         """Logits ``[B, num_classes]`` of images ``[B, in_chans, H, W]``."""
-        return self.forward_head(self.forward_features(images)[0])
+        return self.forward_head(self.forward_features(images))
 
 
 def create_model(

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from convnextv2.models.encoder import Encoder
+from sparse_ops.grid import DenseGrid
 
 
 @torch.no_grad()
@@ -16,11 +17,9 @@ def feature_diversity(encoder: Encoder, images: Tensor) -> float:
     is the vector of its values at every cell of all ``images`` ``[B, C, H, W]`` (unmasked, on a dense grid), and the
     result is the mean over the outputs of the four stages.
     """
-    from sparse_ops.grid import DenseGrid
-
     distances = []
-    for x, _ in encoder.forward_stages(images, DenseGrid(images.shape[0])):
-        channels = nn.functional.normalize(x.flatten(0, -2).float().T, dim=1)
+    for x, grid in encoder.forward_stages(images, DenseGrid(images.shape[0])):
+        channels = nn.functional.normalize(grid.cells(x).flatten(0, -2).float().T, dim=1)
         # The mean over all pairs of unit vectors is the squared length of their mean.
         distances.append((1 - channels.mean(0).square().sum()) / 2)
     return float(torch.stack(distances).mean())

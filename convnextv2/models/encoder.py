@@ -10,11 +10,14 @@ import itertools
 from collections.abc import Iterator
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 
 from convnextv2.models.config import EncoderConfig, check_image_size
-from convnextv2.models.layers import EPS, GRN, DropPath, init_weights
-from sparse_ops.grid import DenseGrid, Grid
+from convnextv2.models.layers import EPS, DropPath, init_weights
+from sparse_ops.grid import MLP, DenseGrid, Grid
+from sparse_ops.layers import GRN
+from sparse_ops.pointwise import autocast_dtype
 
 
 class Block(nn.Module):
@@ -32,34 +35,28 @@ class Block(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=EPS)
         self.pwconv1 = nn.Linear(dim, 4 * dim)
         self.act = nn.GELU()
-        self.grn = GRN(4 * dim)
+        self.grn = GRN(4 * dim, EPS)
         self.pwconv2 = nn.Linear(4 * dim, dim)
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor, grid: Grid, rows: Tensor | None = None) -> Tensor:
-        """``[N, C]`` on a sparse grid, ``[B, H, W, C]`` on a dense one; the same shape comes back.
+        """Features of the grid, ``[B, C, H, W]`` dense and ``[N, C]`` sparse; the same shape comes back.
 
-        With ``rows``, the indices ``[M]`` of cells in row-major order, only those are computed: ``[M, C]``.
+        With ``rows``, the indices ``[M]`` of cells in row-major order, only those are computed: ``[M, C]``. Then drop
+        path must be off: it is per image, and rows are not grouped by image.
         """
-        h = grid.depthwise_conv(x, self.dwconv.weight, self.dwconv.bias)
-        if grid.fuses_mlp(h):
-            h = grid.fused_mlp(
-                h,
-                (self.norm.weight, self.norm.bias),
-                (self.pwconv1.weight, self.pwconv1.bias),
-                (self.grn.gamma.flatten(), self.grn.beta.flatten()),
-                (self.pwconv2.weight, self.pwconv2.bias),
-                norm_eps=EPS,
-                grn_eps=EPS,
-                rows=rows,
-            )
-        else:
-            h = self.grn(self.act(self.pwconv1(self.norm(h))), grid)
-            h = self.pwconv2(h if rows is None else h.flatten(0, -2)[rows])
-        if rows is not None:
-            assert self.drop_path.rate == 0, "drop path is per image; rows are not grouped by image"
-            return x.flatten(0, -2)[rows] + h
-        return x + self.drop_path(h, grid)
+        h = grid.depthwise(self.dwconv, x)
+        h = grid.mlp(h, MLP(self.norm, self.pwconv1, self.act, self.grn, self.pwconv2), rows)
+        return grid.take(x, rows) + self.drop_path(h, grid)
+
+
+class Stage(nn.Sequential):
+    """Blocks one after the other."""
+
+    def forward(self, x: Tensor, grid: Grid) -> Tensor:  # type: ignore[override]  # blocks take the grid
+        for block in self:
+            x = block(x, grid)
+        return x
 
 
 class Stem(nn.Sequential):
@@ -68,9 +65,9 @@ class Stem(nn.Sequential):
     def __init__(self, in_chans: int, dim: int, stride: int) -> None:
         super().__init__(nn.Conv2d(in_chans, dim, stride, stride=stride), nn.LayerNorm(dim, eps=EPS))
 
-    def forward(self, images: Tensor, grid: Grid) -> Tensor:  # type: ignore[override]  # a container with its own call
+    def forward(self, images: Tensor, grid: Grid) -> Tensor:  # type: ignore[override]  # as above
         conv, norm = cast(nn.Conv2d, self[0]), self[1]
-        return grid.pointwise(norm, grid.stem(images, conv.weight, conv.bias))
+        return grid.pointwise(norm, grid.stem(conv, images))
 
 
 class Downsample(nn.Sequential):
@@ -79,9 +76,20 @@ class Downsample(nn.Sequential):
     def __init__(self, dim: int, out_dim: int) -> None:
         super().__init__(nn.LayerNorm(dim, eps=EPS), nn.Conv2d(dim, out_dim, 2, stride=2))
 
-    def forward(self, x: Tensor, grid: Grid) -> tuple[Tensor, Grid]:  # type: ignore[override]  # as above
+    def forward(self, x: Tensor, grid: Grid) -> Tensor:  # type: ignore[override]  # as above
+        """Features on the grid below ``grid``."""
         norm, conv = self[0], cast(nn.Conv2d, self[1])
-        return grid.downsample(grid.pointwise(norm, x), conv.weight, conv.bias)
+        return grid.downsample(conv, grid.pointwise(norm, x))
+
+
+def check_images(images: Tensor, in_chans: int, patch_size: int) -> None:
+    """Raise ValueError unless images are ``[B, in_chans, H, W]`` with H and W divisible by the patch size."""
+    if images.dim() != 4 or images.shape[1] != in_chans:
+        raise ValueError(f"expected images [B, {in_chans}, H, W], got {tuple(images.shape)}")
+    check_image_size(tuple(images.shape[2:]), patch_size)
+
+
+torch.fx.wrap("check_images")  # a symbolic trace knows no shapes
 
 
 class Encoder(nn.Module):
@@ -104,7 +112,7 @@ class Encoder(nn.Module):
         last = max(sum(config.depths) - 1, 1)
         rates = (config.drop_path_rate * index / last for index in itertools.count())
         self.stages = nn.ModuleList(
-            nn.ModuleList(Block(dim, next(rates), config.kernel_size) for _ in range(depth))
+            Stage(*(Block(dim, next(rates), config.kernel_size) for _ in range(depth)))
             for depth, dim in zip(config.depths, dims, strict=True)
         )
         self.apply(init_weights)
@@ -120,29 +128,28 @@ class Encoder(nn.Module):
             ValueError: if the channels do not fit, or H or W is not divisible by the patch size.
         """
         config = self.encoder_config
-        if images.dim() != 4 or images.shape[1] != config.in_chans:
-            raise ValueError(f"expected images [B, {config.in_chans}, H, W], got {tuple(images.shape)}")
-        grid = grid.native()
-        stem, *downsamples = self.downsample_layers
-        x = stem(images, grid)
-        for index, stage in enumerate(self.stages):
-            if index:
-                x, grid = downsamples[index - 1](x, grid)
-            for block in stage.children():
-                x = block(x, grid)
-            yield grid.rows(x), grid
+        check_images(images, config.in_chans, config.patch_size)
+        grid = grid.native(autocast_dtype(images.device) or images.dtype, config.kernel_size)
+        x = images
+        for index, (reduce, stage) in enumerate(zip(self.downsample_layers, self.stages, strict=True)):
+            x = reduce(x, grid)
+            grid = grid.down() if index else grid
+            x = stage(x, grid)
+            yield grid.plain(x), grid
 
-    def forward_features(self, images: Tensor, grid: Grid | None = None) -> tuple[Tensor, Grid]:
-        """Features of the last stage and their grid; a dense grid by default: ``[B, H/32, W/32, C]`` (patch size 32).
+    def forward_features(self, images: Tensor, grid: Grid | None = None) -> Tensor:
+        """Features of the last stage: ``[B, C, H/32, W/32]`` (patch size 32), or ``[N, C]`` on a sparse grid.
+
+        Args:
+            images: ``[B, in_chans, H, W]``.
+            grid: the grid after the stem, see :meth:`forward_stages`; every cell of ``images`` by default.
 
         Raises:
             ValueError: if the channels do not fit, or H or W is not divisible by the patch size.
         """
-        if images.dim() == 4:
-            check_image_size(tuple(images.shape[2:]), self.encoder_config.patch_size)
-        *_, last = self.forward_stages(images, DenseGrid(images.shape[0]) if grid is None else grid)
-        return last
+        *_, (features, _) = self.forward_stages(images, DenseGrid(images.shape[0]) if grid is None else grid)
+        return features
 
     def forward(self, images: Tensor, grid: Grid | None = None) -> Tensor:
-        """Features of the last stage, channels last: ``[B, h, w, C]`` dense, ``[N, C]`` sparse."""
-        return self.forward_features(images, grid)[0]
+        """:meth:`forward_features`."""
+        return self.forward_features(images, grid)

@@ -8,15 +8,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from convnextv2.models.config import EncoderConfig, FCMAEConfig, check_image_size, encoder_config
-from convnextv2.models.encoder import Block, Encoder
+from convnextv2.models.config import EncoderConfig, FCMAEConfig, encoder_config
+from convnextv2.models.encoder import Block, Encoder, check_images
 from convnextv2.models.layers import init_weights
 from convnextv2.models.masking import keep_count, random_mask
 from sparse_ops.active_set import ActiveSet
 from sparse_ops.backend import Backend
 from sparse_ops.grid import DenseGrid, GRNScope
-from sparse_ops.pointwise import autocast_dtype, pointwise_linear
-from sparse_ops.registry import resolve_backend
+from sparse_ops.layers import pointwise_conv
+from sparse_ops.pointwise import autocast_dtype
+from sparse_ops.registry import get_backend, resolve_backend
 from sparse_ops.sparse_grid import SparseGrid
 
 TARGET_EPS = 1e-6
@@ -84,24 +85,25 @@ class FCMAE(nn.Module):
                 anything but 0 and 1.
         """
         patch = self.config.encoder.patch_size
-        if images.dim() != 4 or images.shape[1] != self.config.encoder.in_chans:
-            raise ValueError(f"expected images [B, {self.config.encoder.in_chans}, H, W], got {tuple(images.shape)}")
-        check_image_size(tuple(images.shape[2:]), patch)
+        check_images(images, self.config.encoder.in_chans, patch)
         grid_size = images.shape[2] // patch, images.shape[3] // patch
         mask, keep = self._mask(images, mask, mask_ratio, grid_size, generator)
-        backend = resolve_backend(self.backend, images.device)
-        if not torch.compiler.is_compiling():
-            self._warm_up(backend, images.device)
-        loss, pred = (self._compiled or self._masked)(images, mask, keep, backend, return_pred)
+        backends = self._backends(images.device)
+        loss, pred = (self._compiled or self._masked)(images, mask, keep, backends, return_pred)
         return FCMAEOutput(loss, pred, mask)
 
-    def _warm_up(self, backend: Backend, device: torch.device) -> None:
-        """What the backend can do ahead of a step; it does so once."""
+    def _backends(self, device: torch.device) -> tuple[Backend, Backend]:
+        """Those of the encoder and the decoder, warmed up for a step, which they do once."""
         config, dtype = self.config, autocast_dtype(device) or self.mask_token.dtype
-        backend.warm_up(config.encoder.stages, config.encoder.kernel_size, device, dtype)
-        backend.warm_up(
-            [(1, config.decoder_dim)], self.decoder[0].get_parameter("dwconv.weight").shape[-1], device, dtype
+        parts = (
+            (config.encoder.stages, config.encoder.kernel_size),
+            ([(1, config.decoder_dim)], self.decoder[0].get_parameter("dwconv.weight").shape[-1]),
         )
+        found = [resolve_backend(self.backend, device, dtype, kernel_size) for _, kernel_size in parts]
+        if not torch.compiler.is_compiling():
+            for backend, part in zip(found, parts, strict=True):
+                backend.warm_up(*part, device, dtype)
+        return found[0], found[1]
 
     def compile(self, **options: Any) -> None:
         """Compile everything after the mask is drawn, with ``options`` of :func:`torch.compile`; one graph, no breaks.
@@ -115,22 +117,25 @@ class FCMAE(nn.Module):
         return {**self.__dict__, "_compiled": None}  # copies are not compiled
 
     def _masked(
-        self, images: Tensor, mask: Tensor, keep: int | None, backend: Backend, return_pred: bool
+        self,
+        images: Tensor,
+        mask: Tensor,
+        keep: int | None,
+        backends: tuple[Backend, Backend],
+        return_pred: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """Loss and prediction."""
         grid_size = images.shape[2] // self.config.encoder.patch_size, images.shape[3] // self.config.encoder.patch_size
         visible = ActiveSet.from_mask(mask, grid_size, keep=keep)
         hidden = ActiveSet.from_mask(1 - mask, grid_size, side=1, keep=None if keep is None else mask.shape[1] - keep)
-        features, grid = self.encode(images, visible, backend)
+        features, grid = self.encode(images, visible, backends[0])
         pred = None
         if return_pred:
-            decoded = self.decode(features, grid)
-            pred = pointwise_linear(decoded, self.pred.weight, self.pred.bias)
-            pred_hidden = hidden.gather(pred)
-            pred = pred.permute(0, 3, 1, 2)
+            cells = pointwise_conv(self.pred, self.decode(features, grid, backend=backends[1]))
+            pred_hidden = hidden.gather(cells)
+            pred = cells.permute(0, 3, 1, 2)
         else:
-            decoded = self.decode(features, grid, hidden.patch_index)
-            pred_hidden = pointwise_linear(decoded, self.pred.weight, self.pred.bias)
+            pred_hidden = pointwise_conv(self.pred, self.decode(features, grid, hidden.patch_index, backends[1]))
         return self.loss(pred_hidden, self.targets(images, hidden)), pred
 
     def _mask(
@@ -167,29 +172,32 @@ class FCMAE(nn.Module):
         """Features ``[P, C]`` of the visible patches, and the sparse grid of the last stage; the network's own backend
         by default."""
         grid = SparseGrid(visible, self.backend if backend is None else backend, self.config.grn_scope)
-        features, last = self.encoder.forward_features(images, grid)
+        *_, (features, last) = self.encoder.forward_stages(images, grid)
         assert isinstance(last, SparseGrid)
         return features, last
 
-    def decode(self, features: Tensor, grid: SparseGrid, rows: Tensor | None = None) -> Tensor:
+    def decode(
+        self, features: Tensor, grid: SparseGrid, rows: Tensor | None = None, backend: Backend | None = None
+    ) -> Tensor:
         """Decoder output ``[B, gh, gw, decoder_dim]`` from the features of the visible patches.
 
         The mask token takes the place of masked patches after the projection, as in the official code. With ``rows``,
-        the indices ``[M]`` of patches in the batch, only those are computed: ``[M, decoder_dim]``.
+        the indices ``[M]`` of patches in the batch, only those are computed: ``[M, decoder_dim]``. The decoder runs on
+        ``backend`` where that fuses its layers, by default the encoder's, and else dense.
         """
-        projected = pointwise_linear(features, self.proj.weight, self.proj.bias)
-        x = grid.active.densify(projected, fill=self.mask_token.flatten())
+        backend = grid.backend if backend is None else backend
+        map_ = grid.active.densify(pointwise_conv(self.proj, features), fill=self.mask_token.flatten())
         everything: DenseGrid | SparseGrid = DenseGrid(grid.batch_size)
-        if grid.fuses_mlp(x):
-            # Rows of single cells are in row-major order, so the dense map is a sparse one with nothing masked.
-            full = ActiveSet.full(grid.batch_size, grid.active.map_size, side=1, device=x.device)
-            everything = SparseGrid(full, grid.backend)
-        h = x.flatten(0, 2) if isinstance(everything, SparseGrid) else x
+        if backend.fuses_mlp(map_.device, map_.dtype, self.mask_token.dtype):
+            full = ActiveSet.full(grid.batch_size, grid.active.map_size, side=1, device=map_.device)
+            everything = SparseGrid(full, backend)
+        # Rows of single cells are in row-major order, so the dense map is a sparse one with nothing masked.
+        x = map_.flatten(0, 2) if isinstance(everything, SparseGrid) else everything.features(map_)
         *blocks, last = self.decoder
         for block in blocks:
-            h = block(h, everything)
-        h = last(h, everything, rows)
-        return h.view(x.shape) if rows is None else h
+            x = block(x, everything)
+        x = last(x, everything, rows)
+        return x if rows is not None else everything.cells(x).view(map_.shape)
 
     def targets(self, images: Tensor, hidden: ActiveSet) -> Tensor:
         """Target pixels ``[M, patch_size² · in_chans]`` of the masked patches, float32, channels last in a patch.
@@ -284,7 +292,5 @@ def create_fcmae(
     config = FCMAEConfig(encoder, size, mask_ratio, decoder_depth, decoder_dim, norm_pix_loss, grn_scope)
     keep_count(config.grid_size[0] * config.grid_size[1], mask_ratio)
     if backend != "auto":
-        from sparse_ops.registry import get_backend
-
         get_backend(backend)
     return FCMAE(config, backend)

@@ -1,33 +1,13 @@
-"""Layers that know the grid they run on. Channels are last everywhere."""
+"""What blocks are made of beside torch's own layers."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from sparse_ops.grid import Grid
 
 EPS = 1e-6
 """Added to the variance of LayerNorm and to the mean norm of GRN, as in the official code."""
-
-
-class GRN(nn.Module):
-    """Global response normalisation (ConvNeXt V2, section 3.2): ``x · (1 + gamma · N(G(x))) + beta``.
-
-    ``G`` is the L2 norm of a channel over the visible cells, ``N`` divides it by its mean over the channels. Norms
-    are computed in float32 or wider; a channel that is zero everywhere has norm 0 and gradient 0, not NaN.
-
-    Args:
-        dim: channels. The parameters have the shape ``[1, 1, 1, dim]`` of the official dense network.
-    """
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.gamma = nn.Parameter(torch.zeros(1, 1, 1, dim))
-        self.beta = nn.Parameter(torch.zeros(1, 1, 1, dim))
-
-    def forward(self, x: Tensor, grid: Grid) -> Tensor:
-        return grid.grn(x, self.gamma.flatten(), self.beta.flatten(), EPS)
 
 
 class DropPath(nn.Module):
@@ -45,8 +25,11 @@ class DropPath(nn.Module):
         if self.rate == 0.0 or not self.training:
             return x
         keep = 1 - self.rate
-        factor = torch.empty(grid.batch_size, 1, dtype=x.dtype, device=x.device).bernoulli_(keep).div_(keep)
-        return grid.image_scale(x, factor)
+
+        def drop(cells: Tensor) -> Tensor:
+            return grid.image_scale(cells, cells.new_empty(grid.batch_size, 1).bernoulli_(keep).div_(keep))
+
+        return grid.pointwise(drop, x)
 
     def extra_repr(self) -> str:
         return f"rate={self.rate:.3f}"

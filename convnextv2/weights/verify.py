@@ -21,7 +21,6 @@ from convnextv2.weights.checkpoint import CheckpointError
 from convnextv2.weights.layouts import Layout, detect_layout
 from convnextv2.weights.reading import read_weights
 from sparse_ops.active_set import ActiveSet
-from sparse_ops.grid import DenseGrid
 from sparse_ops.oracle import MaskedDenseGrid
 from sparse_ops.sparse_grid import SparseGrid
 
@@ -246,7 +245,7 @@ def verify_conversion(source: Mapping[str, Tensor], written: Mapping[str, Tensor
         return sparse_encoder(images, SparseGrid(ActiveSet.from_mask(~shown), "reference"))
 
     everything = torch.ones_like(visible)
-    masked_dense = dense_encoder(images, MaskedDenseGrid(visible, dtype=torch.float64))
+    masked_dense = dense_encoder(images, MaskedDenseGrid(visible, dtype=torch.float64)).permute(0, 2, 3, 1)
     full = sparse_features(everything)
     foreign = None
     for layout, state in zip(layouts, (source, written), strict=True):
@@ -255,6 +254,6 @@ def verify_conversion(source: Mapping[str, Tensor], written: Mapping[str, Tensor
             foreign = max(foreign or 0.0, _relative(features, full))
     return Verification(
         _relative(masked_dense[visible], sparse_features(visible)),
-        _relative(dense_encoder(images, DenseGrid(2)).flatten(0, 2), full),
+        _relative(dense_encoder(images).permute(0, 2, 3, 1).flatten(0, 2), full),
         foreign,
     )

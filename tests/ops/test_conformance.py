@@ -11,6 +11,8 @@ from sparse_ops import ActiveSet, Backend, convnext_mlp, depthwise_conv, get_bac
 from sparse_ops.conformance import check_conformance, check_mlp_conformance
 from sparse_ops.conformance_cases import CASES, MLP_CASES, ConformanceCase, MLPCase, random_case
 from sparse_ops.oracle import oracle_depthwise
+from sparse_ops.pointwise import MLPWeights
+from sparse_ops.workspace import Workspace
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -32,7 +34,7 @@ def fused() -> list[tuple[str, str, torch.dtype]]:
     return [
         (name, device, dtype)
         for name, device, dtype in served()
-        if registry()[name].fuses_mlp(torch.device(device), dtype)
+        if registry()[name].fuses_mlp(torch.device(device), dtype, dtype)
     ]
 
 
@@ -112,9 +114,8 @@ def test_gradcheck_fused_mlp(name, device, dtype, scope):
     del values["grad"]
     backend = registry()[name]
 
-    def run(x: Tensor, nw: Tensor, nb: Tensor, w1: Tensor, b1: Tensor, g: Tensor, b: Tensor, w2: Tensor, b2: Tensor):
-        parts = ((nw, nb), (w1, b1), (g, b), (w2, b2))
-        return convnext_mlp(x, *parts, case.row_offsets.to(device), backend, norm_eps=1e-6, grn_eps=1e-6)
+    def run(x: Tensor, *weights: Tensor):
+        return convnext_mlp(x, MLPWeights(*weights), case.row_offsets.to(device), backend)
 
     assert torch.autograd.gradcheck(run, [v.requires_grad_() for v in values.values()])
 
@@ -159,34 +160,32 @@ def test_memory_is_poisoned():
 class Correct(type(get_backend("reference"))):
     name = "mutant"
 
-    def fuses_mlp(self, device: torch.device, dtype: torch.dtype) -> bool:
+    def fuses_mlp(self, device, dtype, weights_dtype) -> bool:
         return True
 
-    def gelu_grn(self, h, bias, gamma, beta, row_offsets, eps, out):
-        norms, result = self._grn(h + bias, gamma, beta, row_offsets, eps)
-        out.copy_(result)
-        return norms
+    def mlp(self, x, weights, row_offsets, rows, eps, workspace):
+        return self._mlp(x, *weights, row_offsets=row_offsets), ()
 
-    def gelu_grn_backward(self, grad, h, bias, gamma, beta, norms, row_offsets, eps, out):
+    def mlp_backward(self, grad, x, weights, row_offsets, rows, kept, eps, workspace):
         with torch.enable_grad():
-            leaves = [t.detach().requires_grad_() for t in (h + bias, gamma, beta)]
-            _, result = self._grn(*leaves, row_offsets, eps)
-            grad_h, grad_gamma, grad_beta = torch.autograd.grad(result, leaves, grad.clone())
-        out.copy_(result.detach())
-        grad.copy_(grad_h)
-        return grad_gamma, grad_beta, grad_h.sum(0)
+            leaves = [t.detach().requires_grad_() for t in (x, *weights)]
+            return list(torch.autograd.grad(self._mlp(*leaves, row_offsets=row_offsets), leaves, grad))
 
     approximate = "none"
 
     def norm(self, energy: Tensor) -> Tensor:
         return torch.where(energy > 0, torch.where(energy > 0, energy, 1).sqrt(), 0)
 
+    def _mlp(self, x, norm_weight, norm_bias, w1, b1, gamma, beta, w2, b2, *, row_offsets):
+        h = torch.nn.functional.layer_norm(x, x.shape[1:], norm_weight, norm_bias, 1e-6) @ w1.t() + b1
+        return self._grn(h, gamma, beta, row_offsets, 1e-6) @ w2.t() + b2
+
     def _grn(self, h, gamma, beta, row_offsets, eps):
         y = torch.nn.functional.gelu(h, approximate=self.approximate)
         groups = y.split(row_offsets.diff().tolist())
         norms = torch.stack([self.norm(group.square().sum(0)) for group in groups])
         scale = 1 + gamma * norms / (norms.mean(-1, keepdim=True) + eps)
-        return norms, torch.cat([g * s + beta for g, s in zip(groups, scale, strict=True)])
+        return torch.cat([g * s + beta for g, s in zip(groups, scale, strict=True)])
 
 
 class TransposedTaps(Correct):
@@ -341,23 +340,18 @@ def run_every_kernel(backend: Backend, device: str) -> None:
     backend.depthwise(x, weight, values["bias"], active, reverse_taps=False)
     backend.depthwise(x, weight, None, active, reverse_taps=True)
     backend.depthwise_weight_grad(x, grad, active, 7)
-    if not backend.fuses_mlp(torch.device(device), torch.float32):
+    if not backend.fuses_mlp(torch.device(device), torch.float32, torch.float32):
         return
-    if not backend.fuses_whole_mlp(5, False):
-        gamma, beta = values["bias"], values["bias"].flip(0)
-        out = torch.empty_like(x)
-        norms = backend.gelu_grn(x, gamma, gamma, beta, active.row_offsets, 1e-6, out)
-        backend.gelu_grn_backward(torch.ones_like(x), x, gamma, gamma, beta, norms, active.row_offsets, 1e-6, out)
-        _, mean, rstd = torch.native_layer_norm(x, [x.shape[1]], gamma, beta, 1e-6)
-        backend.layer_norm_backward(grad, x, mean, rstd, gamma, beta, out)
-    for some_rows in (None, torch.tensor([4, 1], device=device)):
-        if not backend.fuses_whole_mlp(8, some_rows is not None):
-            continue
-        wide, narrow = torch.randn(2, 32, device=device), torch.randn(3, 8, device=device)
-        parameters = (*narrow[:2], wide[0].outer(narrow[0]), *wide, wide[1], narrow[1].outer(wide[1]), narrow[2])
-        features, offsets = torch.randn(5, 8, device=device), torch.tensor([0, 2, 5], device=device)
-        out, kept = backend.mlp(features, parameters, offsets, some_rows, 1e-6, 1e-6)
-        backend.mlp_backward(out, features, parameters, offsets, some_rows, kept, 1e-6, 1e-6)
+    for channels, some_rows in ((8, None), (8, torch.tensor([4, 1], device=device)), (5, None)):
+        case = MLPCase("opcheck", (2, 3), channels=channels)
+        values = case.values(torch.float32, device)
+        features, grad = values.pop("x"), values.pop("grad")
+        weights, offsets = MLPWeights(**values), case.row_offsets.to(device)
+        eps, workspace = (1e-6, 1e-6), Workspace()
+        out, kept = backend.mlp(features, weights, offsets, some_rows, eps, workspace)
+        grad = grad if some_rows is None else grad[some_rows]
+        assert out.shape == grad.shape
+        backend.mlp_backward(grad, features, weights, offsets, some_rows, kept, eps, workspace)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -13,16 +13,16 @@ from torch import Tensor
 from sparse_ops.active_set import ActiveSet
 from sparse_ops.backend import Backend
 from sparse_ops.backends._operators import run
+from sparse_ops.backends.cpu import composed
 from sparse_ops.backends.cpu.library import DTYPES, _load
 from sparse_ops.backends.cpu.operators import (
     cpu_depthwise,
     cpu_depthwise_weight_grad,
-    cpu_gelu_grn,
-    cpu_gelu_grn_backward,
-    cpu_layer_norm_backward,
     cpu_mlp,
     cpu_mlp_backward,
 )
+from sparse_ops.pointwise import MLPWeights
+from sparse_ops.workspace import Workspace
 
 KERNEL_SIZES = (3, 5, 7)
 
@@ -72,60 +72,42 @@ class CPUBackend(Backend):
     def depthwise_weight_grad(self, x: Tensor, grad: Tensor, active: ActiveSet, kernel_size: int) -> Tensor:
         return run(cpu_depthwise_weight_grad, x, grad, active.patch_neighbours(kernel_size), active.side, kernel_size)
 
-    def fuses_mlp(self, device: torch.device, dtype: torch.dtype) -> bool:
-        return device.type == "cpu" and dtype in (torch.float32, torch.float64)
-
-    def gelu_grn(
-        self, h: Tensor, bias: Tensor, gamma: Tensor, beta: Tensor, row_offsets: Tensor, eps: float, out: Tensor
-    ) -> Tensor:
-        return run(cpu_gelu_grn, h, bias, gamma, beta, row_offsets, eps, out)
-
-    def gelu_grn_backward(
-        self,
-        grad: Tensor,
-        h: Tensor,
-        bias: Tensor,
-        gamma: Tensor,
-        beta: Tensor,
-        norms: Tensor,
-        row_offsets: Tensor,
-        eps: float,
-        out: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return run(cpu_gelu_grn_backward, grad, h, bias, gamma, beta, norms, row_offsets, eps, out)
-
-    def layer_norm_backward(
-        self, grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, out: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return run(cpu_layer_norm_backward, grad, x, mean, rstd, weight, bias, out)
-
-    def fuses_whole_mlp(self, channels: int, some_rows: bool) -> bool:
-        return not some_rows and channels <= MLP_MAX_CHANNELS and channels % MLP_CHANNELS_MULTIPLE == 0
+    def fuses_mlp(self, device: torch.device, dtype: torch.dtype, weights_dtype: torch.dtype) -> bool:
+        return device.type == "cpu" and dtype in (torch.float32, torch.float64) and weights_dtype == dtype
 
     def mlp(
         self,
         x: Tensor,
-        parameters: tuple[Tensor, ...],
+        weights: MLPWeights,
         row_offsets: Tensor,
         rows: Tensor | None,
-        norm_eps: float,
-        grn_eps: float,
+        eps: tuple[float, float],
+        workspace: Workspace,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        *kept, out = run(cpu_mlp, x, list(parameters), row_offsets, norm_eps, grn_eps)
+        if not _fits(x.shape[1], rows):
+            return composed.forward(x, weights, row_offsets, rows, eps, workspace)
+        *kept, out = run(cpu_mlp, x, list(weights), row_offsets, *eps)
         return out, tuple(kept)
 
     def mlp_backward(
         self,
         grad: Tensor,
         x: Tensor,
-        parameters: tuple[Tensor, ...],
+        weights: MLPWeights,
         row_offsets: Tensor,
         rows: Tensor | None,
         kept: tuple[Tensor, ...],
-        norm_eps: float,
-        grn_eps: float,
+        eps: tuple[float, float],
+        workspace: Workspace,
     ) -> list[Tensor]:
-        return run(cpu_mlp_backward, grad, x, list(parameters), row_offsets, list(kept), norm_eps, grn_eps)
+        if not _fits(x.shape[1], rows):
+            return composed.backward(grad, x, weights, row_offsets, rows, kept, eps[1], workspace)
+        return run(cpu_mlp_backward, grad, x, list(weights), row_offsets, list(kept), *eps)
+
+
+def _fits(channels: int, rows: Tensor | None) -> bool:
+    """Whether the whole pointwise half is one kernel; else it is composed of several and of torch's products."""
+    return rows is None and channels <= MLP_MAX_CHANNELS and channels % MLP_CHANNELS_MULTIPLE == 0
 
 
 BACKEND = CPUBackend()

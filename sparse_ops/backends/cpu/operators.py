@@ -73,7 +73,13 @@ def _(x: Tensor, grad: Tensor, neighbours: Tensor, side: int, kernel_size: int) 
 def cpu_gelu_grn(
     h: Tensor, bias: Tensor, gamma: Tensor, beta: Tensor, row_offsets: Tensor, eps: float, out: Tensor
 ) -> Tensor:
-    """See :meth:`sparse_ops.backend.Backend.gelu_grn`."""
+    """GRN of the GELU of ``h + bias`` into ``out``, both ``[N, D]`` (ConvNeXt V2, eq. 1-3).
+
+    bias, gamma, beta are ``[D]``; norms are taken over the rows of each group of ``row_offsets`` ``[G + 1]`` int64.
+
+    Returns:
+        The channel norms ``[G, D]``.
+    """
     groups = row_offsets.numel() - 1
     norms = h.new_empty(groups, h.shape[1])
     args = _GeluGrnArgs(
@@ -110,7 +116,11 @@ def cpu_gelu_grn_backward(
     eps: float,
     out: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See :meth:`sparse_ops.backend.Backend.gelu_grn_backward`; ``grad`` becomes the gradient for ``h``."""
+    """Backward of :func:`cpu_gelu_grn`; ``grad`` ``[N, D]`` becomes the gradient for ``h``, ``out`` the output.
+
+    Returns:
+        ``(grad_gamma, grad_beta, gradient for h summed over the rows)``, each ``[D]``.
+    """
     grad_gamma, grad_beta, grad_bias = torch.empty_like(gamma), torch.empty_like(beta), torch.empty_like(beta)
     args = _GeluGrnArgs(
         h=_pointer(h),
@@ -152,7 +162,12 @@ def _(
 def cpu_layer_norm_backward(
     grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, out: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See :meth:`sparse_ops.backend.Backend.layer_norm_backward`."""
+    """Backward of LayerNorm over the channels of ``x`` ``[N, C]`` from mean and rstd ``[N, 1]``; ``out`` receives the
+    output of the forward pass again.
+
+    Returns:
+        ``(grad_x, grad_weight, grad_bias)``.
+    """
     grad_x, grad_weight, grad_bias = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias)
     args = _LayerNormArgs(
         grad=_pointer(grad),

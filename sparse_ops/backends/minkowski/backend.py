@@ -14,12 +14,13 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparse_ops.active_set import ActiveSet
 from sparse_ops.backend import Backend
 from sparse_ops.backends.minkowski import layers
-from sparse_ops.grid import GRNScope
+from sparse_ops.grid import MLP, Grid, GRNScope
+from sparse_ops.layers import conv_weights
 from sparse_ops.sparse_grid import SparseGrid
 
 REMEDY = "python scripts/install_minkowski.py builds and installs it"
@@ -116,9 +117,9 @@ class Coordinates:
 
 
 class MinkowskiGrid(SparseGrid):
-    """A sparse grid whose features are ``MinkowskiEngine.SparseTensor``, between :meth:`stem` and :meth:`rows`.
+    """A sparse grid whose features are ``MinkowskiEngine.SparseTensor``, between :meth:`stem` and :meth:`plain`.
 
-    Computes in float32 or float64; under autocast the whole of it is kept in float32.
+    Cells are in the engine's order. Computes in float32 or float64; under autocast the whole of it is kept in float32.
 
     Args:
         active: the active set, not empty.
@@ -130,14 +131,14 @@ class MinkowskiGrid(SparseGrid):
         super().__init__(active, backend, grn_scope)
         self.coordinates = Coordinates.of(active)
 
-    def native(self) -> SparseGrid:
+    def native(self, dtype: torch.dtype, kernel_size: int) -> Grid:
         return self
 
     def _full_precision(self) -> torch.autocast:
         return torch.autocast(self.active.device.type, enabled=False)
 
-    def stem(self, images: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
-        rows = super().stem(images, weight, bias)
+    def stem(self, layer: nn.Conv2d, images: Tensor) -> Any:
+        rows = super().stem(layer, images)
         if torch.is_autocast_enabled(rows.device.type):
             rows = rows.float()
         layers.check_dtype(rows.dtype)
@@ -146,58 +147,46 @@ class MinkowskiGrid(SparseGrid):
             place.to_engine(rows), coordinate_map_key=place.key, coordinate_manager=place.manager
         )
 
-    def rows(self, x: Any) -> Tensor:
+    def plain(self, x: Any) -> Tensor:
         return self.coordinates.to_rows(x.F)
 
-    def pointwise(self, module: Callable[[Tensor], Tensor], x: Any) -> Any:
+    def pointwise(self, layer: Callable[[Tensor], Tensor], x: Any) -> Any:
         with self._full_precision():
-            return layers.with_features(x, module(x.F))
+            return layers.with_features(x, layer(x.F))
 
-    def depthwise_conv(self, x: Any, weight: Tensor, bias: Tensor | None) -> Any:
+    def depthwise(self, layer: nn.Conv2d, x: Any) -> Any:
+        weight, bias = conv_weights(layer)
         with self._full_precision():
             kernel_TC = weight.transpose(2, 3).flatten(1).t()
             return layers.depthwise_conv(x, kernel_TC, bias, weight.shape[-1])
 
-    def downsample(self, x: Any, weight: Tensor, bias: Tensor | None) -> tuple[Any, SparseGrid]:
-        grid = type(self)(self.active.down(), self.backend, self.grn_scope)
+    def downsample(self, layer: nn.Conv2d, x: Any) -> Any:
+        weight, bias = conv_weights(layer)
         with self._full_precision():
             kernel = weight.transpose(2, 3).flatten(2).permute(2, 1, 0)
-            return layers.strided_conv(x, kernel, bias, 2, grid.coordinates.key), grid
+            return layers.strided_conv(x, kernel, bias, 2, self.down().coordinates.key)
 
-    def image_sum(self, x: Any) -> Tensor:
-        place = self.coordinates
-        return x.F.new_zeros(self.batch_size, x.F.shape[1]).index_add(0, place.image_index, x.F)
+    def down(self) -> MinkowskiGrid:
+        return type(self)(self.active.down(), self.backend, self.grn_scope)
 
-    def image_scale(self, x: Any, factor: Tensor) -> Any:
-        return layers.scale_images(x, factor)
+    def image_sum(self, cells: Tensor) -> Tensor:
+        return cells.new_zeros(self.batch_size, cells.shape[1]).index_add(0, self.coordinates.image_index, cells)
 
-    def fuses_mlp(self, x: Any) -> bool:
-        return not isinstance(x, Tensor)
+    def image_scale(self, cells: Tensor, factor: Tensor) -> Tensor:
+        return cells * factor.index_select(0, self.coordinates.image_index)
 
-    def fused_mlp(
-        self,
-        x: Any,
-        norm: tuple[Tensor, Tensor],
-        pwconv1: tuple[Tensor, Tensor],
-        grn: tuple[Tensor, Tensor],
-        pwconv2: tuple[Tensor, Tensor],
-        *,
-        norm_eps: float,
-        grn_eps: float,
-        rows: Tensor | None = None,
-    ) -> Any:
-        """The pointwise half of a block, layer by layer; arguments as :func:`sparse_ops.functional.convnext_mlp`.
+    def mlp(self, x: Any, block: MLP, rows: Tensor | None = None) -> Any:
+        """See :meth:`~sparse_ops.grid.Grid.mlp`.
 
         Raises:
             ValueError: if ``rows`` are asked for, which sparse tensors do not know.
         """
         if rows is not None:
             raise ValueError("a network on MinkowskiEngine computes every cell; rows must be None")
-        with self._full_precision():
-            h = layers.layer_norm(x, *norm, norm_eps)
-            h = layers.gelu(layers.linear(h, *pwconv1))
-            h = layers.grn(h, *grn, self.grn_scope, grn_eps)
-            return layers.linear(h, *pwconv2)
+        h = self.pointwise(block.norm, x)
+        h = self.pointwise(block.act, self.pointwise(block.pwconv1, h))
+        h = self.pointwise(lambda cells: block.grn(cells, self), h)
+        return self.pointwise(block.pwconv2, h)
 
 
 class MinkowskiBackend(Backend):
@@ -221,10 +210,12 @@ class MinkowskiBackend(Backend):
             return "MinkowskiEngine was built for processors; install_minkowski.py --cuda builds it for CUDA"
         return None
 
-    def native_grid(self, grid: SparseGrid) -> SparseGrid:
-        if grid.active.num_cells == 0:
-            return grid  # MinkowskiEngine has no empty coordinate map, and there is nothing to compute
-        return MinkowskiGrid(grid.active, self, grid.grn_scope)
+    traceable = False
+
+    def native_grid(self, active: ActiveSet, grn_scope: GRNScope) -> Grid | None:
+        if active.num_cells == 0:
+            return None  # MinkowskiEngine has no empty coordinate map, and there is nothing to compute
+        return MinkowskiGrid(active, self, grn_scope)
 
     def depthwise(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, active: ActiveSet, *, reverse_taps: bool

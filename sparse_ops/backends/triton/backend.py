@@ -26,6 +26,8 @@ from sparse_ops.backends.triton.depthwise import (
 )
 from sparse_ops.backends.triton.launch import interpreting, only_compiling
 from sparse_ops.backends.triton.mlp import triton_mlp, triton_mlp_backward
+from sparse_ops.pointwise import MLPWeights
+from sparse_ops.workspace import Workspace
 
 
 def _compile_stage(side: int, channels: int, kernel_size: int, device: torch.device, dtype: torch.dtype) -> None:
@@ -122,38 +124,33 @@ class TritonBackend(Backend):
         neighbours = active.tile_neighbours(kernel_size, WEIGHT_TILE)
         return run(triton_depthwise_weight_grad, x, grad, neighbours, min(active.side, WEIGHT_TILE), kernel_size)
 
-    def fuses_mlp(self, device: torch.device, dtype: torch.dtype) -> bool:
-        return dtype in DTYPES and self.rejects(device, dtype, 7) is None
-
-    mixes_dtypes = True
-
-    def fuses_whole_mlp(self, channels: int, some_rows: bool) -> bool:
-        return True
+    def fuses_mlp(self, device: torch.device, dtype: torch.dtype, weights_dtype: torch.dtype) -> bool:
+        return self.rejects(device, dtype, KERNEL_SIZES[0]) is None and weights_dtype in (dtype, torch.float32)
 
     def mlp(
         self,
         x: Tensor,
-        parameters: tuple[Tensor, ...],
+        weights: MLPWeights,
         row_offsets: Tensor,
         rows: Tensor | None,
-        norm_eps: float,
-        grn_eps: float,
+        eps: tuple[float, float],
+        workspace: Workspace,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        *kept, out = run(triton_mlp, x, list(parameters), row_offsets, rows, norm_eps, grn_eps)
+        *kept, out = run(triton_mlp, x, list(weights), row_offsets, rows, *eps)
         return out, tuple(kept)
 
     def mlp_backward(
         self,
         grad: Tensor,
         x: Tensor,
-        parameters: tuple[Tensor, ...],
+        weights: MLPWeights,
         row_offsets: Tensor,
         rows: Tensor | None,
         kept: tuple[Tensor, ...],
-        norm_eps: float,
-        grn_eps: float,
+        eps: tuple[float, float],
+        workspace: Workspace,
     ) -> list[Tensor]:
-        return run(triton_mlp_backward, grad, x, list(parameters), row_offsets, rows, list(kept), norm_eps, grn_eps)
+        return run(triton_mlp_backward, grad, x, list(weights), row_offsets, rows, list(kept), *eps)
 
 
 BACKEND = TritonBackend()

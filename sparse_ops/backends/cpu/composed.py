@@ -1,0 +1,62 @@
+"""The pointwise half of a block of any width: torch's matrix products, the library's GELU with GRN, and LayerNorm.
+
+Kept for the backward pass are the input and the hidden layer before GELU; the rest is computed again.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparse_ops.backends._operators import run
+from sparse_ops.backends.cpu.operators import cpu_gelu_grn, cpu_gelu_grn_backward, cpu_layer_norm_backward
+from sparse_ops.pointwise import MLPWeights
+from sparse_ops.workspace import Workspace
+
+
+def forward(
+    x: Tensor,
+    weights: MLPWeights,
+    row_offsets: Tensor,
+    rows: Tensor | None,
+    eps: tuple[float, float],
+    workspace: Workspace,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """See :meth:`sparse_ops.backend.Backend.mlp`."""
+    norm_weight, norm_bias, w1, b1, gamma, beta, w2, b2 = weights
+    normed, mean, rstd = torch.native_layer_norm(x, [x.shape[1]], norm_weight, norm_bias, eps[0])
+    h = normed @ w1.t()
+    y = workspace.take("y", h.shape, h)
+    norms = run(cpu_gelu_grn, h, b1, gamma, beta, row_offsets, eps[1], y)
+    return torch.addmm(b2, y if rows is None else y[rows], w2.t()), (h, mean, rstd, norms)
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    weights: MLPWeights,
+    row_offsets: Tensor,
+    rows: Tensor | None,
+    kept: tuple[Tensor, ...],
+    grn_eps: float,
+    workspace: Workspace,
+) -> list[Tensor]:
+    """See :meth:`sparse_ops.backend.Backend.mlp_backward`."""
+    norm_weight, norm_bias, w1, b1, gamma, beta, w2, _ = weights
+    h, mean, rstd, norms = kept
+    grad_h, y = (workspace.take(slot, h.shape, h) for slot in ("grad", "y"))
+    if rows is None:
+        torch.mm(grad, w2, out=grad_h)
+    else:
+        grad_h.zero_().index_copy_(0, rows, grad @ w2)
+    grad_gamma, grad_beta, grad_b1 = run(
+        cpu_gelu_grn_backward, grad_h, h, b1, gamma, beta, norms, row_offsets, grn_eps, y
+    )
+    grad_w2, grad_b2 = grad.t() @ (y if rows is None else y[rows]), grad.sum(0)
+    normed, grad_normed = (workspace.take(slot, x.shape, x) for slot in ("normed", "grad_normed"))
+    torch.mm(grad_h, w1, out=grad_normed)
+    grad_x, grad_norm_weight, grad_norm_bias = run(
+        cpu_layer_norm_backward, grad_normed, x, mean, rstd, norm_weight, norm_bias, normed
+    )
+    grad_w1 = grad_h.t() @ normed
+    return [grad_x, grad_norm_weight, grad_norm_bias, grad_w1, grad_b1, grad_gamma, grad_beta, grad_w2, grad_b2]

@@ -1,0 +1,103 @@
+"""Layers on a sparse grid, which computes with their weights instead of calling them.
+
+That is the same as calling a layer only where the layer is torch's own: an adapter, say, does more. A convolution that
+does is refused; of the pointwise half of a block the layers are then called one by one. Hooks are called either way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from sparse_ops.grid import MLP, Grid
+from sparse_ops.pointwise import MLPWeights, pointwise_linear
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class GRN(nn.Module):
+    """Global response normalisation (ConvNeXt V2, section 3.2): ``x · (1 + gamma · N(G(x))) + beta``.
+
+    ``G`` is the L2 norm of a channel over the visible cells, ``N`` divides it by its mean over the channels. Norms
+    are computed in float32 or wider; a channel that is zero everywhere has norm 0 and gradient 0, not NaN.
+
+    Args:
+        dim: channels. The parameters have the shape ``[1, 1, 1, dim]`` of the official dense network.
+        eps: added to the mean of the norms.
+    """
+
+    def __init__(self, dim: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.eps = eps
+        self.gamma = nn.Parameter(torch.zeros(1, 1, 1, dim))
+        self.beta = nn.Parameter(torch.zeros(1, 1, 1, dim))
+
+    def forward(self, cells: Tensor, grid: Grid) -> Tensor:
+        return grid.grn(cells, self.gamma.flatten(), self.beta.flatten(), self.eps)
+
+
+def has_hooks(layer: nn.Module) -> bool:
+    """Whether something is to be called when the layer is."""
+    return any(getattr(layer, name, None) for name in _HOOKS)
+
+
+def _computes_as(layer: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether calling the layer does what ``kind`` does, with the weights that the layer shows."""
+    return isinstance(layer, kind) and type(layer).forward is kind.forward
+
+
+def conv_weights(layer: nn.Conv2d) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of a convolution that is torch's own.
+
+    Raises:
+        TypeError: if it is not, so that its weights are not all that it computes with.
+    """
+    if not _computes_as(layer, nn.Conv2d):
+        raise TypeError(
+            f"a sparse grid computes with the weights of a Conv2d, and {type(layer).__name__} does more than that; "
+            "merge it into an ordinary layer, or run the network on a dense grid"
+        )
+    return layer.weight, layer.bias
+
+
+def call_in_place_of(layer: nn.Module, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """``function(x)``, with the hooks of the layer that it stands for."""
+    if not has_hooks(layer):
+        return function(x)
+    layer.forward = function
+    try:
+        return layer(x)
+    finally:
+        del layer.forward
+
+
+def pointwise_conv(layer: nn.Conv2d, cells: Tensor) -> Tensor:
+    """A 1×1 convolution of cells, channels last."""
+    weight, bias = conv_weights(layer)
+    return call_in_place_of(layer, lambda cells: pointwise_linear(cells, weight, bias), cells)
+
+
+def mlp_weights(layers: MLP) -> MLPWeights | None:
+    """What the layers compute with, or None where calling them does more than that."""
+    norm, pwconv1, act, grn, pwconv2 = layers
+    own = (
+        _computes_as(norm, nn.LayerNorm)
+        and _computes_as(pwconv1, nn.Linear)
+        and _computes_as(act, nn.GELU)
+        and _computes_as(grn, GRN)
+        and _computes_as(pwconv2, nn.Linear)
+    )
+    if not own or any(has_hooks(layer) for layer in layers) or act.approximate != "none":
+        return None
+    return MLPWeights(
+        norm.weight,
+        norm.bias,
+        pwconv1.weight,
+        pwconv1.bias,
+        grn.gamma.flatten(),
+        grn.beta.flatten(),
+        pwconv2.weight,
+        pwconv2.bias,
+    )
