@@ -20,8 +20,8 @@ def tiny_classifier(**options) -> ConvNeXtV2:
 
 def test_logits_and_features():
     model, images = tiny_classifier(), images_for(VISIBLE)
-    features = model.forward_features(images)[0]
-    pooled = nn.functional.layer_norm(features.mean((1, 2)), (24,), model.norm.weight, model.norm.bias, 1e-6)
+    features = model.forward_features(images)
+    pooled = nn.functional.layer_norm(features.mean((2, 3)), (24,), model.norm.weight, model.norm.bias, 1e-6)
     torch.testing.assert_close(model.forward_head(features, pre_logits=True), pooled)
     torch.testing.assert_close(model(images), pooled @ model.head.weight.t() + model.head.bias)
 
@@ -29,7 +29,7 @@ def test_logits_and_features():
 def test_no_classes_gives_pooled_features():
     model, images = tiny_classifier(num_classes=0), images_for(VISIBLE)
     assert isinstance(model.head, nn.Identity)
-    assert torch.equal(model(images), model.forward_head(model.forward_features(images)[0], pre_logits=True))
+    assert torch.equal(model(images), model.forward_head(model.forward_features(images), pre_logits=True))
 
 
 def test_head_can_be_replaced_and_scaled():
@@ -50,7 +50,7 @@ def test_pretrained_encoder_loads_but_for_norm_and_head():
     assert sorted(missing) == ["head.bias", "head.weight", "norm.bias", "norm.weight"]
     assert unexpected == []
     images = images_for(VISIBLE)
-    assert torch.equal(model.forward_features(images)[0], pretrained.encoder(images))
+    assert torch.equal(model.forward_features(images), pretrained.encoder(images))
 
 
 def test_state_dict_has_the_official_dense_names_and_shapes():

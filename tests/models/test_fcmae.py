@@ -27,12 +27,13 @@ RAGGED_MASK = (~RAGGED).flatten(1).float()
 def dense_masked_loss(model: FCMAE, images: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
     """The whole autoencoder on dense maps, re-masked: written for the test, in the order of the paper."""
     grid = MaskedDenseGrid(visible, 8, model.config.grn_scope, images.dtype)
-    features, _ = model.encoder.forward_features(images, grid)
+    features = grid.cells(model.encoder.forward_features(images, grid))
     masked = (~visible)[..., None].to(images.dtype)
     weight, bias = model.proj.weight.flatten(1), model.proj.bias
     x = (features @ weight.t() + bias) * (1 - masked) + model.mask_token.flatten() * masked
+    everything = DenseGrid(len(images))
     for block in model.decoder:
-        x = block(x, DenseGrid(len(images)))
+        x = everything.cells(block(everything.features(x), everything))
     pred = (x @ model.pred.weight.flatten(1).t() + model.pred.bias).permute(0, 3, 1, 2)
     return official_loss(images, pred, masked.flatten(1), model.config.encoder.patch_size, model.config.norm_pix_loss)
 

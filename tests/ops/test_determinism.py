@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from sparse_ops import ActiveSet, registry
+from sparse_ops.backends.cpu.operators import cpu_gelu_grn, cpu_gelu_grn_backward, cpu_layer_norm_backward
 
 CPU = registry()["cpu"]
 
@@ -25,17 +26,17 @@ def test_threads_do_not_change_a_bit(side):
     for threads in (1, 2, 3, 7):
         torch.set_num_threads(threads)
         y, y_again, grad_of_h = torch.empty_like(h), torch.empty_like(h), grad_h.clone()
-        norms = CPU.gelu_grn(h, beta, gamma, beta, active.row_offsets, 1e-6, y)
+        norms = cpu_gelu_grn(h, beta, gamma, beta, active.row_offsets, 1e-6, y)
         found = [
             CPU.depthwise(x, weight, bias, active, reverse_taps=False),
             CPU.depthwise(x, weight, None, active, reverse_taps=True),
             CPU.depthwise_weight_grad(x, grad, active, 7),
             y,
             norms,
-            *CPU.gelu_grn_backward(grad_of_h, h, beta, gamma, beta, norms, active.row_offsets, 1e-6, y_again),
+            *cpu_gelu_grn_backward(grad_of_h, h, beta, gamma, beta, norms, active.row_offsets, 1e-6, y_again),
             grad_of_h,
             y_again,
-            *CPU.layer_norm_backward(
+            *cpu_layer_norm_backward(
                 grad, x, *(x[:, :2].T.contiguous()[:, :, None]), bias.flip(0), bias, torch.empty_like(x)
             ),
         ]

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 from sparse_ops import ActiveSet, DenseGrid, SparseGrid, depthwise_conv, get_backend
 from sparse_ops.oracle import MaskedDenseGrid, visible_from_text
@@ -27,13 +28,12 @@ def rows_and_map(visible, side, channels, dtype=torch.float64):
 def test_depthwise_and_downsample_match_the_masked_dense_grid(visible):
     sparse, dense = both(visible)
     x, full = rows_and_map(visible, 4, 6)
-    weight, bias = torch.randn(6, 1, 7, 7).double(), torch.randn(6).double()
-    torch.testing.assert_close(
-        sparse.depthwise_conv(x, weight, bias), dense.gather(dense.depthwise_conv(full, weight, bias))
-    )
-    weight, bias = torch.randn(9, 6, 2, 2).double(), torch.randn(9).double()
-    (out, below), (out_dense, below_dense) = sparse.downsample(x, weight, bias), dense.downsample(full, weight, bias)
-    torch.testing.assert_close(out, below_dense.gather(out_dense))
+    full = dense.features(full)
+    depthwise = nn.Conv2d(6, 6, 7, padding=3, groups=6).double()
+    torch.testing.assert_close(sparse.depthwise(depthwise, x), dense.gather(dense.depthwise(depthwise, full)))
+    strided = nn.Conv2d(6, 9, 2, stride=2).double()
+    below, below_dense = sparse.down(), dense.down()
+    torch.testing.assert_close(sparse.downsample(strided, x), below_dense.gather(dense.downsample(strided, full)))
     assert below.active.side == below_dense.side == 2
     assert below.backend is sparse.backend
 
@@ -45,7 +45,7 @@ def test_grn_matches_the_formula(visible, scope):
     x, full = rows_and_map(visible, 4, 6)
     gamma, beta = torch.randn(6).double(), torch.randn(6).double()
     out = sparse.grn(x, gamma, beta, 1e-6)
-    torch.testing.assert_close(out, dense.gather(dense.grn(full, gamma, beta, 1e-6)))
+    torch.testing.assert_close(out, dense.gather(dense.features(dense.grn(full, gamma, beta, 1e-6))))
     start = 0
     for count in sparse.active.cell_counts:
         rows = x[start : start + count]
@@ -65,7 +65,8 @@ def test_sums_and_scales_go_by_image(visible):
     torch.testing.assert_close(dense.image_sum(full), expected)
     factor = torch.arange(1.0, visible.shape[0] + 1).double()[:, None]
     torch.testing.assert_close(sparse.image_scale(x, factor), x * factor[sparse.active.image_index])
-    torch.testing.assert_close(dense.gather(dense.image_scale(full, factor)), sparse.image_scale(x, factor))
+    scaled = dense.gather(dense.features(dense.image_scale(full, factor)))
+    torch.testing.assert_close(scaled, sparse.image_scale(x, factor))
 
 
 def test_masked_dense_sum_does_not_round_under_autocast():
@@ -74,7 +75,7 @@ def test_masked_dense_sum_does_not_round_under_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(dense.image_sum(x), dense.image_sum(x.clone()))
         assert dense.image_sum(x).dtype == torch.float32
-        torch.testing.assert_close(dense.image_sum(x), (x * dense.cells).sum((1, 2)))
+        torch.testing.assert_close(dense.image_sum(x), (x * dense.mask).sum((1, 2)))
 
 
 def test_grn_norm_of_bfloat16_is_taken_in_float32():
@@ -108,24 +109,15 @@ def test_masked_dense_grid_needs_its_mask():
     """Without the mask the same operations differ: the comparison can fail."""
     sparse, _ = both(UNIFORM)
     x, full = rows_and_map(UNIFORM, 4, 6)
-    weight = torch.randn(6, 1, 7, 7).double()
-    plain = sparse.active.gather(DenseGrid(2).depthwise_conv(full, weight, None))
-    assert (plain - sparse.depthwise_conv(x, weight, None)).abs().max() > 1
+    layer, grid = nn.Conv2d(6, 6, 7, padding=3, groups=6).double(), DenseGrid(2)
+    plain = sparse.active.gather(grid.cells(grid.depthwise(layer, grid.features(full))))
+    assert (plain - sparse.depthwise(layer, x)).abs().max() > 1
     assert (DenseGrid(2).image_sum(full) - sparse.image_sum(x)).abs().max() > 1
 
 
 def test_unknown_grn_scope_is_refused():
     with pytest.raises(ValueError, match="grn_scope"):
         DenseGrid(2, "rows")
-
-
-def test_dense_grid_has_no_fused_mlp():
-    grid = DenseGrid(1)
-    x = torch.zeros(1, 2, 2, 3)
-    assert not grid.fuses_mlp(x)
-    pair = (x, x)
-    with pytest.raises(NotImplementedError, match="fuses_mlp"):
-        grid.fused_mlp(x, pair, pair, pair, pair, norm_eps=1e-6, grn_eps=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -310,7 +310,7 @@ def test_features_of_a_network_are_sparse_tensors_until_its_end(monkeypatch):
 
     monkeypatch.setattr(Block, "forward", watched)
     encoder = Encoder(EncoderConfig((1, 1, 1, 1), (4, 8, 8, 12), patch_size=16))
-    rows, grid = encoder.forward_features(
+    *_, (rows, grid) = encoder.forward_stages(
         normal(3, 3, 32, 64, dtype=torch.float32), SparseGrid(active_set(side=8), "minkowski")
     )
     assert all(isinstance(x, engine.SparseTensor) for pair in seen for x in pair)
@@ -347,10 +347,9 @@ def test_autocast_leaves_the_engine_in_float32():
 
 @needs_minkowski
 def test_a_network_on_the_engine_computes_every_cell():
-    grid = SparseGrid(active_set(side=8), "minkowski").native()
-    pair = torch.zeros(1), torch.zeros(1)
+    grid = SparseGrid(active_set(side=8), "minkowski").native(torch.float32, 7)
     with pytest.raises(ValueError, match="rows must be None"):
-        grid.fused_mlp(None, pair, pair, pair, pair, norm_eps=1e-6, grn_eps=1e-6, rows=torch.zeros(1))
+        grid.mlp(None, None, rows=torch.zeros(1))
 
 
 @needs_minkowski

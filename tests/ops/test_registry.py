@@ -7,7 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparse_ops import ActiveSet, BackendUnavailableError, SparseGrid, get_backend, registry, resolve_backend
+from sparse_ops import (
+    ActiveSet,
+    BackendUnavailableError,
+    MLPWeights,
+    SparseGrid,
+    convnext_mlp,
+    get_backend,
+    registry,
+    resolve_backend,
+)
 from sparse_ops.__main__ import report
 
 ROOT = Path(__file__).parents[2]
@@ -66,7 +75,7 @@ def test_auto_skips_the_unavailable_and_logs_its_choice_once(with_broken, caplog
     warning, choice = caplog.records
     assert warning.levelno == logging.WARNING
     assert "broken is not available: unobtainium is not installed" in warning.getMessage()
-    assert choice.getMessage() == f"backend auto: chose {expected.name} for cpu"
+    assert choice.getMessage() == f"backend auto: chose {expected.name} for cpu, torch.float32, kernel size 7"
 
 
 class Wrong(Broken):
@@ -92,8 +101,39 @@ def test_auto_passes_over_a_backend_whose_results_are_wrong(monkeypatch, caplog)
 def test_auto_without_any_backend_raises(monkeypatch):
     registry_module._auto.cache_clear()
     monkeypatch.setattr(registry_module, "registry", lambda: {"broken": Broken()})
-    with pytest.raises(BackendUnavailableError, match="no backend serves device 'cpu'"):
+    with pytest.raises(BackendUnavailableError, match=r"no backend serves torch\.float32 and kernel size 7 on cpu"):
         resolve_backend("auto", torch.device("cpu"))
+    registry_module._auto.cache_clear()
+
+
+class ThreeOnly(type(get_backend("reference"))):
+    """Faster than all others, for float64 and kernels of 3."""
+
+    name, priority = "three", 1000
+
+    def rejects(self, device, dtype, kernel_size):
+        return None if (dtype, kernel_size) == (torch.float64, 3) else "another input"
+
+
+def test_auto_asks_for_what_will_run(monkeypatch):
+    three = ThreeOnly()
+    backends = {"three": three, **registry()}
+    monkeypatch.setattr(registry_module, "registry", lambda: backends)
+    registry_module._auto.cache_clear()
+    cpu = torch.device("cpu")
+    assert resolve_backend("auto", cpu, torch.float64, 3) is three
+    assert resolve_backend("auto", cpu, torch.float64, 7) is not three
+    grid = SparseGrid(ActiveSet.full(1, (1, 1), 2))
+    asked = []
+    monkeypatch.setattr(three, "depthwise", lambda x, *rest, **options: asked.append(x.dtype) or x)
+    small, usual = (torch.nn.Conv2d(2, 2, k, padding=k // 2, groups=2).double() for k in (3, 7))
+    grid.depthwise(small, torch.zeros(4, 2).double())
+    grid.depthwise(usual, torch.zeros(4, 2).double())
+    grid.depthwise(usual.float(), torch.zeros(4, 2))
+    assert asked == [torch.float64]
+    assert grid.native(torch.float64, 3).backend is three
+    # A kernel that no fast backend has: auto takes the one that has it.
+    assert resolve_backend("auto", cpu, torch.float32, 9).rejects(cpu, torch.float32, 9) is None
     registry_module._auto.cache_clear()
 
 
@@ -107,7 +147,7 @@ def test_a_named_backend_is_the_one_that_runs(monkeypatch):
     monkeypatch.setattr(reference, "depthwise", fail)
     grid = SparseGrid(ActiveSet.full(1, (1, 1)), "reference")
     with pytest.raises(RuntimeError, match="kernel failed"):
-        grid.depthwise_conv(torch.zeros(64, 2), torch.zeros(2, 1, 7, 7), None)
+        grid.depthwise(torch.nn.Conv2d(2, 2, 7, padding=3, groups=2), torch.zeros(64, 2))
 
 
 def test_a_backend_object_is_taken_as_it_is():
@@ -118,11 +158,9 @@ def test_a_backend_object_is_taken_as_it_is():
 def test_backends_without_kernels_for_the_mlp_say_so():
     reference = get_backend("reference")
     x = torch.zeros(1, 1)
-    assert not reference.fuses_mlp(torch.device("cpu"), torch.float32)
+    assert not reference.fuses_mlp(torch.device("cpu"), torch.float32, torch.float32)
     with pytest.raises(NotImplementedError, match="'reference' has no fused"):
-        reference.gelu_grn(x, x, x, x, x, 1e-6, x)
-    with pytest.raises(NotImplementedError, match="'reference' has no fused"):
-        reference.gelu_grn_backward(x, x, x, x, x, x, x, 1e-6, x)
+        convnext_mlp(x, MLPWeights(*x, *x, x, *x, *x, *x, x, *x), torch.tensor([0, 1]), reference)
 
 
 def test_report_lists_backends_reasons_and_the_choice(with_broken):
