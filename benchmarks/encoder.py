@@ -75,7 +75,7 @@ class DenseMaskedFCMAE(FCMAE):
     ) -> tuple[Tensor, SparseGrid]:
         features = self.dense_encoder(images, dense_grid(visible))
         last = visible.down().down().down()
-        return last.gather(features), SparseGrid(last, backend or self.backend)
+        return last.gather(features.permute(0, 2, 3, 1)), SparseGrid(last, backend or self.backend)
 
 
 def dense_grid(visible: ActiveSet) -> MaskedDenseGrid:
@@ -156,7 +156,7 @@ def encoder_contenders(args: argparse.Namespace, model: FCMAE, images: Tensor, m
     def dense(encoder: Callable[[Tensor, MaskedDenseGrid], Tensor]) -> Callable[[], tuple[Tensor, Tensor]]:
         def forward() -> tuple[Tensor, Tensor]:
             with autocast:
-                rows = last.gather(encoder(channels_last, dense_grid(visible)))
+                rows = last.gather(encoder(channels_last, dense_grid(visible)).permute(0, 2, 3, 1))
             return (rows.float() * weights).sum(), rows
 
         return forward
@@ -183,7 +183,7 @@ class DepthwiseOnly(TritonBackend):
 
     name = "triton-depthwise"
 
-    def fuses_mlp(self, device: torch.device, dtype: torch.dtype) -> bool:
+    def fuses_mlp(self, device: torch.device, dtype: torch.dtype, weights_dtype: torch.dtype) -> bool:
         return False
 
 

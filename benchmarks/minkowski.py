@@ -37,7 +37,7 @@ from common import (
     write_report,
 )
 from encoder import dense_grid, randomise_grn
-from torch import Tensor
+from torch import Tensor, nn
 
 from convnextv2.models.config import encoder_config
 from convnextv2.models.encoder import Encoder
@@ -51,11 +51,9 @@ from sparse_ops.oracle import MaskedDenseGrid
 class StockGrid(MinkowskiGrid):
     """MinkowskiEngine's own depthwise layer in place of ours; the rest is the same."""
 
-    def depthwise_conv(self, x: Any, weight: Tensor, bias: Tensor | None) -> Any:
-        kernel_TC = weight.transpose(2, 3).flatten(1).t()
-        parameters = {"kernel": kernel_TC, "bias": None if bias is None else bias[None]}
-        layer = stock_layer(weight.shape[0], weight.shape[-1])
-        return torch.func.functional_call(layer, parameters, (x,))
+    def depthwise(self, layer: nn.Conv2d, x: Any) -> Any:
+        parameters = {"kernel": layer.weight.transpose(2, 3).flatten(1).t(), "bias": layer.bias[None]}
+        return torch.func.functional_call(stock_layer(len(layer.weight), layer.kernel_size[0]), parameters, (x,))
 
 
 @cache
@@ -119,7 +117,7 @@ def measure(args: argparse.Namespace, name: str) -> list[Result]:
 
         return rows
 
-    dense = contender("dense", lambda: last.gather(encoder(images, dense_grid(visible))))
+    dense = contender("dense", lambda: last.gather(encoder(images, dense_grid(visible)).permute(0, 2, 3, 1)))
     contenders = [contender(title, sparse(title)) for title in ("stock", "minkowski", *args.backends)]
     _, errors, failures = agreement(contenders, dense, "float32", name)
     if failures:
@@ -183,7 +181,7 @@ def parity(args: argparse.Namespace, name: str, grid_size: tuple[int, int]) -> P
     encoder.double()
     visible = ~mask.bool().view(2, *grid_size)
     oracle = MaskedDenseGrid(visible, dtype=torch.float64)
-    dense = encoder(images.double(), oracle)
+    dense = oracle.cells(encoder(images.double(), oracle))
     expected, exact = values(dense[visible])
     return Parity(
         name,

@@ -37,7 +37,15 @@ from torch import Tensor
 
 from convnextv2.models.config import encoder_config
 from convnextv2.models.masking import keep_count, random_mask
-from sparse_ops import ActiveSet, Backend, BackendUnavailableError, DenseGrid, SparseGrid, resolve_backend
+from sparse_ops import (
+    ActiveSet,
+    Backend,
+    BackendUnavailableError,
+    DenseGrid,
+    MLPWeights,
+    convnext_mlp,
+    resolve_backend,
+)
 from sparse_ops.oracle import MaskedDenseGrid
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2, "float16": 5e-3}
@@ -202,7 +210,8 @@ def pointwise(args: argparse.Namespace, clock: Clock, rates: Rates, stage: Stage
     """LayerNorm to projection, forward and backward: the backend's, and separate operations on every cell."""
     active, backend, dtype = stage.active, args.kernels, DTYPES[args.dtype]
     channels, hidden = stage.channels, 4 * stage.channels
-    if not backend.fuses_mlp(clock.device, dtype):
+    mixed = backend.fuses_mlp(clock.device, dtype, torch.float32)
+    if not mixed and not backend.fuses_mlp(clock.device, dtype, dtype):
         return []
 
     def pair(*shape: int) -> tuple[Tensor, Tensor]:
@@ -212,9 +221,8 @@ def pointwise(args: argparse.Namespace, clock: Clock, rates: Rates, stage: Stage
 
     norm, pwconv1, grn, pwconv2 = pair(channels), pair(hidden, channels), pair(hidden), pair(channels, hidden)
     leaves = [*norm, *pwconv1, *grn, *pwconv2]
-    # As under autocast: the parameters are float32.
-    own = [leaf.detach().float().requires_grad_() if backend.mixes_dtypes else leaf for leaf in leaves]
-    grid = SparseGrid(active, backend)
+    # As under autocast, where the backend takes that: the parameters are float32.
+    own = [leaf.detach().float().requires_grad_() if mixed else leaf for leaf in leaves]
     keep = torch.zeros(active.batch_size, *active.grid_size, dtype=torch.bool, device=clock.device)
     keep[tuple(active.patch_coordinates.unbind(1))] = True
     dense_grid: DenseGrid = MaskedDenseGrid(keep, active.side, dtype=dtype)
@@ -223,9 +231,8 @@ def pointwise(args: argparse.Namespace, clock: Clock, rates: Rates, stage: Stage
     dense_x, dense_grad = active.densify(x.detach()).requires_grad_(), active.densify(grad)
 
     def fused() -> Tensor:
-        pairs = (own[0], own[1]), (own[2], own[3]), (own[4], own[5]), (own[6], own[7])
-        with torch.autocast(clock.device.type, dtype, enabled=backend.mixes_dtypes and dtype != torch.float32):
-            return grid.fused_mlp(x, *pairs, norm_eps=EPS, grn_eps=EPS)
+        with torch.autocast(clock.device.type, dtype, enabled=mixed and dtype != torch.float32):
+            return convnext_mlp(x, MLPWeights(*own), active.row_offsets, backend, workspace=active.workspace)
 
     def separate() -> Tensor:
         h = F.gelu(F.linear(F.layer_norm(dense_x, [channels], *norm, EPS), *pwconv1))
