@@ -67,8 +67,8 @@ class Grid(ABC):
     def down(self) -> Grid:
         """The grid of the next stage."""
 
-    def native(self, dtype: torch.dtype, kernel_size: int) -> Grid:
-        """The grid to run a whole network on, whose features are of ``dtype``: itself, unless a backend has its own.
+    def native(self, images: Tensor, kernel_size: int) -> Grid:
+        """The grid to run a whole network on, fed with ``images``: itself, unless a backend has its own.
 
         Features between :meth:`stem` and :meth:`plain` are then in a form of the backend's.
         """

@@ -45,8 +45,8 @@ class SparseGrid(Grid):
     def batch_size(self) -> int:
         return self.active.batch_size
 
-    def native(self, dtype: torch.dtype, kernel_size: int) -> Grid:
-        backend = self.serving(dtype, kernel_size)
+    def native(self, images: Tensor, kernel_size: int) -> Grid:
+        backend = self.serving(autocast_dtype(images.device) or images.dtype, kernel_size)
         return backend.native_grid(self.active, self.grn_scope) or SparseGrid(self.active, backend, self.grn_scope)
 
     def stem(self, layer: nn.Conv2d, images: Tensor) -> Tensor:

@@ -17,7 +17,6 @@ from convnextv2.models.config import EncoderConfig, check_image_size
 from convnextv2.models.layers import EPS, DropPath, init_weights
 from sparse_ops.grid import MLP, DenseGrid, Grid
 from sparse_ops.layers import GRN
-from sparse_ops.pointwise import autocast_dtype
 
 
 class Block(nn.Module):
@@ -129,7 +128,7 @@ class Encoder(nn.Module):
         """
         config = self.encoder_config
         check_images(images, config.in_chans, config.patch_size)
-        grid = grid.native(autocast_dtype(images.device) or images.dtype, config.kernel_size)
+        grid = grid.native(images, config.kernel_size)
         x = images
         for index, (reduce, stage) in enumerate(zip(self.downsample_layers, self.stages, strict=True)):
             x = reduce(x, grid)

@@ -347,7 +347,7 @@ def test_autocast_leaves_the_engine_in_float32():
 
 @needs_minkowski
 def test_a_network_on_the_engine_computes_every_cell():
-    grid = SparseGrid(active_set(side=8), "minkowski").native(torch.float32, 7)
+    grid = SparseGrid(active_set(side=8), "minkowski").native(torch.zeros(1), 7)
     with pytest.raises(ValueError, match="rows must be None"):
         grid.mlp(None, None, rows=torch.zeros(1))
 

@@ -131,7 +131,7 @@ class MinkowskiGrid(SparseGrid):
         super().__init__(active, backend, grn_scope)
         self.coordinates = Coordinates.of(active)
 
-    def native(self, dtype: torch.dtype, kernel_size: int) -> Grid:
+    def native(self, images: Tensor, kernel_size: int) -> Grid:
         return self
 
     def _full_precision(self) -> torch.autocast:
