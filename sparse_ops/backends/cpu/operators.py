@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -17,50 +20,38 @@ from sparse_ops.backends.cpu.library import (
 )
 
 
+def _launch(function: str, kind: type[ctypes.Structure], dtype: torch.dtype, **fields: Any) -> None:
+    """Call the library with the fields of a structure of arguments: tensors as pointers, and torch's threads."""
+    values = {name: _pointer(value) if isinstance(value, Tensor) else value for name, value in fields.items()}
+    _call(function, kind(threads=torch.get_num_threads(), **values), dtype)
+
+
+def _alike(*tensors: Tensor) -> list[Tensor]:
+    return [torch.empty_like(tensor) for tensor in tensors]
+
+
 @torch.library.custom_op("sparse_ops::cpu_depthwise", mutates_args=(), device_types="cpu")
 def cpu_depthwise(
     x: Tensor, weight: Tensor, bias: Tensor | None, neighbours: Tensor, side: int, reverse_taps: bool
 ) -> Tensor:
     """See :meth:`sparse_ops.backend.Backend.depthwise`; ``neighbours`` is the patch table ``[P, (2R + 1)²]``."""
     out = torch.empty_like(x)
-    args = _DepthwiseArgs(
-        x=_pointer(x),
-        other=_pointer(weight),
-        bias=_pointer(bias),
-        neighbours=_pointer(neighbours),
-        out=_pointer(out),
-        patches=neighbours.shape[0],
-        channels=x.shape[1],
-        side=side,
-        kernel=weight.shape[-1],
-        reverse_taps=reverse_taps,
-        threads=torch.get_num_threads(),
-    )
-    _call("sparse_ops_depthwise", args, x.dtype)
+    tensors = {"x": x, "other": weight, "bias": bias, "neighbours": neighbours, "out": out}
+    sizes = {"patches": neighbours.shape[0], "channels": x.shape[1], "side": side, "kernel": weight.shape[-1]}
+    _launch("sparse_ops_depthwise", _DepthwiseArgs, x.dtype, **tensors, **sizes, reverse_taps=reverse_taps)
     return out
 
 
-@cpu_depthwise.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, neighbours: Tensor, side: int, reverse_taps: bool) -> Tensor:
-    return torch.empty_like(x)
+cpu_depthwise.register_fake(lambda x, *_: torch.empty_like(x))
 
 
 @torch.library.custom_op("sparse_ops::cpu_depthwise_weight_grad", mutates_args=(), device_types="cpu")
 def cpu_depthwise_weight_grad(x: Tensor, grad: Tensor, neighbours: Tensor, side: int, kernel_size: int) -> Tensor:
     """See :meth:`sparse_ops.backend.Backend.depthwise_weight_grad`."""
     out = x.new_empty(x.shape[1], 1, kernel_size, kernel_size)
-    args = _DepthwiseArgs(
-        x=_pointer(x),
-        other=_pointer(grad),
-        neighbours=_pointer(neighbours),
-        out=_pointer(out),
-        patches=neighbours.shape[0],
-        channels=x.shape[1],
-        side=side,
-        kernel=kernel_size,
-        threads=torch.get_num_threads(),
-    )
-    _call("sparse_ops_depthwise_weight_grad", args, x.dtype)
+    sizes = {"patches": neighbours.shape[0], "channels": x.shape[1], "side": side, "kernel": kernel_size}
+    tensors = {"x": x, "other": grad, "neighbours": neighbours, "out": out}
+    _launch("sparse_ops_depthwise_weight_grad", _DepthwiseArgs, x.dtype, **tensors, **sizes)
     return out
 
 
@@ -80,28 +71,14 @@ def cpu_gelu_grn(
     Returns:
         The channel norms ``[G, D]``.
     """
-    groups = row_offsets.numel() - 1
-    norms = h.new_empty(groups, h.shape[1])
-    args = _GeluGrnArgs(
-        h=_pointer(h),
-        bias=_pointer(bias),
-        gamma=_pointer(gamma),
-        beta=_pointer(beta),
-        offsets=_pointer(row_offsets),
-        norms=_pointer(norms),
-        y=_pointer(out),
-        eps=eps,
-        groups=groups,
-        dim=h.shape[1],
-        threads=torch.get_num_threads(),
-    )
-    _call("sparse_ops_gelu_grn", args, h.dtype)
+    groups, dim = row_offsets.numel() - 1, h.shape[1]
+    norms = h.new_empty(groups, dim)
+    tensors = {"h": h, "bias": bias, "gamma": gamma, "beta": beta, "offsets": row_offsets, "norms": norms, "y": out}
+    _launch("sparse_ops_gelu_grn", _GeluGrnArgs, h.dtype, **tensors, eps=eps, groups=groups, dim=dim)
     return norms
 
 
-@cpu_gelu_grn.register_fake
-def _(h: Tensor, bias: Tensor, gamma: Tensor, beta: Tensor, row_offsets: Tensor, eps: float, out: Tensor) -> Tensor:
-    return h.new_empty(row_offsets.numel() - 1, h.shape[1])
+cpu_gelu_grn.register_fake(lambda h, *rest: h.new_empty(rest[3].numel() - 1, h.shape[1]))
 
 
 @torch.library.custom_op("sparse_ops::cpu_gelu_grn_backward", mutates_args=("grad", "out"), device_types="cpu")
@@ -121,41 +98,15 @@ def cpu_gelu_grn_backward(
     Returns:
         ``(grad_gamma, grad_beta, gradient for h summed over the rows)``, each ``[D]``.
     """
-    grad_gamma, grad_beta, grad_bias = torch.empty_like(gamma), torch.empty_like(beta), torch.empty_like(beta)
-    args = _GeluGrnArgs(
-        h=_pointer(h),
-        bias=_pointer(bias),
-        gamma=_pointer(gamma),
-        beta=_pointer(beta),
-        offsets=_pointer(row_offsets),
-        norms=_pointer(norms),
-        y=_pointer(out),
-        grad=_pointer(grad),
-        grad_gamma=_pointer(grad_gamma),
-        grad_beta=_pointer(grad_beta),
-        grad_bias=_pointer(grad_bias),
-        eps=eps,
-        groups=row_offsets.numel() - 1,
-        dim=h.shape[1],
-        threads=torch.get_num_threads(),
-    )
-    _call("sparse_ops_gelu_grn_backward", args, h.dtype)
-    return grad_gamma, grad_beta, grad_bias
+    tensors = {"h": h, "bias": bias, "gamma": gamma, "beta": beta, "offsets": row_offsets, "norms": norms, "y": out}
+    grads = _alike(gamma, beta, beta)
+    tensors |= {"grad": grad, **dict(zip(("grad_gamma", "grad_beta", "grad_bias"), grads, strict=True))}
+    sizes = {"groups": row_offsets.numel() - 1, "dim": h.shape[1]}
+    _launch("sparse_ops_gelu_grn_backward", _GeluGrnArgs, h.dtype, **tensors, **sizes, eps=eps)
+    return grads[0], grads[1], grads[2]
 
 
-@cpu_gelu_grn_backward.register_fake
-def _(
-    grad: Tensor,
-    h: Tensor,
-    bias: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    norms: Tensor,
-    row_offsets: Tensor,
-    eps: float,
-    out: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(gamma), torch.empty_like(beta), torch.empty_like(beta)
+cpu_gelu_grn_backward.register_fake(lambda grad, h, bias, gamma, beta, *_: tuple(_alike(gamma, beta, beta)))
 
 
 @torch.library.custom_op("sparse_ops::cpu_layer_norm_backward", mutates_args=("out",), device_types="cpu")
@@ -168,48 +119,23 @@ def cpu_layer_norm_backward(
     Returns:
         ``(grad_x, grad_weight, grad_bias)``.
     """
-    grad_x, grad_weight, grad_bias = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias)
-    args = _LayerNormArgs(
-        grad=_pointer(grad),
-        x=_pointer(x),
-        mean=_pointer(mean),
-        rstd=_pointer(rstd),
-        weight=_pointer(weight),
-        bias=_pointer(bias),
-        normed=_pointer(out),
-        grad_x=_pointer(grad_x),
-        grad_weight=_pointer(grad_weight),
-        grad_bias=_pointer(grad_bias),
-        rows=x.shape[0],
-        channels=x.shape[1],
-        threads=torch.get_num_threads(),
-    )
-    _call("sparse_ops_layer_norm_backward", args, x.dtype)
-    return grad_x, grad_weight, grad_bias
+    tensors = {"grad": grad, "x": x, "mean": mean, "rstd": rstd, "weight": weight, "bias": bias, "normed": out}
+    grads = _alike(x, weight, bias)
+    tensors |= zip(("grad_x", "grad_weight", "grad_bias"), grads, strict=True)
+    sizes = {"rows": x.shape[0], "channels": x.shape[1]}
+    _launch("sparse_ops_layer_norm_backward", _LayerNormArgs, x.dtype, **tensors, **sizes)
+    return grads[0], grads[1], grads[2]
 
 
-@cpu_layer_norm_backward.register_fake
-def _(
-    grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, out: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias)
+cpu_layer_norm_backward.register_fake(lambda grad, x, mean, rstd, weight, bias, _: tuple(_alike(x, weight, bias)))
 
 
-def _mlp_args(
-    x: Tensor, parameters: list[Tensor], row_offsets: Tensor, norm_eps: float, grn_eps: float, **tensors: Tensor
-) -> _MLPArgs:
-    return _MLPArgs(
-        x=_pointer(x),
-        **{name: _pointer(value) for name, value in zip(_MLP_PARAMETERS, parameters, strict=True)},
-        offsets=_pointer(row_offsets),
-        **{name: _pointer(value) for name, value in tensors.items()},
-        norm_eps=norm_eps,
-        grn_eps=grn_eps,
-        groups=row_offsets.numel() - 1,
-        channels=x.shape[1],
-        dim=parameters[2].shape[0],
-        threads=torch.get_num_threads(),
-    )
+def _mlp_fields(
+    x: Tensor, parameters: list[Tensor], row_offsets: Tensor, norm_eps: float, grn_eps: float
+) -> dict[str, Any]:
+    sizes = {"groups": row_offsets.numel() - 1, "channels": x.shape[1], "dim": parameters[2].shape[0]}
+    named = zip(_MLP_PARAMETERS, parameters, strict=True)
+    return {"x": x, **dict(named), "offsets": row_offsets, "norm_eps": norm_eps, "grn_eps": grn_eps, **sizes}
 
 
 def _mlp_outputs(
@@ -226,7 +152,8 @@ def cpu_mlp(x: Tensor, parameters: list[Tensor], row_offsets: Tensor, norm_eps: 
     """See :meth:`sparse_ops.backend.Backend.mlp`: what is kept, then the result."""
     outputs = _mlp_outputs(x, parameters, row_offsets, norm_eps, grn_eps)
     named = dict(zip(_MLP_OUTPUTS, outputs, strict=True))
-    _call("sparse_ops_mlp", _mlp_args(x, parameters, row_offsets, norm_eps, grn_eps, **named), x.dtype)
+    fields = _mlp_fields(x, parameters, row_offsets, norm_eps, grn_eps)
+    _launch("sparse_ops_mlp", _MLPArgs, x.dtype, **fields, **named)
     return outputs
 
 
@@ -244,22 +171,12 @@ def cpu_mlp_backward(
     grn_eps: float,
 ) -> list[Tensor]:
     """See :meth:`sparse_ops.backend.Backend.mlp_backward`."""
-    grads = [torch.empty_like(tensor) for tensor in (x, *parameters)]
+    grads = _alike(x, *parameters)
     named = {f"grad_{name}": value for name, value in zip(("x", *_MLP_PARAMETERS), grads, strict=True)}
     named |= zip(_MLP_OUTPUTS[:-1], kept, strict=True)
-    args = _mlp_args(x, parameters, row_offsets, norm_eps, grn_eps, grad=grad, **named)
-    _call("sparse_ops_mlp_backward", args, x.dtype)
+    fields = _mlp_fields(x, parameters, row_offsets, norm_eps, grn_eps)
+    _launch("sparse_ops_mlp_backward", _MLPArgs, x.dtype, **fields, **named, grad=grad)
     return grads
 
 
-@cpu_mlp_backward.register_fake
-def _(
-    grad: Tensor,
-    x: Tensor,
-    parameters: list[Tensor],
-    row_offsets: Tensor,
-    kept: list[Tensor],
-    norm_eps: float,
-    grn_eps: float,
-) -> list[Tensor]:
-    return [torch.empty_like(tensor) for tensor in (x, *parameters)]
+cpu_mlp_backward.register_fake(lambda grad, x, parameters, *_: _alike(x, *parameters))
