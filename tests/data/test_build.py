@@ -30,6 +30,15 @@ def test_folder_split_by_fraction(image_folder: Folder) -> None:
         assert val.classes[label] == path.parent.name
 
 
+def test_skipped_files_are_told_once(image_folder: Folder) -> None:
+    root = image_folder({"red": 3, "green": 3})
+    (root / "red" / "notes.txt").write_text("x")
+    parts = build_finetune_datasets(root, (32, 32))
+    expected = [(root / "red" / "notes.txt", "not an image, or a format that is not read")]
+    assert [part.skipped for part in parts] == [expected, []]
+    assert build_pretrain_dataset(root, (32, 32)).skipped == expected
+
+
 def test_folder_split_by_train_and_val(image_folder: Folder) -> None:
     root = image_folder({"b": 2, "a": 2, "c": 2}, "data/train").parent
     image_folder({"c": 1, "a": 3}, "data/val")

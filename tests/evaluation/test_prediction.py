@@ -56,9 +56,12 @@ def test_predictions_are_those_of_the_network(checkpoint: Any, image_folder: Any
 def test_gradients_and_mode_are_left_alone(checkpoint: Any, image_folder: Any) -> None:
     classifier = load_classifier(checkpoint())
     assert not classifier.model.training
+    inside = []
+    classifier.model.register_forward_hook(lambda *_: inside.append(torch.is_inference_mode_enabled()))
     for _ in predict_images(classifier, classifier.dataset([image_folder({"": 2})]), batch_size=1):
         assert torch.is_grad_enabled()
         assert not torch.is_inference_mode_enabled()
+    assert inside == [True, True]
 
 
 def test_progress_and_workers(checkpoint: Any, image_folder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
