@@ -15,6 +15,7 @@ from typing import Generic, NoReturn, TypeVar
 import torch
 from safetensors import SafetensorError
 
+from convnextv2.data.sources import describe_skipped
 from convnextv2.training import recipe
 from sparse_ops.registry import BackendUnavailableError
 
@@ -89,13 +90,8 @@ def warn(text: str) -> None:
 
 def say_skipped(skipped: Sequence[tuple[Path, str]], shown: int = 5) -> None:
     """Tell how many files were left out, and why, naming the first ``shown``."""
-    if not skipped:
-        return
-    warn(f"notice: skipped {len(skipped)} unusable file{'s' if len(skipped) > 1 else ''}:")
-    for path, reason in skipped[:shown]:
-        warn(f"  {one_line(path)}: {one_line(reason)}")
-    if len(skipped) > shown:
-        warn(f"  … and {len(skipped) - shown} more")
+    for number, line in enumerate(describe_skipped(skipped, shown)):
+        warn(f"  {line}" if number else line)
 
 
 class Progress(Generic[T]):

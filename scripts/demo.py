@@ -20,8 +20,8 @@ from pathlib import Path
 
 from _cli import positive_int, run, say
 
-from convnextv2.data.digits import export_digits
-from convnextv2.data.folders import scan_images
+from convnextv2.data import export_digits, open_source
+from convnextv2.data.digits import DIGITS
 
 SCRIPTS = Path(__file__).parent
 CONFIGS = SCRIPTS.parent / "configs"
@@ -51,7 +51,7 @@ def metrics(folder: Path) -> list[dict[str, float]]:
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="digits", help="folder of images, or digits (default)")
+    parser.add_argument("--data", default=DIGITS, help="folder of images, or digits (default)")
     parser.add_argument("--output", type=Path, default=Path("demo"), help="folder for everything the demo makes")
     parser.add_argument(
         "--epochs", type=positive_int, help="epochs of pre-training (default: the recipe's; 5 of a folder)"
@@ -65,15 +65,15 @@ def main() -> None:
     args = parse_arguments()
     start = time.monotonic()
     out: Path = args.output
-    digits = args.data == "digits"
+    digits = args.data == DIGITS
     if digits:
         recipe = ["--config", CONFIGS / "digits_pretrain.yaml"]
         finetune_recipe = ["--config", CONFIGS / "digits_finetune.yaml"]
-        pretrain_data, classes = "digits", True
+        pretrain_data, classes = DIGITS, True
     else:
         folder = Path(args.data)
         train = folder / "train" if (folder / "train").is_dir() else folder
-        classes = len(scan_images(train).classes) > 1
+        classes = len(open_source(train).classes) > 1
         pretrain_data = str(train)
         recipe = ["--config", CONFIGS / "pretrain_small.yaml", "--epochs", args.epochs or 5, "--warmup-epochs", 1]
         recipe += ["--img-size", 96]

@@ -14,8 +14,7 @@ import _cli
 import torch
 
 from convnextv2 import FCMAE
-from convnextv2.data.build import build_predict_dataset
-from convnextv2.data.sources import DataError
+from convnextv2.data import DataError, build_predict_dataset
 from convnextv2.data.transforms import preprocessing_from_metadata
 from convnextv2.models.config import check_image_size
 from convnextv2.models.masking import parse_mask
@@ -58,16 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         mask = read_mask(options.mask, (img_size[0] // encoder.patch_size, img_size[1] // encoder.patch_size))
 
     dataset = build_predict_dataset(options.images, img_size, encoder.in_chans, mean, std)
-    images, unreadable = [], list(dataset.skipped)
-    for number in spread(len(dataset), options.max_images):
-        image, _, reason = dataset[number]
-        if reason:
-            unreadable.append((dataset.files[number], reason))
-        else:
-            images.append(image)
-        if len(images) == options.max_images:
-            break
-    _cli.say_skipped(unreadable)
+    images, unreadable = dataset.examples(options.max_images)
+    _cli.say_skipped([*dataset.skipped, *unreadable])
     if not images:
         raise DataError(f"none of the {len(dataset)} files given is a readable image")
     save_reconstructions(
@@ -82,12 +73,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         mask_ratio=options.mask_ratio,
     )
     _cli.say(f"{len(images)} reconstructions: {options.output}")
-
-
-def spread(total: int, wanted: int) -> list[int]:
-    """All numbers below ``total``: first ``wanted`` of them evenly spaced, so that folders are sampled throughout."""
-    first = [number * total // wanted for number in range(wanted)] if wanted < total else range(total)
-    return list(dict.fromkeys([*first, *range(total)]))
 
 
 def read_mask(path: Path, grid_size: tuple[int, int]) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Data sets for a task, from what the user names: a folder, files, or the embedded digits."""
+"""Data sets for a task, from what the user names."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ from pathlib import Path
 import numpy as np
 
 from convnextv2.data.datasets import ImageDataset, PredictDataset
-from convnextv2.data.digits import DIGITS, DigitsSource, _digits
-from convnextv2.data.folders import _walk, _why_unusable, scan_images
+from convnextv2.data.folders import walk_files, why_unusable
 from convnextv2.data.images import has_image_suffix
-from convnextv2.data.sources import DataError, FileSource, Source, stratified_split
+from convnextv2.data.opening import open_source
+from convnextv2.data.sources import DataError, OpenedSource, Source
 from convnextv2.data.transforms import (
     Augmentation,
-    Transform,
     check_statistics,
     default_statistics,
     eval_transform,
@@ -39,15 +38,15 @@ def build_pretrain_dataset(
     """Images for pre-training, without labels: random resized crop (scale 0.2–1, bicubic) and horizontal flip.
 
     Images that :func:`build_finetune_datasets` validates on stay out where that is known: of a folder with ``train``
-    and ``val`` subfolders only ``train`` is taken, and of the digits only the training part for this ``seed`` and
-    ``val_fraction``. Of any other folder every image is taken.
+    and ``val`` subfolders only ``train`` is taken, and of a source that says so (:attr:`OpenedSource.hold_out`, the
+    digits do) only the training part for this ``seed`` and ``val_fraction``. Of any other every image is taken.
 
     Args:
-        data: a folder, or ``digits`` (crops of scale 0.5–1, no flip).
+        data: as ``spec`` of :func:`open_source`; the source may ask for gentler crops, and for no flip.
         img_size: (H, W) in pixels.
         in_chans: channels, 1 and 3 for pictures, others for ``.npy`` and TIFF.
-        seed: of the augmentation, and of the digits' split.
-        val_fraction: of the digits.
+        seed: of the augmentation, and of the split of what is held out.
+        val_fraction: share of every class that is held out, where the source asks for it.
         augmentation: replaces the defaults.
         mean, std: normalisation; by default :func:`~.transforms.default_statistics`, computed from the images
             for other than 1 or 3 channels.
@@ -56,21 +55,23 @@ def build_pretrain_dataset(
         DataError: if there is no usable image.
     """
     img_size = _check_size(img_size)
-    if str(data) == DIGITS:
-        digits, labels = _digits()
-        chosen, _ = stratified_split(labels, val_fraction, seed)
-        source: Source = DigitsSource(digits[chosen], img_size, in_chans)
-        about = f"handwritten digits, training part, {len(chosen)} images of 8×8 enlarged"
-        skipped: list[tuple[Path, str]] = []
-    else:
-        root = _train_folder(Path(data))
-        listing = scan_images(root, in_chans=in_chans)
-        source, skipped = FileSource(listing.paths, in_chans), listing.skipped
-        about = f"{root}: {len(listing.paths)} images"
-    mean, std = _statistics(source, in_chans, mean, std)
-    transform = _augmenting(data, img_size, mean, std, augmentation, crop=(0.2, 1.0))
-    plain = eval_transform(img_size, mean, std)
-    return ImageDataset(source, transform, plain, mean=mean, std=std, seed=seed, skipped=skipped, description=about)
+    opened = open_source(data, in_chans=in_chans, img_size=img_size)
+    part, about = opened.train, opened.description
+    if opened.hold_out:
+        part, about = opened.split(val_fraction, seed)[0], f"{about}, training part"
+    images = part.by_number
+    mean, std = _statistics(opened, images, in_chans, mean, std)
+    wish = augmentation or Augmentation()
+    return ImageDataset(
+        images,
+        train_transform(img_size, mean, std, wish, crop_scale=opened.crop_scale["pretrain"], hflip=opened.hflip),
+        eval_transform(img_size, mean, std),
+        mean=mean,
+        std=std,
+        seed=seed,
+        skipped=part.skipped,
+        description=f"{about}: {len(images)} images",
+    )
 
 
 def build_finetune_datasets(
@@ -87,70 +88,47 @@ def build_finetune_datasets(
     """Training and validation part of a labelled data set.
 
     Args:
-        data: a folder with one subfolder a class, split at random by class; or one with ``train`` and ``val``
-            subfolders that hold the class folders; or ``digits``.
+        data: as ``spec`` of :func:`open_source`. A folder has one subfolder a class, and is split at random by class;
+            or ``train`` and ``val`` subfolders that hold the class folders.
         img_size: (H, W) in pixels.
         in_chans: as in :func:`build_pretrain_dataset`.
         val_fraction: share of every class for validation, where the folders do not decide.
         seed: of the split and the augmentation.
-        augmentation: of the training part; crops of scale 0.08–1 and flips by default (digits: 0.5–1, no flip).
+        augmentation: of the training part; crops of scale 0.08–1 and flips unless the source asks for others.
         mean, std: as in :func:`build_pretrain_dataset`; give the checkpoint's where there is one.
 
     Raises:
         DataError: if there is no usable image, fewer than two classes, or a class to validate that is not trained.
     """
     img_size = _check_size(img_size)
-    if str(data) == DIGITS:
-        digits, labels = _digits()
-        parts = stratified_split(labels, val_fraction, seed)
-        classes = [str(digit) for digit in range(10)]
-        sources: list[Source] = [DigitsSource(digits[part], img_size, in_chans) for part in parts]
-        targets = [[labels[i] for i in part] for part in parts]
-        skipped: list[list[tuple[Path, str]]] = [[], []]
-        about = "handwritten digits"
-    else:
-        root = Path(data)
-        about = str(root)
-        if (root / "train").is_dir() and (root / "val").is_dir():
-            listings = [scan_images(root / part, in_chans=in_chans, labelled=True) for part in ("train", "val")]
-            classes = listings[0].classes
-            unknown = sorted(set(listings[1].classes) - set(classes))
-            if unknown:
-                raise DataError(f"{root / 'val'}: holds classes that {root / 'train'} does not: {', '.join(unknown)}")
-            sources = [FileSource(listing.paths, in_chans) for listing in listings]
-            targets = [
-                [classes.index(listing.classes[label]) for label in listing.labels or []] for listing in listings
-            ]
-            skipped = [listing.skipped for listing in listings]
-        else:
-            listing = scan_images(root, in_chans=in_chans, labelled=True)
-            assert listing.labels is not None
-            classes = listing.classes
-            parts = stratified_split(listing.labels, val_fraction, seed)
-            sources = [FileSource([listing.paths[i] for i in part], in_chans) for part in parts]
-            targets = [[listing.labels[i] for i in part] for part in parts]
-            skipped = [listing.skipped, []]
-        _check_classes(root, classes)
-        if not len(sources[1]):
-            raise DataError(f"{root}: no class has a second image to validate on; expected at least two images a class")
-    mean, std = _statistics(sources[0], in_chans, mean, std)
+    opened = open_source(data, in_chans=in_chans, img_size=img_size, labelled=True)
+    parts = opened.split(val_fraction, seed)
+    classes = opened.classes
+    if len(classes) < 2:
+        found = f"only {classes[0]!r}" if classes else "none"
+        raise DataError(f"{data}: a classifier needs at least two classes (one subfolder each), found {found}")
+    if not len(parts[1].by_number):
+        raise DataError(f"{data}: no class has a second image to validate on; expected at least two images a class")
+    mean, std = _statistics(opened, parts[0].by_number, in_chans, mean, std)
     plain = eval_transform(img_size, mean, std)
-    transforms = _augmenting(data, img_size, mean, std, augmentation, crop=(0.08, 1.0)), plain
-    names = "training", "validation"
+    wish = augmentation or Augmentation()
+    augmenting = train_transform(
+        img_size, mean, std, wish, crop_scale=opened.crop_scale["finetune"], hflip=opened.hflip
+    )
     train, val = (
         ImageDataset(
-            sources[i],
-            transforms[i],
+            part.by_number,
+            transform,
             plain,
-            labels=targets[i],
+            labels=part.labels,
             classes=classes,
             mean=mean,
             std=std,
             seed=seed,
-            skipped=skipped[i],
-            description=f"{about}, {names[i]} part: {len(sources[i])} images of {len(classes)} classes",
+            skipped=part.skipped,
+            description=f"{opened.description}, {name} part: {len(part.by_number)} images of {len(classes)} classes",
         )
-        for i in range(2)
+        for part, transform, name in zip(parts, (augmenting, plain), ("training", "validation"), strict=True)
     )
     return train, val
 
@@ -183,9 +161,9 @@ def build_predict_dataset(
     for given in map(Path, inputs):
         if given.is_dir():
             found: list[tuple[Path, int]] = []
-            _walk(given, (), found, skipped)
+            walk_files(given, found, skipped)
             for path, _ in found:
-                reason = None if has_image_suffix(path) else _why_unusable(path, in_chans, full=False)
+                reason = None if has_image_suffix(path) else why_unusable(path, in_chans, full=False)
                 if reason is None:
                     files.add(path)
                 else:
@@ -199,49 +177,21 @@ def build_predict_dataset(
     return PredictDataset(sorted(files), eval_transform(img_size, mean, std), (in_chans, *img_size), skipped)
 
 
-def _train_folder(root: Path) -> Path:
-    return root / "train" if (root / "train").is_dir() and (root / "val").is_dir() else root
-
-
-def _check_classes(root: Path, classes: Sequence[str]) -> None:
-    if len(classes) < 2:
-        raise DataError(
-            f"{root}: a classifier needs at least two classes (one subfolder each), found only {classes[0]!r}"
-        )
-
-
 def _check_size(img_size: tuple[int, int]) -> tuple[int, int]:
     if len(img_size) != 2 or any(side < 1 for side in img_size):
         raise ValueError(f"img_size must be (height, width) in pixels, got {img_size}")
     return int(img_size[0]), int(img_size[1])
 
 
-def _augmenting(
-    data: str | Path,
-    img_size: tuple[int, int],
-    mean: Sequence[float],
-    std: Sequence[float],
-    augmentation: Augmentation | None,
-    crop: tuple[float, float],
-) -> Transform:
-    """The training transform; digits keep their handedness and most of their area."""
-    if str(data) == DIGITS:
-        return train_transform(
-            img_size, mean, std, augmentation or Augmentation(), crop_scale=(max(crop[0], 0.5), 1.0), hflip=0.0
-        )
-    return train_transform(img_size, mean, std, augmentation or Augmentation(), crop_scale=crop, hflip=0.5)
-
-
 def _statistics(
-    source: Source, in_chans: int, mean: Sequence[float] | None, std: Sequence[float] | None
+    opened: OpenedSource, images: Source, in_chans: int, mean: Sequence[float] | None, std: Sequence[float] | None
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     if (mean is None) != (std is None):
         raise ValueError("give both mean and std, or neither")
     if mean is not None and std is not None:
         check_statistics(mean, std, in_chans)
         return tuple(mean), tuple(std)
-    known = default_statistics(in_chans)
-    return known if known is not None else _measure(source)
+    return opened.statistics or default_statistics(in_chans) or _measure(images)
 
 
 def _measure(source: Source) -> tuple[tuple[float, ...], tuple[float, ...]]:

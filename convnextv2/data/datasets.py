@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from convnextv2.data.images import UnreadableImageError, load_image
-from convnextv2.data.sources import DataError, Source
-from convnextv2.data.transforms import (
-    Transform,
-    sample_seed,
-)
+from convnextv2.data.sources import DataError, SequentialSource, Source
+from convnextv2.data.transforms import Transform, sample_seed
 
 
 class ImageDataset(Dataset[Any]):
@@ -106,6 +103,47 @@ class ImageDataset(Dataset[Any]):
         return torch.stack([self.plain_transform(self._load(int(index))[1]) for index in chosen])
 
 
+class SequentialDataset(IterableDataset[Any]):
+    """Images of a sequential source as normalised tensors, or pairs (image, label), once an epoch.
+
+    Processes and loader workers take different shares. Transforms are seeded as those of :class:`ImageDataset`.
+
+    Args:
+        source: the decoded images.
+        transform: from a decoded image to a tensor.
+        seed: of the random transforms.
+        process, processes: number, from 0, of the process that reads, and how many there are.
+    """
+
+    def __init__(
+        self, source: SequentialSource, transform: Transform, *, seed: int = 0, process: int = 0, processes: int = 1
+    ) -> None:
+        self.source = source
+        self.transform = transform
+        self.seed = seed
+        self.process = process
+        self.processes = processes
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch, which decides how samples are augmented."""
+        self._epoch.fill_(epoch)
+
+    def __iter__(self) -> Iterator[Any]:
+        info = get_worker_info()
+        worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
+        for number, decoded, label in self.source.read(self.process * workers + worker, self.processes * workers):
+            with sample_seed(self.seed, int(self._epoch), number):
+                image = self.transform(decoded)
+            yield image if label is None else (image, label)
+
+
+def spread(total: int, wanted: int) -> list[int]:
+    """All numbers below ``total``: first ``wanted`` of them evenly spaced, so that folders are sampled throughout."""
+    first = [number * total // wanted for number in range(wanted)] if wanted < total else range(total)
+    return list(dict.fromkeys([*first, *range(total)]))
+
+
 class PredictDataset(Dataset[Any]):
     """Yields (image, index, reason): reason is empty, or says why the file cannot be read; the image is then zero.
 
@@ -136,3 +174,17 @@ class PredictDataset(Dataset[Any]):
             return self.transform(load_image(self.files[index], self.shape[0])), index, ""
         except UnreadableImageError as error:
             return torch.zeros(self.shape), index, str(error)
+
+    def examples(self, count: int) -> tuple[list[Tensor], list[tuple[Path, str]]]:
+        """Up to ``count`` readable images ``[C, H, W]``, spread evenly; and the unreadable files met, with reasons."""
+        images: list[Tensor] = []
+        unreadable: list[tuple[Path, str]] = []
+        for number in spread(len(self), count):
+            image, _, reason = self[number]
+            if reason:
+                unreadable.append((self.files[number], reason))
+                continue
+            images.append(image)
+            if len(images) == count:
+                break
+        return images, unreadable

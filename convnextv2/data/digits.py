@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from convnextv2.data.sources import stratified_split
+from convnextv2.data.sources import CROP_SCALES, OpenedSource, Part, stratified_split
 
 DIGITS = "digits"
 
@@ -46,7 +46,7 @@ def export_digits(folder: str | Path, part: str = "val", *, val_fraction: float 
     Raises:
         OSError: if they cannot be written.
     """
-    digits, labels = _digits()
+    digits, labels = load_digits()
     train, val = stratified_split(labels, val_fraction, seed)
     parts = {"train": train, "val": val, "all": list(range(len(labels)))}
     if part not in parts:
@@ -60,8 +60,32 @@ def export_digits(folder: str | Path, part: str = "val", *, val_fraction: float 
     return sorted(files)
 
 
-def _digits() -> tuple[NDArray[np.uint8], list[int]]:
-    from sklearn.datasets import load_digits
+def load_digits() -> tuple[NDArray[np.uint8], list[int]]:
+    """All digits ``[1797, 8, 8]``, 0 … 255, and which number each shows."""
+    from sklearn import datasets
 
-    bunch = load_digits()
+    bunch = datasets.load_digits()
     return np.rint(bunch.images * (255 / 16)).astype(np.uint8), [int(label) for label in bunch.target]
+
+
+class DigitsKind:
+    """The word ``digits``. They keep their handedness and most of their area."""
+
+    expects = repr(DIGITS)
+
+    def claims(self, spec: str) -> bool:
+        return spec == DIGITS
+
+    def open(self, spec: str, *, in_chans: int, img_size: tuple[int, int], labelled: bool) -> OpenedSource:
+        digits, labels = load_digits()
+        return OpenedSource(
+            "handwritten digits",
+            Part(DigitsSource(digits, img_size, in_chans), labels),
+            classes=[str(digit) for digit in range(10)],
+            hold_out=True,
+            crop_scale=dict.fromkeys(CROP_SCALES, (0.5, 1.0)),
+            hflip=0.0,
+        )
+
+
+SOURCE_KIND = DigitsKind()

@@ -1,9 +1,9 @@
-"""Data sets: folders of images, labelled or not, and the embedded handwritten digits.
+"""Folders of images, labelled or not.
 
 A folder is read by content, not by file names' endings, and bad files never stop a run. Small folders (up to
 :data:`FULL_CHECK_BYTES`) are decoded once when they are scanned; of larger ones only the headers are read. A file that
 turns out to be damaged later is replaced by its next readable neighbour in the listing, the same in every run, and
-counted in :attr:`ImageDataset.replaced`.
+counted in :attr:`~.datasets.ImageDataset.replaced`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from convnextv2.data.images import UnreadableImageError, check_header, load_image
-from convnextv2.data.sources import DataError
+from convnextv2.data.sources import DataError, FileSource, OpenedSource, Part
 
 FULL_CHECK_BYTES = 256 * 2**20
 """Folders up to this size are decoded whole when scanned, some seconds' work; larger ones are checked by header."""
@@ -63,13 +63,13 @@ def scan_images(folder: str | Path, *, in_chans: int = 3, labelled: bool = False
         raise DataError(f"{root}: {'not a folder' if root.exists() else 'no such folder'}; expected a folder of images")
     files: list[tuple[Path, int]] = []
     skipped: list[tuple[Path, str]] = []
-    _walk(root, (), files, skipped)
+    walk_files(root, files, skipped)
     files.sort()
     if check == "auto":
         check = "full" if sum(size for _, size in files) <= FULL_CHECK_BYTES else "header"
     with ThreadPoolExecutor(min(32, 2 * (os.cpu_count() or 1))) as pool:
         full = check == "full"
-        reasons = pool.map(lambda file: _why_unusable(file[0], in_chans, full), files)
+        reasons = pool.map(lambda file: why_unusable(file[0], in_chans, full), files)
         good = []
         for (path, _), reason in zip(files, reasons, strict=True):
             if reason is None:
@@ -83,6 +83,7 @@ def scan_images(folder: str | Path, *, in_chans: int = 3, labelled: bool = False
 
     names = [class_of(path) for path in good]
     classes = sorted({name for name in names if name is not None})
+    index = {name: number for number, name in enumerate(classes)}
     if labelled:
         skipped += [
             (path, "lies outside of the class folders") for path, name in zip(good, names, strict=True) if name is None
@@ -91,30 +92,31 @@ def scan_images(folder: str | Path, *, in_chans: int = 3, labelled: bool = False
         names = [name for name in names if name is not None]
         skipped += [
             (entry, "class folder without a usable image")
-            for entry in _subfolders(root)
-            if entry.name not in set(classes)
+            for entry in root.iterdir()
+            if entry.is_dir() and not entry.name.startswith(".") and entry.name not in index
         ]
     skipped.sort()
     if not good:
         wanted = "images in class folders (FOLDER/<class>/<image>)" if labelled else "images"
         first = f"; first of {len(skipped)} skipped: {skipped[0][0]} ({skipped[0][1]})" if skipped else ""
         raise DataError(f"{root}: looked for {wanted} at all depths and found no usable one{first}")
-    index = {name: number for number, name in enumerate(classes)}
     labels = [index[name] for name in names if name is not None]
     return ImageListing(root, good, labels if len(labels) == len(good) else None, classes, skipped)
 
 
-def _subfolders(root: Path) -> list[Path]:
-    return sorted(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-
-
-def _walk(
+def walk_files(
     folder: Path,
-    above: tuple[tuple[int, int], ...],
     files: list[tuple[Path, int]],
     skipped: list[tuple[Path, str]],
+    above: tuple[tuple[int, int], ...] = (),
 ) -> None:
-    """Collect regular files and their sizes; ``above`` identifies the folders on the way down, to end link loops."""
+    """Add the regular files at all depths and their sizes in bytes to ``files``, and what is none to ``skipped``.
+
+    ``above`` identifies the folders on the way down, to end link loops.
+
+    Raises:
+        DataError: if ``folder`` itself cannot be read.
+    """
     try:
         status = folder.stat()
         here = status.st_dev, status.st_ino
@@ -137,14 +139,15 @@ def _walk(
             skipped.append((path, f"broken link: {error.strerror}" if entry.is_symlink() else str(error.strerror)))
             continue
         if stat.S_ISDIR(status.st_mode):
-            _walk(path, (*above, here), files, skipped)
+            walk_files(path, files, skipped, (*above, here))
         elif stat.S_ISREG(status.st_mode):
             files.append((path, status.st_size))
         else:
             skipped.append((path, "not a regular file"))
 
 
-def _why_unusable(path: Path, in_chans: int, full: bool) -> str | None:
+def why_unusable(path: Path, in_chans: int, full: bool) -> str | None:
+    """The reason why a file is no usable image, or None; ``full`` decodes it, else its header is read."""
     try:
         if full:
             load_image(path, in_chans)
@@ -153,3 +156,31 @@ def _why_unusable(path: Path, in_chans: int, full: bool) -> str | None:
     except UnreadableImageError as error:
         return str(error)
     return None
+
+
+class FolderKind:
+    """A folder: of images, of class folders, or of ``train`` and ``val`` with class folders."""
+
+    expects = "a folder of images"
+
+    def claims(self, spec: str) -> bool:
+        return Path(spec).is_dir()
+
+    def open(self, spec: str, *, in_chans: int, img_size: tuple[int, int], labelled: bool) -> OpenedSource:
+        whole = Path(spec)
+        parted = (whole / "train").is_dir() and (whole / "val").is_dir()
+        root = whole / "train" if parted else whole
+        listing = scan_images(root, in_chans=in_chans, labelled=labelled)
+        train = Part(FileSource(listing.paths, in_chans), listing.labels, listing.skipped)
+        if not (labelled and parted):
+            return OpenedSource(str(root), train, classes=listing.classes)
+        other = scan_images(whole / "val", in_chans=in_chans, labelled=True)
+        unknown = sorted(set(other.classes) - set(listing.classes))
+        if unknown:
+            raise DataError(f"{other.root}: holds classes that {root} does not: {', '.join(unknown)}")
+        labels = [listing.classes.index(other.classes[label]) for label in other.labels or []]
+        val = Part(FileSource(other.paths, in_chans), labels, other.skipped)
+        return OpenedSource(str(whole), train, val, listing.classes)
+
+
+SOURCE_KIND = FolderKind()

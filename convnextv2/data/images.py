@@ -18,22 +18,12 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 """Formats that are read; JPEG includes MPO. Those that run a program (EPS) or have no signature (TGA, PCD) are not."""
 
 BACKGROUND = "white"
-_ORIENTATION_TAG = 0x0112
-_TRANSPOSE = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 
 class UnreadableImageError(ValueError):
@@ -120,7 +110,10 @@ def _open(path: Path) -> Image.Image:
     try:
         if path.stat().st_size == 0:
             raise UnreadableImageError("empty file")
-        return Image.open(path, formats=FORMATS)
+        image = Image.open(path, formats=FORMATS)
+        if image.format == "TIFF":
+            image.filename = ""  # else Pillow maps uncompressed files by the size of the turned image: scrambled rows
+        return image
     except UnreadableImageError:
         raise
     except Exception as error:  # as above: a damaged header
@@ -136,7 +129,7 @@ def _reason(error: Exception) -> str:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    orientation = _orientation(image)
+    exif = _orientation(image)
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image)
         if image.mode == "I" and image.format in ("PNG", "PPM"):
@@ -147,14 +140,20 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         page = Image.new("RGBA", image.size, BACKGROUND)
         image = Image.alpha_composite(page, image)
     image = image.convert("RGB")
-    return image.transpose(_TRANSPOSE[orientation]) if orientation in _TRANSPOSE else image
+    if exif:
+        image.info = {"exif": exif}
+        ImageOps.exif_transpose(image, in_place=True)
+    return image
 
 
-def _orientation(image: Image.Image) -> int:
+def _orientation(image: Image.Image) -> bytes:
+    """EXIF metadata that holds the orientation alone: the rest may be damaged around good pixels."""
+    exif = Image.Exif()
     try:
-        return image.getexif().get(_ORIENTATION_TAG, 1)
+        exif[ExifTags.Base.Orientation] = image.getexif().get(ExifTags.Base.Orientation, 1)
+        return exif.tobytes() if exif[ExifTags.Base.Orientation] != 1 else b""
     except (SyntaxError, ValueError, OSError, KeyError, TypeError, struct.error):
-        return 1  # damaged metadata around good pixels
+        return b""
 
 
 def _bands(image: Image.Image, in_chans: int) -> NDArray[np.float32]:

@@ -1,17 +1,20 @@
-"""Where images come from: decoded images by number, and how they are parted."""
+"""What every source of images is: decoded images, in parts, with what is known about them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from convnextv2.data.images import load_image
+
+CROP_SCALES: Mapping[str, tuple[float, float]] = {"pretrain": (0.2, 1.0), "finetune": (0.08, 1.0)}
+"""Shares of an image's area that random crops take, by task, where a source has no reason for others."""
 
 
 class DataError(ValueError):
@@ -42,6 +45,15 @@ def stratified_split(labels: Sequence[int], val_fraction: float, seed: int) -> t
     return sorted(train), sorted(val)
 
 
+def describe_skipped(skipped: Sequence[tuple[Path, str]], shown: int = 5) -> list[str]:
+    """A heading with the number of files left out, a line for each of the first ``shown``, and one for the others."""
+    if not skipped:
+        return []
+    lines = [f"notice: skipped {len(skipped)} unusable file{'s' if len(skipped) > 1 else ''}:"]
+    lines += [" ".join(f"{path}: {reason}".split()) for path, reason in skipped[:shown]]
+    return [*lines, f"… and {len(skipped) - shown} more"] if len(skipped) > shown else lines
+
+
 class Source(Protocol):
     """Decoded images by number."""
 
@@ -52,6 +64,19 @@ class Source(Protocol):
 
         Raises:
             UnreadableImageError: if it cannot be decoded.
+        """
+
+
+@runtime_checkable
+class SequentialSource(Protocol):
+    """Decoded images in an order of their own: for files that are read from beginning to end, such as tar shards."""
+
+    def read(self, share: int, shares: int) -> Iterator[tuple[int, Image.Image | NDArray[np.float32], int | None]]:
+        """The images of share number ``share``, from 0, of ``shares``: (number, image, label or None).
+
+        The shares together are every readable image once; a share may be empty. An image, as :meth:`Source.load` gives
+        it, has the same number however many shares there are. A loader may ask any process for any share, any number
+        of times; a source keeps no file open in between.
         """
 
 
@@ -67,3 +92,83 @@ class FileSource:
 
     def load(self, index: int) -> Image.Image | NDArray[np.float32]:
         return load_image(self.paths[index], self.in_chans)
+
+
+@dataclass(frozen=True)
+class Subset:
+    """The images of another source that have these numbers."""
+
+    source: Source
+    numbers: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def load(self, index: int) -> Image.Image | NDArray[np.float32]:
+        return self.source.load(self.numbers[index])
+
+
+@dataclass(frozen=True)
+class Part:
+    """Images that are trained or validated on.
+
+    Args:
+        images: decoded.
+        labels: index into the source's classes of each image, or None.
+        skipped: files left out, and why.
+    """
+
+    images: Source | SequentialSource
+    labels: Sequence[int] | None = None
+    skipped: Sequence[tuple[Path, str]] = ()
+
+    @property
+    def by_number(self) -> Source:
+        """``images``, for what takes them in any order.
+
+        Raises:
+            DataError: if they can only be read from beginning to end.
+        """
+        if isinstance(self.images, SequentialSource):
+            raise DataError("images that are read in sequence cannot be split or shuffled; store them as files")
+        return self.images
+
+
+@dataclass(frozen=True)
+class OpenedSource:
+    """Everything about what the user named.
+
+    Args:
+        description: what it is, in a few words.
+        train: the images to train on; all images where ``val`` is None.
+        val: the images to validate on, where the source itself tells them apart.
+        classes: names of the labels.
+        hold_out: whether pre-training, too, leaves out the images that :meth:`split` gives to validation.
+        statistics: (mean, std), one number a channel; None takes those of :func:`~.transforms.default_statistics`.
+        crop_scale: as :data:`CROP_SCALES`.
+        hflip: probability of a horizontal flip in training.
+    """
+
+    description: str
+    train: Part
+    val: Part | None = None
+    classes: Sequence[str] = ()
+    hold_out: bool = False
+    statistics: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+    crop_scale: Mapping[str, tuple[float, float]] = field(default_factory=lambda: CROP_SCALES)
+    hflip: float = 0.5
+
+    def split(self, val_fraction: float, seed: int) -> tuple[Part, Part]:
+        """Training and validation part: the source's own, else parted at random by :func:`stratified_split`.
+
+        Raises:
+            DataError: if images have no labels.
+        """
+        labels = self.train.labels
+        if labels is None or (self.val is not None and self.val.labels is None):
+            raise DataError(f"{self.description}: has no labels; expected one an image")
+        if self.val is not None:
+            return self.train, self.val
+        parts = stratified_split(labels, val_fraction, seed)
+        train, val = (Part(Subset(self.train.by_number, numbers), [labels[i] for i in numbers]) for numbers in parts)
+        return replace(train, skipped=self.train.skipped), val

@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib.util
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
+from convnextv2.data.opening import why_unknown
 from convnextv2.models.config import EncoderConfig, encoder_config
 from convnextv2.training.recipe import option
 
@@ -68,8 +68,8 @@ class RunOptions:
             raise ValueError("--data is missing: a folder of images, or 'digits'")
         if not self.output:
             raise ValueError("--output is missing: the folder to write the run to")
-        if self.data != "digits" and not Path(self.data).is_dir():
-            raise ValueError(f"--data {self.data}: no such folder")
+        if problem := why_unknown(self.data):
+            raise ValueError(f"--data {problem}")
         for name in ("epochs", "batch_size", "accum"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{flag(name)} must be at least 1, got {getattr(self, name)}")

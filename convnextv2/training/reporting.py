@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from convnextv2.data.sources import describe_skipped
+
 Log = Callable[[str], None]
 
 
@@ -41,11 +43,10 @@ def resuming(done: int, epochs: int) -> str:
 
 
 def say_skipped(skipped: Sequence[tuple[Path, str]], log: Log, shown: int = 5) -> None:
-    """Tell how many files were left out, and why, naming the first ``shown``."""
+    """Tell how many files were left out, and why, naming the first ``shown``; in one line."""
     if skipped:
-        more = f"; and {len(skipped) - shown} more" if len(skipped) > shown else ""
-        named = "; ".join(f"{path}: {reason}" for path, reason in skipped[:shown])
-        log(f"notice: skipped {len(skipped)} unusable file{'s' if len(skipped) > 1 else ''}: {named}{more}")
+        heading, *named = describe_skipped(skipped, shown)
+        log(f"{heading} {'; '.join(named)}")
 
 
 def every(interval: int | None, epochs: int, default_count: int = 5) -> set[int]:

@@ -78,12 +78,3 @@ def test_wrong_masks(script: Any, autoencoder: Any, image_folder: Any, tmp_path:
         assert (result.status, len(result.err.splitlines())) == (2, 1)
         assert "mask_ratio" in result.err
     assert not output.exists()
-
-
-@pytest.mark.parametrize(("total", "wanted", "first"), [(10, 5, [0, 2, 4, 6, 8]), (3, 8, [0, 1, 2]), (7, 3, [0, 2, 4])])
-def test_images_are_taken_evenly_and_the_others_stay_as_replacements(total, wanted, first):
-    from visualize import spread
-
-    numbers = spread(total, wanted)
-    assert numbers[: len(first)] == first
-    assert sorted(numbers) == list(range(total))

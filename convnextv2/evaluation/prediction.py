@@ -1,0 +1,138 @@
+"""Classify images with a fine-tuned checkpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from convnextv2.data.build import build_predict_dataset
+from convnextv2.data.datasets import PredictDataset
+from convnextv2.data.loading import make_loader
+from convnextv2.data.transforms import preprocessing_from_metadata
+from convnextv2.models.classifier import ConvNeXtV2
+from convnextv2.models.config import check_image_size
+from convnextv2.weights.checkpoint import Checkpoint, CheckpointError, load_checkpoint
+from convnextv2.weights.loading import load_model
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The likeliest classes of an image and their probabilities, or the reason why its file cannot be read."""
+
+    file: Path
+    classes: tuple[str, ...] = ()
+    probabilities: tuple[float, ...] = ()
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A network for prediction, the names of its classes, and how its images are prepared: mean, std, (H, W)."""
+
+    model: ConvNeXtV2
+    classes: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    img_size: tuple[int, int]
+
+    def dataset(self, inputs: Sequence[str | Path]) -> PredictDataset:
+        """Image files, and those in folders, as :func:`~convnextv2.data.build.build_predict_dataset` finds them."""
+        channels = self.model.encoder_config.in_chans
+        return build_predict_dataset(inputs, self.img_size, channels, self.mean, self.std)
+
+
+def load_classifier(
+    path: str | Path, *, device: str | torch.device = "cpu", img_size: tuple[int, int] | None = None
+) -> Classifier:
+    """The classifier of a fine-tuning run.
+
+    Args:
+        path: checkpoint, or run folder.
+        device: where the network goes.
+        img_size: (H, W) in pixels; None takes the checkpoint's.
+
+    Raises:
+        CheckpointError: if the checkpoint cannot be read or has no classifier.
+        ValueError: if its metadata is malformed, or the size is not divisible by the patch size.
+    """
+    checkpoint = load_checkpoint(path)
+    model = load_model(checkpoint.path, device=device).eval()
+    if not isinstance(model, ConvNeXtV2) or model.config.num_classes == 0:
+        raise CheckpointError(f"{checkpoint.path}: has no classifier; fine-tune it first (scripts/finetune.py)")
+    classes = class_names(checkpoint, model)
+    mean, std, own_size = preprocessing_from_metadata(checkpoint.metadata, model.encoder_config.in_chans)
+    check_image_size(img_size or own_size, model.encoder_config.patch_size)
+    return Classifier(model, classes, mean, std, img_size or own_size)
+
+
+def class_names(checkpoint: Checkpoint, model: ConvNeXtV2) -> tuple[str, ...]:
+    """Names from the checkpoint, else from class_indices.json beside it or in its run folder, else numbers.
+
+    Raises:
+        CheckpointError: if that file does not name every class.
+    """
+    number = model.config.num_classes
+    if model.config.class_names:
+        return tuple(model.config.class_names)
+    for folder in (checkpoint.path.parent, checkpoint.path.parent.parent):
+        file = folder / "class_indices.json"
+        if not file.is_file():
+            continue
+        try:
+            indices = json.loads(file.read_text(encoding="utf-8"))
+            return tuple(str(indices[str(index)]) for index in range(number))
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f'{file}: expected {{"0": "name", ...}} for {number} classes, which {checkpoint.path} has; '
+                f"repair or remove it ({type(error).__name__}: {error})"
+            ) from error
+    return tuple(str(index) for index in range(number))
+
+
+@torch.inference_mode()
+def predict_images(
+    classifier: Classifier,
+    dataset: PredictDataset,
+    *,
+    topk: int = 5,
+    batch_size: int = 64,
+    workers: int | None = None,
+    progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+) -> Iterator[Prediction]:
+    """One prediction a file, in the data set's order, as they come.
+
+    Args:
+        classifier: from :func:`load_classifier`.
+        dataset: from :meth:`Classifier.dataset`.
+        topk: likeliest classes to give; at most all.
+        batch_size: images at a time.
+        workers: processes that decode images; None takes up to four where there are eight batches or more.
+        progress: wraps the batches.
+    """
+    if workers is None:
+        workers = min(4, os.cpu_count() or 1) if len(dataset) >= 8 * batch_size else 0
+    topk = min(topk, len(classifier.classes))
+    device = next(classifier.model.parameters()).device
+    for images, indices, errors in progress(make_loader(dataset, batch_size, workers)):
+        best, order = classifier.model(images.to(device)).float().softmax(1).cpu().topk(topk)
+        for index, error, values, numbers in zip(indices.tolist(), errors, best.tolist(), order.tolist(), strict=True):
+            if error:
+                yield Prediction(dataset.files[index], error=error)
+            else:
+                names = tuple(classifier.classes[number] for number in numbers)
+                yield Prediction(dataset.files[index], names, tuple(values))
+
+
+def right_by_folder(predictions: Sequence[Prediction], classes: Sequence[str]) -> int | None:
+    """How many predictions are right, if every image lies in a folder named like a class (the nearest counts)."""
+    known = set(classes)
+    true = [next((part.name for part in p.file.absolute().parents if part.name in known), None) for p in predictions]
+    if not predictions or None in true:
+        return None
+    return sum(p.classes[0] == label for p, label in zip(predictions, true, strict=True))

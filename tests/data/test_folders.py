@@ -1,0 +1,127 @@
+import os
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from data_helpers import Folder, save
+from PIL import Image
+
+from convnextv2.data import folders
+from convnextv2.data.folders import scan_images
+from convnextv2.data.sources import DataError
+
+
+def bad_files(folder: Path) -> dict[str, str]:
+    """Unusable files, and a word of the reason for each."""
+    rng = np.random.default_rng(0)
+    noise = Image.fromarray(rng.integers(0, 255, (64, 64, 3)).astype(np.uint8))
+    for suffix in ("jpg", "png"):
+        save(noise, folder / f"cut.{suffix}")
+        content = (folder / f"cut.{suffix}").read_bytes()
+        (folder / f"cut.{suffix}").write_bytes(content[: len(content) // 2])
+    broken = bytearray((folder / "cut.png").read_bytes())
+    broken[60:90] = bytes(30)
+    (folder / "corrupt.png").write_bytes(broken)
+    (folder / "empty.jpg").write_bytes(b"")
+    (folder / "text.png").write_text("no image")
+    (folder / "notes.txt").write_text("no image")
+    (folder / "bad.npy").write_bytes(b"\x93NUMPY\x01\x00nonsense")
+    np.save(folder / "objects.npy", np.array([{}], dtype=object), allow_pickle=True)
+    header = b"IHDR" + (60000).to_bytes(4, "big") * 2 + b"\x08\x02\x00\x00\x00"
+    crc = zlib.crc32(header).to_bytes(4, "big")
+    (folder / "bomb.png").write_bytes(
+        b"\x89PNG\r\n\x1a\n\x00\x00\x00\x0d" + header + crc + bytes(4) + b"IDAT" + bytes(4)
+    )
+    (folder / "dangling.png").symlink_to(folder / "nowhere.png")
+    (folder / "loop").symlink_to(folder)
+    (folder / "self.png").symlink_to(folder / "self.png")
+    os.mkfifo(folder / "pipe.png")
+    return {
+        "cut.jpg": "truncated",
+        "cut.png": "truncated",
+        "corrupt.png": "",
+        "empty.jpg": "empty",
+        "text.png": "not an image",
+        "notes.txt": "not an image",
+        "bad.npy": "npy",
+        "objects.npy": "npy",
+        "bomb.png": "bomb",
+        "dangling.png": "broken link",
+        "loop": "link",
+        "self.png": "link",
+        "pipe.png": "regular file",
+    }
+
+
+def test_scan_skips_and_explains(image_folder: Folder) -> None:
+    root = image_folder({"": 2})
+    expected = bad_files(root)
+    listing = scan_images(root)
+    assert [path.name for path in listing.paths] == ["000.png", "001.png"]
+    reasons = {path.name: reason for path, reason in listing.skipped}
+    assert reasons.keys() == expected.keys()
+    for name, word in expected.items():
+        assert word in reasons[name], (name, reasons[name])
+        assert reasons[name].strip()
+
+
+def test_scan_finds_everything_that_is_an_image(image_folder: Folder) -> None:
+    root = image_folder({"": 1})
+    image = Image.new("RGB", (4, 4), "red")
+    (root / "deep" / "er").mkdir(parents=True)
+    (root / "folder.jpg").mkdir()
+    (root / ".hidden").mkdir()
+    for name in ("a b.png", "日本 é.png", "deep/er/x.png", "folder.jpg/y.png", ".hidden/z.png", ".h.png"):
+        save(image, root / name)
+    save(image, root / "really_png.jpg", format="PNG")
+    save(image, root / "nameless", format="PNG")
+    found = {path.relative_to(root).as_posix() for path in scan_images(root).paths}
+    assert found == {
+        "000.png", "a b.png", "日本 é.png", "deep/er/x.png", "folder.jpg/y.png", "really_png.jpg", "nameless",
+    }  # fmt: skip
+    assert scan_images(root).labels is None
+
+
+def test_scan_labels_and_sorts(image_folder: Folder) -> None:
+    root = image_folder({"b": 2, "a": 1})
+    (root / "none").mkdir()
+    listing = scan_images(root)
+    assert (listing.classes, listing.labels) == (["a", "b"], [0, 1, 1])
+    assert listing.skipped == []
+    save(Image.new("L", (3, 3)), root / "stray.png")
+    labelled = scan_images(root, labelled=True)
+    assert labelled.labels == [0, 1, 1]
+    assert {path.name: reason for path, reason in labelled.skipped} == {
+        "stray.png": "lies outside of the class folders",
+        "none": "class folder without a usable image",
+    }
+
+
+def test_unreadable_folder_is_skipped(image_folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = image_folder({"a": 1, "b": 1})
+    scandir = os.scandir
+
+    def denied(path: Path) -> object:
+        if Path(path).name == "b":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(folders.os, "scandir", denied)
+    listing = scan_images(root)
+    assert len(listing.paths) == 1
+    assert listing.skipped == [(root / "b", "Permission denied")]
+
+
+def test_scan_errors_say_what_was_looked_for(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no such folder"):
+        scan_images(tmp_path / "nowhere")
+    with pytest.raises(DataError, match="found no usable one"):
+        scan_images(tmp_path)
+    (tmp_path / "x.txt").write_text("x")
+    with pytest.raises(DataError, match=r"x\.txt \(not an image"):
+        scan_images(tmp_path)
+    with pytest.raises(DataError, match="not a folder"):
+        scan_images(tmp_path / "x.txt")
+    with pytest.raises(ValueError, match="check must be"):
+        scan_images(tmp_path, check="perhaps")
