@@ -57,7 +57,9 @@ def test_shapes_are_those_of_the_features(summary: Any, tiny_encoder: EncoderCon
     from sparse_ops import DenseGrid
 
     for stage, (features, _) in enumerate(model.forward_stages(torch.zeros(1, 3, 48, 64), DenseGrid(1))):
-        assert rows[f"downsample_layers.{stage}"] == rows[f"stages.{stage}.0"] == tuple(features.shape[1:])
+        assert (
+            rows[f"downsample_layers.{stage}"] == rows[f"stages.{stage}.0"] == (*features.shape[2:], features.shape[1])
+        )
     assert rows["head"] == (7,)
     leaves = {row.name: row.shape for row in summary.layers(model, (48, 64), leaves=True)}
     assert leaves["downsample_layers.1.0"] == rows["stages.0.0"]
