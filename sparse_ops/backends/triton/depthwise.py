@@ -118,24 +118,11 @@ def triton_depthwise(
     def grid(sizes: dict[str, int]) -> tuple[int, int]:
         return -(-patches // sizes["PATCHES"]), -(-channels // sizes["BLOCK_C"])
 
-    _launch_depthwise(
-        "depthwise_kernel",
-        grid,
-        side,
-        channels,
-        kernel_size,
-        x,
-        taps,
-        neighbours,
-        out,
-        patches,
-    )
+    _launch_depthwise("depthwise_kernel", grid, side, channels, kernel_size, x, taps, neighbours, out, patches)
     return out
 
 
-@triton_depthwise.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, neighbours: Tensor, side: int, reverse_taps: bool) -> Tensor:
-    return torch.empty_like(x)
+triton_depthwise.register_fake(lambda x, *_: torch.empty_like(x))
 
 
 @torch.library.custom_op("sparse_ops::triton_depthwise_weight_grad", mutates_args=())
@@ -150,18 +137,8 @@ def triton_depthwise_weight_grad(x: Tensor, grad: Tensor, neighbours: Tensor, si
     def grid(sizes: dict[str, int]) -> tuple[int, int, int]:
         return slices, -(-channels // sizes["BLOCK_C"]), kernel_size
 
-    _launch_depthwise(
-        "depthwise_weight_grad_kernel",
-        grid,
-        side,
-        channels,
-        kernel_size,
-        x,
-        grad,
-        neighbours,
-        partial,
-        patches,
-    )
+    name = "depthwise_weight_grad_kernel"
+    _launch_depthwise(name, grid, side, channels, kernel_size, x, grad, neighbours, partial, patches)
     return partial.sum(0).t().to(x.dtype).contiguous().view(channels, 1, kernel_size, kernel_size)
 
 

@@ -77,12 +77,7 @@ class _Hidden:
 
 
 def _mlp_outputs(
-    x: Tensor,
-    parameters: list[Tensor],
-    row_offsets: Tensor,
-    rows: Tensor | None,
-    norm_eps: float,
-    grn_eps: float,
+    x: Tensor, parameters: list[Tensor], row_offsets: Tensor, rows: Tensor | None, norm_eps: float, grn_eps: float
 ) -> list[Tensor]:
     """h, mean, rstd, norms and the result, uninitialised."""
     count, channels, dim = x.shape[0], x.shape[1], parameters[2].shape[0]
@@ -96,12 +91,7 @@ def _mlp_outputs(
 
 @torch.library.custom_op("sparse_ops::triton_mlp", mutates_args=())
 def triton_mlp(
-    x: Tensor,
-    parameters: list[Tensor],
-    row_offsets: Tensor,
-    rows: Tensor | None,
-    norm_eps: float,
-    grn_eps: float,
+    x: Tensor, parameters: list[Tensor], row_offsets: Tensor, rows: Tensor | None, norm_eps: float, grn_eps: float
 ) -> list[Tensor]:
     """See :meth:`sparse_ops.backend.Backend.mlp`: what is kept, then the result."""
     kernels = _kernels("mlp")
@@ -152,20 +142,9 @@ def triton_mlp_backward(
     hidden = _Hidden(h, row_offsets)
     product, plain = hidden.partial(), hidden.partial()
     hidden.walk(kernels.grn_backward_sums_kernel, grad_h, h, b1, row_offsets, product, plain)
-    scale, pull, grad_gamma, grad_beta = (hidden.of_groups() for _ in range(4))
-    hidden.each_group(
-        kernels.grn_backward_scale_kernel,
-        product,
-        plain,
-        gamma,
-        norms,
-        scale,
-        pull,
-        grad_gamma,
-        grad_beta,
-        hidden.parts,
-        grn_eps,
-    )
+    found = scale, pull, grad_gamma, grad_beta = tuple(hidden.of_groups() for _ in range(4))
+    kernel = kernels.grn_backward_scale_kernel
+    hidden.each_group(kernel, product, plain, gamma, norms, *found, hidden.parts, grn_eps)
     y, grad_b1 = torch.empty_like(h), product
     hidden.walk(kernels.grn_backward_apply_kernel, grad_h, h, b1, scale, pull, beta, row_offsets, y, grad_b1)
     grad_w2 = grad.t() @ (y if rows is None else y.index_select(0, rows))
@@ -176,44 +155,15 @@ def triton_mlp_backward(
     programs = min(512, -(-x.shape[0] // tile.rows))
     grad_x, partial = torch.empty_like(x), x.new_empty(2, programs, x.shape[1], dtype=torch.float32)
     if programs:
+        given = grad_normed, x, norm_weight, norm_bias, mean, rstd
+        constants = {"WIDTH": x.shape[1], **tile.constants}
         _launch(
-            kernels.layer_norm_backward_kernel,
-            (programs,),
-            grad_normed,
-            x,
-            norm_weight,
-            norm_bias,
-            mean,
-            rstd,
-            grad_x,
-            normed,
-            partial[0],
-            partial[1],
-            x.shape[0],
-            WIDTH=x.shape[1],
-            **tile.constants,
+            kernels.layer_norm_backward_kernel, (programs,), *given, grad_x, normed, *partial, x.shape[0], **constants
         )
-    sums = (
-        partial[0].sum(0),
-        partial[1].sum(0),
-        grad_h.t() @ normed,
-        grad_b1.sum((0, 1)),
-        grad_gamma.sum(0),
-        grad_beta.sum(0),
-    )
-    found = (*sums, grad_w2, grad.sum(0, dtype=torch.float32))
-    return [grad_x, *(value.to(parameter.dtype) for value, parameter in zip(found, parameters, strict=True))]
+    grad_norm, grad_w1 = [part.sum(0) for part in partial], grad_h.t() @ normed
+    of_groups = grad_b1.sum((0, 1)), grad_gamma.sum(0), grad_beta.sum(0)
+    grads = *grad_norm, grad_w1, *of_groups, grad_w2, grad.sum(0, dtype=torch.float32)
+    return [grad_x, *(value.to(parameter.dtype) for value, parameter in zip(grads, parameters, strict=True))]
 
 
-@triton_mlp_backward.register_fake
-def _(
-    grad: Tensor,
-    x: Tensor,
-    parameters: list[Tensor],
-    row_offsets: Tensor,
-    rows: Tensor | None,
-    kept: list[Tensor],
-    norm_eps: float,
-    grn_eps: float,
-) -> list[Tensor]:
-    return [torch.empty_like(tensor) for tensor in (x, *parameters)]
+triton_mlp_backward.register_fake(lambda grad, x, parameters, *_: [torch.empty_like(t) for t in (x, *parameters)])
