@@ -79,11 +79,11 @@ def _transformers_name(first: str, rest: list[str]) -> str:
     if first == "downsample_layers":
         if rest[0] == "0":
             return f"convnextv2.embeddings.{_EMBEDDINGS[rest[1]]}.{rest[2]}"
-        return ".".join(("convnextv2.models.encoder.stages", rest[0], "downsampling_layer", *rest[1:]))
+        return ".".join(("convnextv2.encoder.stages", rest[0], "downsampling_layer", *rest[1:]))
     stage, block, *tail = rest
     local = ".".join(tail)
     local = _GRN.get(local, re.sub(r"^norm\.", "layernorm.", local))
-    return f"convnextv2.models.encoder.stages.{stage}.layers.{block}.{local}"
+    return f"convnextv2.encoder.stages.{stage}.layers.{block}.{local}"
 
 
 def _sparse_name(name: str) -> str:

@@ -282,11 +282,11 @@ def test_transformers_names():
     assert {
         "convnextv2.embeddings.patch_embeddings.weight",
         "convnextv2.embeddings.layernorm.bias",
-        "convnextv2.models.encoder.stages.0.layers.0.dwconv.weight",
-        "convnextv2.models.encoder.stages.1.downsampling_layer.0.weight",
-        "convnextv2.models.encoder.stages.1.layers.1.layernorm.weight",
-        "convnextv2.models.encoder.stages.1.layers.1.grn.weight",
-        "convnextv2.models.encoder.stages.3.layers.0.pwconv2.bias",
+        "convnextv2.encoder.stages.0.layers.0.dwconv.weight",
+        "convnextv2.encoder.stages.1.downsampling_layer.0.weight",
+        "convnextv2.encoder.stages.1.layers.1.layernorm.weight",
+        "convnextv2.encoder.stages.1.layers.1.grn.weight",
+        "convnextv2.encoder.stages.3.layers.0.pwconv2.bias",
         "convnextv2.layernorm.weight",
         "classifier.bias",
     } <= written.keys()
