@@ -104,7 +104,7 @@ def test_half_precision_is_told(convert, tmp_path):
 
 
 def test_a_mismatch_writes_nothing(convert, pretrained, tmp_path, monkeypatch):
-    from convnextv2.weights import layouts as converter
+    from convnextv2.weights.layouts import sparse_official as converter
 
     assert convert(pretrained, tmp_path / "sparse.pth", "--to", "sparse-official")[0] == 0
     right = converter.taps_to_map
