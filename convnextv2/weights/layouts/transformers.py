@@ -2,6 +2,12 @@
 
 from convnextv2.weights.layout import Layout
 
+_SPELLINGS = (
+    (r"\.grn\.gamma$", ".grn.weight"),
+    (r"\.grn\.beta$", ".grn.bias"),
+    (r"^(embeddings|encoder|layernorm)\.", r"convnextv2.\1."),
+)
+
 LAYOUT = Layout(
     name="transformers",
     about="for its ConvNextV2 models",
@@ -11,17 +17,11 @@ LAYOUT = Layout(
     names=(
         (r"^head\.", "classifier."),
         (r"(^|\.)norm\.", r"\1layernorm."),
-        (r"\.grn\.gamma$", ".grn.weight"),
-        (r"\.grn\.beta$", ".grn.bias"),
         (r"^stages\.(\d+)\.", r"encoder.stages.\1.layers."),
         (r"^downsample_layers\.0\.0\.", "embeddings.patch_embeddings."),
         (r"^downsample_layers\.0\.1\.", "embeddings.layernorm."),
         (r"^downsample_layers\.(\d+)\.", r"encoder.stages.\1.downsampling_layer."),
-        (r"^(embeddings|encoder|layernorm)\.", r"convnextv2.\1."),
+        *_SPELLINGS,
     ),
-    spellings=(
-        (r"^(embeddings|encoder|layernorm)\.", r"convnextv2.\1."),
-        (r"\.grn\.gamma$", ".grn.weight"),
-        (r"\.grn\.beta$", ".grn.bias"),
-    ),
+    spellings=_SPELLINGS,
 )
