@@ -155,6 +155,12 @@ def test_bad_input_is_one_line_and_status_2(convert, tmp_path, make, message):
     assert not (tmp_path / "out.pth").exists()
 
 
+def test_layouts_on_offer(convert):
+    status, out, _ = convert("--help")
+    assert status == 0
+    assert "--to {official-dense,sparse-official,timm}" in out
+
+
 def test_bad_options(convert, pretrained, tmp_path):
     for arguments, message in (
         ((tmp_path / "a.bin",), "OUTPUT must end in"),

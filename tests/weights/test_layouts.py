@@ -67,6 +67,13 @@ def test_wrong_sparse_kernels(name, shape, message):
         read_weights({**sparse_official(fcmae()), name: torch.ones(shape)})
 
 
+def test_wrong_pointwise_kernels():
+    official = sparse_official(fcmae())
+    del official["encoder.stages.0.0.pwconv1.linear.weight"]
+    with pytest.raises(CheckpointError, match="pointwise kernel has 2 axes"):
+        read_weights({**official, "encoder.stages.0.0.pwconv1.kernel": torch.ones(1, 8, 32)})
+
+
 @pytest.mark.parametrize("conv_mlp", [False, True])
 @pytest.mark.parametrize("patch_size", [4, 1])
 def test_parity_with_timm(conv_mlp, patch_size):
@@ -147,6 +154,16 @@ def test_every_tensor_has_a_name_of_its_own_in_every_layout():
         assert len(set(foreign)) == len(foreign)
 
 
+def test_a_layout_recognises_its_own_files_alone():
+    weights = read_weights(fcmae().state_dict())
+    files = {name: write_layout(weights, name) for name in layouts.LAYOUTS}
+    files["sparse-official, published"] = {n.removeprefix("encoder."): v for n, v in files["sparse-official"].items()}
+    for name, state in files.items():
+        found = [layout.name for layout in layouts.LAYOUTS.values() if layout.recognises(state.keys())]
+        assert found == [name.partition(",")[0]]
+        assert read_weights(state).config == ENCODER
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 def test_all_variants_convert_by_name_and_shape(name):
     with torch.device("meta"):
@@ -155,9 +172,9 @@ def test_all_variants_convert_by_name_and_shape(name):
     state = model.state_dict()
     for layout in layouts.LAYOUTS:
         written = write_layout(read_weights(state), layout)
-        assert detect_layout(written) == ("official-dense" if layout == "official-dense" else layout)
+        assert detect_layout(written) == layout
         back = read_weights(written)
         assert back.config == config
-        for group in ("encoder", "head"):
-            expected = getattr(read_weights(state), group) if group == "encoder" or back.head else {}
-            assert {k: v.shape for k, v in getattr(back, group).items()} == {k: v.shape for k, v in expected.items()}
+        headless = layout in ("fcmae", "sparse-official")
+        expected = {k: v.shape for k, v in state.items() if not (headless and k.split(".")[0] in ("norm", "head"))}
+        assert {name: tensor.shape for name, tensor in back} == expected

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from weights_helpers import ENCODER, fcmae, randomise, same, sparse_official
 
-from convnextv2 import EncoderConfig, create_model
+from convnextv2 import EncoderConfig, create_fcmae, create_model
 from convnextv2.weights.checkpoint import Checkpoint, CheckpointError, save_checkpoint
-from convnextv2.weights.loading import init_classifier, load_model
+from convnextv2.weights.loading import init_classifier, init_fcmae, load_model
 from convnextv2.weights.reading import describe, encoder_state_dict, read_weights, write_layout
 
 
@@ -72,7 +74,28 @@ def test_another_variant_is_refused_and_both_named(config):
         init_classifier(model, Checkpoint(fcmae().state_dict()))
     assert describe(ENCODER) in str(caught.value)
     assert describe(config) in str(caught.value)
+    assert "depths 1-2-1-1, widths 8-16-16-24, 3 channels, patch size 32" in str(caught.value)
     assert same(before, dict(model.state_dict()))
+    autoencoder = create_fcmae(config, img_size=64, decoder_dim=16, backend="reference")
+    before = {name: value.clone() for name, value in autoencoder.state_dict().items()}
+    with pytest.raises(CheckpointError, match=re.escape(f"but the network is {describe(config)}")):
+        init_fcmae(autoencoder, Checkpoint(fcmae().state_dict()))
+    assert same(before, dict(autoencoder.state_dict()))
+
+
+@pytest.mark.parametrize("layout", ["fcmae", "sparse-official", "official-dense", "timm", "transformers"])
+@pytest.mark.parametrize("width", [16, 24])
+def test_autoencoder_starts_from_any_layout(layout, width):
+    source = fcmae()
+    state = write_layout(read_weights(source.state_dict()), layout)
+    model = create_fcmae(ENCODER, img_size=64, decoder_dim=width, decoder_depth=2, backend="reference").double()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    said = init_fcmae(model, Checkpoint(state))
+    whole = width == 16 and layout in ("fcmae", "sparse-official")
+    for name, value in model.state_dict().items():
+        origin = source.state_dict() if whole or name.startswith("encoder.") else before
+        assert torch.equal(value, origin[name]), name
+    assert ("nothing is freshly" if whole else "the decoder is freshly") in said
 
 
 def test_errors_name_the_file(tmp_path):
