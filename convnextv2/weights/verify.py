@@ -1,7 +1,7 @@
 """Does a converted encoder compute what its source computed? Answered by running both, in float64.
 
-Where a layout names a network of its own (:mod:`convnextv2.weights.evaluators`), it runs on the weights as
-they are.
+Where a layout names a network of its own (:mod:`convnextv2.weights.evaluators`), it runs on
+the weights as they are.
 """
 
 from __future__ import annotations
