@@ -1,17 +1,9 @@
 """ConvNeXt V2 and its sparse masked pre-training, FCMAE."""
 
-from convnextv2.models.classifier import (
-    ConvNeXtV2,
-    convnextv2_atto,
-    convnextv2_base,
-    convnextv2_femto,
-    convnextv2_huge,
-    convnextv2_large,
-    convnextv2_nano,
-    convnextv2_pico,
-    convnextv2_tiny,
-    create_model,
-)
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from convnextv2.models.classifier import FACTORIES, ConvNeXtV2, create_model
 from convnextv2.models.config import VARIANTS, ClassifierConfig, EncoderConfig, FCMAEConfig
 from convnextv2.models.encoder import Block, Encoder
 from convnextv2.models.fcmae import FCMAE, FCMAEOutput, create_fcmae
@@ -28,14 +20,13 @@ __all__ = [
     "EncoderConfig",
     "FCMAEConfig",
     "FCMAEOutput",
-    "convnextv2_atto",
-    "convnextv2_base",
-    "convnextv2_femto",
-    "convnextv2_huge",
-    "convnextv2_large",
-    "convnextv2_nano",
-    "convnextv2_pico",
-    "convnextv2_tiny",
     "create_fcmae",
     "create_model",
+    *VARIANTS,
 ]
+
+globals().update(FACTORIES)
+
+if TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Callable[..., ConvNeXtV2]: ...  # convnextv2_atto and so on

@@ -40,14 +40,14 @@ def _umask() -> int:
     return mask
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """``value`` with NaN and infinities replaced by None, which JSON can hold."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return value
 
 
@@ -58,7 +58,7 @@ def write_json(path: str | os.PathLike[str], obj: Any) -> None:
         TypeError: if ``obj`` holds something JSON cannot.
         OSError: if the file cannot be written.
     """
-    text = json.dumps(_finite(obj), indent=2, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(finite(obj), indent=2, ensure_ascii=False, allow_nan=False)
     with atomic_path(path) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
 
@@ -71,7 +71,7 @@ def append_jsonl(path: str | os.PathLike[str], obj: Mapping[str, Any]) -> None:
         OSError: if the file cannot be written.
     """
     target = Path(path)
-    line = json.dumps(_finite(obj), ensure_ascii=False, allow_nan=False) + "\n"
+    line = json.dumps(finite(obj), ensure_ascii=False, allow_nan=False) + "\n"
     target.parent.mkdir(parents=True, exist_ok=True)
     with target.open("a+b") as file:
         if file.tell():

@@ -14,15 +14,15 @@ from torch import Tensor
 from convnextv2.models.classifier import ConvNeXtV2
 from convnextv2.models.config import ClassifierConfig
 from convnextv2.weights.checkpoint import SUFFIXES, CheckpointError, Config, load_checkpoint, save_checkpoint
-from convnextv2.weights.layouts import DECODER_PARTS, HEAD_PARTS, Layout, foreign_name
+from convnextv2.weights.layout import DECODER_PARTS, HEAD_PARTS, Layout
+from convnextv2.weights.layouts import LAYOUTS, get_layout
 from convnextv2.weights.reading import Weights, describe, read_checkpoint, weights_config, write_layout
 from convnextv2.weights.verify import verify_conversion
-
-TARGETS: tuple[Layout, ...] = ("official-dense", "sparse-official", "timm")
 
 
 def parse_arguments() -> argparse.Namespace:
     """The options, checked."""
+    targets = [layout for layout in LAYOUTS.values() if layout.target]
     parser = argparse.ArgumentParser(
         description=__doc__,
         epilog="The source may be one of our checkpoints or run folders, an official sparse (MinkowskiEngine) or dense "
@@ -33,10 +33,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("output", metavar="OUTPUT", type=Path, help="file to write: .safetensors, .pth or .pt")
     parser.add_argument(
         "--to",
-        choices=TARGETS,
+        choices=[layout.name for layout in targets],
         default="official-dense",
-        help="layout to write: official-dense, which is ours as well (default); sparse-official, the MinkowskiEngine "
-        "layout of the official pre-training, with the decoder if the source has it; timm",
+        help=f"layout to write, official-dense by default: {'; '.join(f'{own.name}, {own.about}' for own in targets)}",
     )
     parser.add_argument(
         "--num-classes",
@@ -59,8 +58,11 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.output.suffix not in SUFFIXES:
         parser.error(f"OUTPUT must end in {', '.join(SUFFIXES)}, got {str(args.output)!r}")
-    if args.num_classes is not None and (args.num_classes < 1 or args.to == "sparse-official"):
-        parser.error("--num-classes needs a number of at least 1, and a layout with a head (not sparse-official)")
+    headless = [layout.name for layout in targets if "head" not in layout.parts]
+    if args.num_classes is not None and (args.num_classes < 1 or args.to in headless):
+        parser.error(
+            f"--num-classes needs a number of at least 1, and a layout with a head (not {', '.join(headless)})"
+        )
     return args
 
 
@@ -88,7 +90,7 @@ def table(
     """Rows that tell what became of each part: its name, tensors, parameters, and the names of the first tensor."""
     rows: dict[str, tuple[int, int, str]] = {}
     for name in kept:
-        origin, target = weights.names[name], foreign_name(name, to)
+        origin, target = weights.names[name], to.name_of(name)
         count, numbers, first = rows.get(part_of(name), (0, 0, f"{origin} -> {target}" if origin != target else origin))
         rows[part_of(name)] = (count + 1, numbers + tensors[1][target].numel(), first)
     header = ("part", "tensors", "parameters", "first of them")
@@ -100,7 +102,7 @@ def full_table(
 ) -> list[tuple[str, ...]]:
     """Rows with the name and shape of every tensor, in the source and as written."""
     source, written = tensors
-    pairs = ((weights.names[name], foreign_name(name, to)) for name in kept)
+    pairs = ((weights.names[name], to.name_of(name)) for name in kept)
     return [(f"{a} {list(source[a].shape)}", "->", f"{b} {list(written[b].shape)}") for a, b in pairs]
 
 
@@ -115,8 +117,8 @@ def listed(names: list[str], verbose: bool) -> str:
 
 
 def output_config(weights: Weights, to: Layout, original: Config | None) -> Config:
-    """The configuration to store: of the classifier or encoder for dense layouts, of the source for the sparse one."""
-    if to == "sparse-official":
+    """The configuration to store: of the source where the decoder is kept, else of the classifier or encoder."""
+    if "decoder" in to.parts:
         return original if original is not None and weights.decoder else weights_config(weights)
     return ClassifierConfig(weights.config, weights.num_classes or 0) if weights.head else weights.config
 
@@ -129,24 +131,25 @@ def main() -> None:
         raise CheckpointError(f"{args.output}: is the checkpoint itself; choose another name for the output")
     source = read_checkpoint(checkpoint)
     weights, new = (source, []) if args.num_classes is None else add_head(source, args.num_classes, args.seed)
-    written = write_layout(weights, args.to)
+    to = get_layout(args.to)
+    written = write_layout(weights, to.name)
 
     say(f"source: {checkpoint.path}, layout {source.layout}, {describe(source.config)}")
     if "weights" in checkpoint.metadata:
         say(f"weights: the file holds several sets; taken: {checkpoint.metadata['weights']}")
     if source.widened:
         say("precision: 16-bit weights are written as float32, which loses nothing")
-    kept = [name for name, _ in source if foreign_name(name, args.to) in written and name not in new]
-    rows = (full_table if args.verbose else table)(source, kept, args.to, (checkpoint.state_dict, written))
+    kept = [name for name, _ in source if to.name_of(name) in written and name not in new]
+    rows = (full_table if args.verbose else table)(source, kept, to, (checkpoint.state_dict, written))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    say(f"mapped to {args.to}:")
+    say(f"mapped to {to.name}:")
     for row in rows:
         say("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     say(f"dropped: {listed([name for name, _ in source if name not in kept], args.verbose)}")
-    if args.to == "sparse-official":
+    if "decoder" in to.parts:
         without = [] if source.decoder else [*DECODER_PARTS]
         say(f"missing in the source, so not in the file: {', '.join(without) or 'nothing'}")
-    else:
+    if "head" in to.parts:
         absent = [f"{part}.{end}" for part in HEAD_PARTS for end in ("weight", "bias")]
         absent = [name for name in absent if name not in weights.head]
         say(f"new, freshly initialised: {listed(new, args.verbose)}")
@@ -160,8 +163,8 @@ def main() -> None:
             )
         say(f"verified: {verification}")
     metadata = {key: value for key, value in checkpoint.metadata.items() if key != "weights"}
-    metadata |= {"converted_from": source.layout, "layout": args.to}
-    save_checkpoint(args.output, written, output_config(weights, args.to, checkpoint.config), metadata)
+    metadata |= {"converted_from": source.layout, "layout": to.name}
+    save_checkpoint(args.output, written, output_config(weights, to, checkpoint.config), metadata)
     say(f"written: {args.output}, {len(written)} tensors, {sum(t.numel() for t in written.values()):,} parameters")
 
 

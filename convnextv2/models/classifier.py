@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -76,23 +76,15 @@ def create_model(
     return ConvNeXtV2(ClassifierConfig(encoder, num_classes, head_init_scale))
 
 
-def _variant(name: str) -> Any:
+def _variant(name: str) -> Callable[..., ConvNeXtV2]:
     def build(**options: Any) -> ConvNeXtV2:
         return create_model(name, **options)
 
     depths, dims = VARIANTS[name]
-    build.__name__ = build.__qualname__ = name
+    build.__module__, build.__name__, build.__qualname__ = "convnextv2", name, name
     build.__doc__ = f"Dense {name}: depths {depths}, widths {dims}. Options as in :func:`create_model`."
     return build
 
 
-convnextv2_atto = _variant("convnextv2_atto")
-convnextv2_femto = _variant("convnextv2_femto")
-convnextv2_pico = _variant("convnextv2_pico")
-convnextv2_nano = _variant("convnextv2_nano")
-convnextv2_tiny = _variant("convnextv2_tiny")
-convnextv2_base = _variant("convnextv2_base")
-convnextv2_large = _variant("convnextv2_large")
-convnextv2_huge = _variant("convnextv2_huge")
-
-assert all(hasattr(sys.modules[__name__], name) for name in VARIANTS)
+FACTORIES = {name: _variant(name) for name in VARIANTS}
+"""A function for each variant; the package has them under their names, ``convnextv2.convnextv2_atto`` …."""

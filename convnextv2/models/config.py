@@ -1,4 +1,4 @@
-"""Architectures as frozen dataclasses, and the eight published variants."""
+"""Architectures as frozen dataclasses, and the variants that have a name."""
 
 from __future__ import annotations
 
@@ -140,11 +140,14 @@ VARIANTS: Mapping[str, tuple[tuple[int, int, int, int], tuple[int, int, int, int
     "convnextv2_large": ((3, 3, 27, 3), (192, 384, 768, 1536)),
     "convnextv2_huge": ((3, 3, 27, 3), (352, 704, 1408, 2816)),
 }
-"""Depths and widths of the published variants (ConvNeXt V2, appendix A.1)."""
+"""Depths and widths of the variants; these eight are the published ones (ConvNeXt V2, appendix A.1).
+
+A new line is a new variant: all that takes a name of a model knows it, and ``convnextv2`` has a function of its name.
+"""
 
 
 def encoder_config(name: str, **overrides: Any) -> EncoderConfig:
-    """Configuration of a published variant, ``convnextv2_atto`` … ``convnextv2_huge`` (the prefix may be left out).
+    """Configuration of a variant by name, ``convnextv2_atto`` … ``convnextv2_huge`` (the prefix may be left out).
 
     Raises:
         ValueError: if no variant has that name.
@@ -157,7 +160,7 @@ def encoder_config(name: str, **overrides: Any) -> EncoderConfig:
 
 
 def variant_name(config: EncoderConfig) -> str | None:
-    """Name of the published variant with these depths and widths, or None for a custom one."""
+    """Name of the variant with these depths and widths, or None for a custom one."""
     return next((name for name, shape in VARIANTS.items() if shape == (config.depths, config.dims)), None)
 
 

@@ -27,7 +27,7 @@ from convnextv2.training.reporting import Log, Occasionally, ProgressBar, every,
 from convnextv2.training.run_folder import RunFolder, check_same_model
 from convnextv2.training.signals import StopSignals
 from convnextv2.weights.checkpoint import save_checkpoint
-from convnextv2.weights.loading import _initialise
+from convnextv2.weights.loading import init_fcmae
 from sparse_ops.grid import GRN_SCOPES
 
 logger = logging.getLogger(__name__)
@@ -120,7 +120,7 @@ def pretrain(options: PretrainOptions, *, log: Log = logger.info, progress: Prog
     if saved is not None:
         check_same_model(saved, model.config, folder.path)
     elif options.init is not None:
-        log(_initialise(model, options.init))
+        log(init_fcmae(model, options.init))
     dataset = build_pretrain_dataset(
         options.data, options.img_size, encoder.in_chans, seed=options.seed, val_fraction=options.val_fraction
     )

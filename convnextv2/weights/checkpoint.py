@@ -22,18 +22,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from convnextv2.files import _finite, atomic_path
+from convnextv2.files import atomic_path, finite
 from convnextv2.models.config import ClassifierConfig, EncoderConfig, FCMAEConfig, config_from_dict, config_to_dict
 
 Config = EncoderConfig | FCMAEConfig | ClassifierConfig
 
-
 SUFFIXES = (".safetensors", ".pth", ".pt")
-
 
 NESTING = ("model_ema", "state_dict_ema", "ema", "model", "state_dict", "model_state_dict", "module")
 """Where training scripts put the weights, best first: an averaged copy (EMA) is preferred to the raw weights."""
-
 
 _AVERAGING_COUNTERS = ("n_averaged",)
 
@@ -100,7 +97,7 @@ def save_checkpoint(
     module = getattr(model, "_orig_mod", model)
     state = _own_storage(module.state_dict() if isinstance(module, nn.Module) else module)
     plain_config = None if config is None else config_to_dict(config)
-    plain_metadata = json.loads(json.dumps(_finite(dict(metadata or {}))))
+    plain_metadata = json.loads(json.dumps(finite(dict(metadata or {}))))
     with atomic_path(target) as temporary:
         try:
             if target.suffix == ".safetensors":
@@ -283,3 +280,8 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         return Checkpoint(clean_state_dict(state), architecture, metadata, file)
     except ValueError as error:
         raise CheckpointError(f"{file}: {error}") from error
+
+
+def as_checkpoint(checkpoint: Checkpoint | str | os.PathLike[str]) -> Checkpoint:
+    """The checkpoint itself, or the one that :func:`load_checkpoint` reads from the path."""
+    return checkpoint if isinstance(checkpoint, Checkpoint) else load_checkpoint(checkpoint)

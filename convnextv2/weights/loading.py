@@ -11,35 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from convnextv2.models.classifier import ConvNeXtV2
-from convnextv2.models.config import (
-    ClassifierConfig,
-    FCMAEConfig,
-)
+from convnextv2.models.config import ClassifierConfig, EncoderConfig, FCMAEConfig
 from convnextv2.models.fcmae import FCMAE
-from convnextv2.weights.checkpoint import Checkpoint, CheckpointError, load_checkpoint
-from convnextv2.weights.layouts import DECODER_PARTS
-from convnextv2.weights.reading import _as_checkpoint, describe, read_checkpoint, weights_config, write_layout
+from convnextv2.weights.checkpoint import Checkpoint, CheckpointError, as_checkpoint, load_checkpoint
+from convnextv2.weights.layout import DECODER_PARTS
+from convnextv2.weights.reading import Weights, describe, read_checkpoint, weights_config, write_layout
 from sparse_ops.registry import get_backend
-
-
-def _initialise(model: FCMAE, path: str) -> str:
-    """Take the weights of a checkpoint: the encoder, and the decoder where there is one of the same shape."""
-    checkpoint = load_checkpoint(path)
-    weights = read_checkpoint(checkpoint)
-    own = replace(model.config.encoder, drop_path_rate=0.0)
-    if weights.config != own:
-        raise CheckpointError(
-            f"{checkpoint.path}: holds {describe(weights.config)}, but the network is {describe(own)}; "
-            "choose the model that the checkpoint is of"
-        )
-    state = model.state_dict()
-    found = write_layout(weights, "fcmae")
-    decoder = {name: value for name, value in found.items() if not name.startswith("encoder.")}
-    whole = bool(decoder) and all(name in state and state[name].shape == value.shape for name, value in decoder.items())
-    taken = {name: value for name, value in found.items() if whole or name.startswith("encoder.")}
-    load_strict(model, {**state, **taken}, checkpoint.path)
-    new = "nothing" if whole else "the decoder"
-    return f"{checkpoint.path}: {len(taken)} tensors loaded; {new} is freshly initialised"
 
 
 def load_strict(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
@@ -79,10 +56,7 @@ def load_model(
     Raises:
         CheckpointError: if the file cannot be read, does not fit, or holds an encoder alone.
     """
-    from convnextv2.weights.loading import complete_model
-
-    model = complete_model(load_checkpoint(path), backend)
-    return model.to(device)
+    return complete_model(load_checkpoint(path), backend).to(device)
 
 
 @dataclass(frozen=True)
@@ -104,6 +78,17 @@ class LoadReport:
         )
 
 
+def _read_for(config: EncoderConfig, checkpoint: Checkpoint) -> Weights:
+    """The weights of a checkpoint that has to be of this encoder; stochastic depth is no matter of weights."""
+    weights, own = read_checkpoint(checkpoint), replace(config, drop_path_rate=0.0)
+    if weights.config != own:
+        raise CheckpointError(
+            f"{checkpoint.path}: holds {describe(weights.config)}, but the network is {describe(own)}; "
+            "choose the model that the checkpoint is of"
+        )
+    return weights
+
+
 def init_classifier(model: ConvNeXtV2, checkpoint: Checkpoint | str | Path) -> LoadReport:
     """Start a classifier from the weights of a checkpoint of any layout.
 
@@ -116,14 +101,8 @@ def init_classifier(model: ConvNeXtV2, checkpoint: Checkpoint | str | Path) -> L
     Raises:
         CheckpointError: if the file cannot be read, or is of another variant: both are named.
     """
-    checkpoint = _as_checkpoint(checkpoint)
-    weights = read_checkpoint(checkpoint)
-    own = replace(model.encoder_config, drop_path_rate=0.0)
-    if weights.config != own:
-        raise CheckpointError(
-            f"{checkpoint.path}: holds {describe(weights.config)}, but the network is {describe(own)}; "
-            "choose the model that the checkpoint is of"
-        )
+    checkpoint = as_checkpoint(checkpoint)
+    weights = _read_for(model.encoder_config, checkpoint)
     target = model.state_dict()
     state = dict(target)
     loaded, dropped = [], []
@@ -139,8 +118,30 @@ def init_classifier(model: ConvNeXtV2, checkpoint: Checkpoint | str | Path) -> L
     return LoadReport(checkpoint.path, tuple(loaded), tuple(dropped), new)
 
 
+def init_fcmae(model: FCMAE, checkpoint: Checkpoint | str | Path) -> str:
+    """Start a masked autoencoder from the weights of a checkpoint of any layout.
+
+    The whole encoder must be there. The decoder is taken where there is one of the same shape.
+
+    Returns:
+        What was loaded and what is new, in words.
+
+    Raises:
+        CheckpointError: if the file cannot be read, or is of another variant: both are named.
+    """
+    checkpoint = as_checkpoint(checkpoint)
+    weights = _read_for(model.config.encoder, checkpoint)
+    state = model.state_dict()
+    decoder = weights.decoder
+    whole = bool(decoder) and all(name in state and state[name].shape == value.shape for name, value in decoder.items())
+    taken = write_layout(weights if whole else replace(weights, decoder={}), "fcmae")
+    load_strict(model, {**state, **taken}, checkpoint.path)
+    new = "nothing" if whole else "the decoder"
+    return f"{checkpoint.path}: {len(taken)} tensors loaded; {new} is freshly initialised"
+
+
 def complete_model(checkpoint: Checkpoint, backend: str = "auto") -> FCMAE | ConvNeXtV2:
-    """The network of a checkpoint that holds all of it; see :func:`convnextv2.weights.loading.load_model`.
+    """The network of a checkpoint that holds all of it; see :func:`load_model`.
 
     Raises:
         CheckpointError: if the weights do not fit the configuration, or are an encoder alone.
@@ -160,7 +161,6 @@ def complete_model(checkpoint: Checkpoint, backend: str = "auto") -> FCMAE | Con
             f"{checkpoint.path}: holds an encoder without decoder and without head, so it is no whole network; "
             "start a fine-tuning from it instead"
         )
-    load_strict(
-        model, write_layout(weights, "fcmae" if isinstance(model, FCMAE) else "official-dense"), checkpoint.path
-    )
+    layout = "fcmae" if isinstance(model, FCMAE) else "official-dense"
+    load_strict(model, write_layout(weights, layout), checkpoint.path)
     return model

@@ -16,18 +16,9 @@ from convnextv2.models.classifier import ConvNeXtV2
 from convnextv2.models.config import NUM_STAGES, ClassifierConfig, EncoderConfig, FCMAEConfig, variant_name
 from convnextv2.models.encoder import Encoder
 from convnextv2.models.fcmae import FCMAE
-from convnextv2.weights.checkpoint import Checkpoint, CheckpointError, Config, load_checkpoint
-from convnextv2.weights.layouts import (
-    DECODER_PARTS,
-    HEAD_PARTS,
-    Layout,
-    _from_foreign,
-    _known_names,
-    _lookup_name,
-    _to_foreign,
-    detect_layout,
-    foreign_name,
-)
+from convnextv2.weights.checkpoint import Checkpoint, CheckpointError, Config, as_checkpoint
+from convnextv2.weights.layout import Layout, known_names, part_of
+from convnextv2.weights.layouts import detect_layout, get_layout
 
 
 @dataclass(frozen=True)
@@ -35,7 +26,7 @@ class Weights:
     """Weights in the names and shapes of the official dense network, whatever layout they came in.
 
     Args:
-        layout: the layout they were read from.
+        layout: name of the layout they were read from.
         config: the encoder's shape, read from the weights.
         encoder: stem, downsampling and stages; complete.
         decoder: mask token, projection, decoder and prediction of a masked autoencoder; complete or empty.
@@ -44,7 +35,7 @@ class Weights:
         widened: whether 16-bit weights were widened to float32.
     """
 
-    layout: Layout
+    layout: str
     config: EncoderConfig
     encoder: dict[str, Tensor]
     decoder: dict[str, Tensor]
@@ -69,16 +60,16 @@ def _some(names: Iterable[str]) -> str:
 
 def _translate(state_dict: Mapping[str, Tensor], layout: Layout) -> tuple[dict[str, Tensor], dict[str, str]]:
     numbers = (int(number) for name in state_dict for number in re.findall(r"\.(\d{1,3})(?=\.)", name))
-    known = {foreign_name(name, layout): name for name in _known_names(max(numbers, default=0) + 1)}
+    known = {layout.name_of(name): name for name in known_names(max(numbers, default=0) + 1)}
     found: dict[str, Tensor] = {}
     names: dict[str, str] = {}
     unknown = []
     for source_name, tensor in state_dict.items():
-        name = known.get(_lookup_name(source_name, layout))
+        name = known.get(layout.spelt(source_name))
         if name is None or name in found:
             unknown.append(source_name)
         else:
-            found[name] = _from_foreign(name, source_name, tensor, layout)
+            found[name] = layout.read(name, source_name, tensor)
             names[name] = source_name
     if unknown:
         v1 = any(re.search(r"\.(\d+)\.(gamma|layer_scale_parameter)$", name) for name in unknown)
@@ -164,16 +155,14 @@ def read_weights(state_dict: Mapping[str, Tensor]) -> Weights:
             the final norm and head.
     """
     layout = detect_layout(state_dict)
-    found, names = _translate(state_dict, layout)
+    found, names = _translate(state_dict, get_layout(layout))
     _check_values(found, names)
     groups: dict[str, dict[str, Tensor]] = {"encoder": {}, "decoder": {}, "head": {}}
     widened = False
     for name, tensor in found.items():
-        first = name.split(".")[0]
         if tensor.dtype in (torch.float16, torch.bfloat16):
             tensor, widened = tensor.float(), True
-        group = "decoder" if first in DECODER_PARTS else "head" if first in HEAD_PARTS else "encoder"
-        groups[group][name] = tensor
+        groups[part_of(name)][name] = tensor
     encoder, decoder, head = groups.values()
     config = _encoder_config(encoder)
     _check(encoder, _expected(Encoder, config), names)
@@ -223,22 +212,22 @@ def encoder_state_dict(checkpoint: Checkpoint | str | Path) -> dict[str, Tensor]
     Raises:
         CheckpointError: as :func:`convnextv2.weights.checkpoint.load_checkpoint` and :func:`read_weights`.
     """
-    return read_checkpoint(_as_checkpoint(checkpoint)).encoder
+    return read_checkpoint(as_checkpoint(checkpoint)).encoder
 
 
-def _as_checkpoint(checkpoint: Checkpoint | str | Path) -> Checkpoint:
-    return checkpoint if isinstance(checkpoint, Checkpoint) else load_checkpoint(checkpoint)
-
-
-def write_layout(weights: Weights, layout: Layout) -> dict[str, Tensor]:
-    """State dict in another layout.
+def write_layout(weights: Weights, layout: str) -> dict[str, Tensor]:
+    """State dict in another layout, with the parts that the layout holds.
 
     The dense layouts leave the decoder out; ``fcmae`` and ``sparse-official`` leave final norm and head out.
+
+    Raises:
+        ValueError: if no layout has that name.
     """
-    second = weights.decoder if layout in ("fcmae", "sparse-official") else weights.head
+    target = get_layout(layout)
     return {
-        foreign_name(name, layout): _to_foreign(name, tensor, layout)
-        for name, tensor in (*weights.encoder.items(), *second.items())
+        target.name_of(name): target.write(name, tensor, weights.config)
+        for part in target.parts
+        for name, tensor in getattr(weights, part).items()
     }
 
 

@@ -23,7 +23,7 @@ def count(model: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", CLASSIFIER_PARAMETERS)
 def test_classifier_parameters(name):
     timm = pytest.importorskip("timm")
     with torch.device("meta"):
@@ -32,7 +32,7 @@ def test_classifier_parameters(name):
         assert count(timm.create_model(name, num_classes=1000)) == CLASSIFIER_PARAMETERS[name]
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", CLASSIFIER_PARAMETERS)
 def test_fcmae_parameters(name):
     width, dim, pixels = 512, VARIANTS[name][1][-1], 32 * 32 * 3
     encoder = CLASSIFIER_PARAMETERS[name] - 2 * dim - (dim + 1) * 1000
@@ -46,7 +46,9 @@ def test_fcmae_parameters(name):
 
 
 def test_variant_names():
-    assert len(VARIANTS) == 8
+    assert len(CLASSIFIER_PARAMETERS) == 8
+    assert VARIANTS.keys() >= CLASSIFIER_PARAMETERS.keys()
+    assert convnextv2.__all__[-len(VARIANTS) :] == list(VARIANTS)
     for name in VARIANTS:
         config = encoder_config(name)
         assert encoder_config(name.removeprefix("convnextv2_")) == config

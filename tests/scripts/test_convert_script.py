@@ -104,7 +104,7 @@ def test_half_precision_is_told(convert, tmp_path):
 
 
 def test_a_mismatch_writes_nothing(convert, pretrained, tmp_path, monkeypatch):
-    from convnextv2.weights import layouts as converter
+    from convnextv2.weights.layouts import sparse_official as converter
 
     assert convert(pretrained, tmp_path / "sparse.pth", "--to", "sparse-official")[0] == 0
     right = converter.taps_to_map
@@ -153,6 +153,12 @@ def test_bad_input_is_one_line_and_status_2(convert, tmp_path, make, message):
     assert message in err
     assert len(err.splitlines()) == 1
     assert not (tmp_path / "out.pth").exists()
+
+
+def test_layouts_on_offer(convert):
+    status, out, _ = convert("--help")
+    assert status == 0
+    assert "--to {official-dense,sparse-official,timm}" in out
 
 
 def test_bad_options(convert, pretrained, tmp_path):

@@ -8,10 +8,10 @@ import pytest
 import yaml
 from PIL import Image
 
-from convnextv2 import VARIANTS
 from convnextv2.training.finetuning import FinetuneOptions
 from convnextv2.training.pretraining import PretrainOptions
 from convnextv2.training.recipe import parse_options
+from convnextv2.weights import zoo
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "finetune.py"
@@ -73,7 +73,8 @@ def test_every_recipe_parses_and_names_its_launch_command(recipe: Path) -> None:
 
 
 def test_every_variant_has_its_published_recipe() -> None:
-    names = [name.removeprefix("convnextv2_") for name in VARIANTS]
+    names = sorted({file.variant.removeprefix("convnextv2_") for file in zoo.PUBLISHED.values()})
+    assert len(names) == 8
     assert [name for name in names if not (ROOT / "configs" / f"finetune_{name}.yaml").is_file()] == []
     for name in names:
         options = parse_options(FinetuneOptions, ["--config", str(ROOT / "configs" / f"finetune_{name}.yaml")], "")

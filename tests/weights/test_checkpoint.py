@@ -32,9 +32,6 @@ def leftovers(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-# Atomic files ------------------------------------------------------------------------------------------------------
-
-
 def test_atomic_path_replaces_only_on_success(tmp_path):
     target = tmp_path / "new folder" / "a.png"
     with atomic_path(target) as temporary:
@@ -90,9 +87,6 @@ def test_full_disk_keeps_the_old_file_and_leaves_nothing_else(tmp_path, suffix):
         save_checkpoint(path, {"weight": torch.zeros(100_000)}, None)
     assert leftovers(tmp_path) == [path.name]
     assert torch.equal(load_checkpoint(path).state_dict["weight"], torch.ones(3))
-
-
-# Ours --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth", ".pt"])
@@ -163,9 +157,6 @@ def test_an_encoder_alone_is_no_network(tmp_path):
     save_checkpoint(tmp_path / "a.safetensors", model.encoder, ENCODER)
     with pytest.raises(CheckpointError, match="encoder without decoder and without head"):
         load_model(tmp_path / "a.safetensors")
-
-
-# Files of others ---------------------------------------------------------------------------------------------------
 
 
 def test_official_file_with_namespace(tmp_path):

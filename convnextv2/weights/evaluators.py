@@ -1,0 +1,142 @@
+"""Networks of other projects, run on their own weights: second opinions for verification.
+
+They share no code with the layouts: a wrong tap order in one is not mirrored by the other.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from convnextv2.models.config import EncoderConfig
+from convnextv2.weights.checkpoint import CheckpointError
+
+EPS = 1e-6
+
+
+def _cells(visible: Tensor, side: int) -> tuple[Tensor, Tensor]:
+    """Coordinates ``[N, 3]`` (image, y, x) of the visible cells, and the map ``[B, H, W]`` of their rows (else -1)."""
+    shown = visible.repeat_interleave(side, 1).repeat_interleave(side, 2)
+    coordinates = shown.nonzero()
+    index = torch.full(shown.shape, -1)
+    index[shown] = torch.arange(coordinates.shape[0])
+    return coordinates, index
+
+
+def _rows_at(coordinates: Tensor, index: Tensor) -> Tensor:
+    """Row of each coordinate ``[N, 3]``, or -1 where it is masked or outside."""
+    size = torch.tensor(index.shape[1:])
+    inside = ((coordinates[:, 1:] >= 0) & (coordinates[:, 1:] < size)).all(1)
+    image, y, x = torch.where(inside[:, None], coordinates, 0).unbind(1)
+    return torch.where(inside, index[image, y, x], -1)
+
+
+def _take(x: Tensor, rows: Tensor) -> Tensor:
+    return torch.where((rows >= 0)[:, None], x[rows.clamp_min(0)], 0)
+
+
+def _offset(tap: int, side: int, centre: int) -> Tensor:
+    """Offset (0, dy, dx) of a tap as MinkowskiEngine numbers them: the first spatial axis, y, is the fastest."""
+    return torch.tensor([0, tap % side - centre, tap // side - centre])
+
+
+def official_sparse_features(state_dict: Mapping[str, Tensor], images: Tensor, visible: Tensor) -> Tensor:
+    """Last-stage features of an official sparse encoder, from its own weights as they are.
+
+    ``out[n] = Σ_k kernel[k] · x[n + offset(k)]`` over the visible cells, GRN per image; written to be read, not fast.
+
+    Args:
+        state_dict: MinkowskiEngine's names and shapes, with or without the prefix ``encoder.``.
+        images: ``[B, C, H, W]`` float64.
+        visible: ``[B, gh, gw]`` bool; every image must have a visible patch.
+
+    Returns:
+        ``[P, C]``, the visible patches of the batch in row-major order.
+    """
+    weights = {name.removeprefix("encoder."): value for name, value in state_dict.items()}
+
+    def get(name: str) -> Tensor:
+        return weights[name].to(images.dtype)
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        return F.layer_norm(x, x.shape[-1:], get(f"{name}.weight"), get(f"{name}.bias"), EPS)
+
+    def linear(x: Tensor, name: str) -> Tensor:
+        if f"{name}.kernel" in weights:
+            return x @ get(f"{name}.kernel") + get(f"{name}.bias")
+        return F.linear(x, get(f"{name}.linear.weight"), get(f"{name}.linear.bias"))
+
+    side = 8
+    coordinates, index = _cells(visible, side)
+    stem = get("downsample_layers.0.0.weight")
+    embedded = F.conv2d(images, stem, get("downsample_layers.0.0.bias"), stride=stem.shape[-1])
+    image, y, x_ = coordinates.unbind(1)
+    x = norm(embedded[image, :, y, x_], "downsample_layers.0.1")
+
+    for stage in range(4):
+        if stage:
+            side //= 2
+            x = norm(x, f"downsample_layers.{stage}.0.ln")
+            fine, (coordinates, index) = index, _cells(visible, side)
+            corner = coordinates * torch.tensor([1, 2, 2])
+            kernel = get(f"downsample_layers.{stage}.1.kernel")
+            x = sum(
+                (_take(x, _rows_at(corner + _offset(tap, 2, 0), fine)) @ kernel[tap] for tap in range(4)),
+                start=get(f"downsample_layers.{stage}.1.bias"),
+            )
+        block = 0
+        while f"stages.{stage}.{block}.dwconv.kernel" in weights:
+            name = f"stages.{stage}.{block}"
+            kernel = get(f"{name}.dwconv.kernel")
+            width = math.isqrt(kernel.shape[0])
+            h = get(f"{name}.dwconv.bias")
+            for tap in range(kernel.shape[0]):
+                rows = _rows_at(coordinates + _offset(tap, width, width // 2), index)
+                h = h + kernel[tap] * _take(x, rows)
+            h = F.gelu(linear(norm(h, f"{name}.norm.ln"), f"{name}.pwconv1"))
+            energy = h.new_zeros(images.shape[0], h.shape[1]).index_add(0, coordinates[:, 0], h * h)
+            response = energy.sqrt()
+            response = response / (response.mean(1, keepdim=True) + EPS)
+            h = get(f"{name}.grn.gamma") * (h * response[coordinates[:, 0]]) + get(f"{name}.grn.beta") + h
+            x = x + linear(h, f"{name}.pwconv2")
+            block += 1
+    return x
+
+
+def timm_network(state_dict: Mapping[str, Tensor], config: EncoderConfig) -> Any:
+    """Timm's ConvNeXt with these weights, in float64; the final norm and head may be missing.
+
+    Raises:
+        CheckpointError: if timm cannot represent the configuration, or the names or shapes do not fit.
+    """
+    from timm.models.convnext import ConvNeXt
+
+    if config.stem_stride == 2:
+        # Timm then adds a downsampling of its own before the first stage.
+        raise CheckpointError("timm has no ConvNeXt with a stem of stride 2 (patch size 16)")
+    classes = state_dict["head.fc.weight"].shape[0] if "head.fc.weight" in state_dict else 0
+    network = ConvNeXt(
+        in_chans=config.in_chans,
+        num_classes=classes,
+        depths=config.depths,
+        dims=config.dims,
+        kernel_sizes=config.kernel_size,
+        patch_size=config.stem_stride,
+        conv_mlp=state_dict["stages.0.blocks.0.mlp.fc1.weight"].dim() == 4,
+        use_grn=True,
+        ls_init_value=None,
+        norm_eps=EPS,
+    ).double()
+    try:
+        result = network.load_state_dict(dict(state_dict), strict=False)
+    except RuntimeError as error:
+        raise CheckpointError(f"timm's network does not take the weights: {' '.join(str(error).split())}") from error
+    missing = [name for name in result.missing_keys if not name.startswith("head.")]
+    if missing or result.unexpected_keys:
+        raise CheckpointError(f"timm's network misses {missing} and does not know {result.unexpected_keys}")
+    return network.eval()

@@ -1,0 +1,62 @@
+"""The layouts of weights that are known: one file of this folder each, and those that a program registers."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from convnextv2.weights.checkpoint import CheckpointError
+from convnextv2.weights.layout import Layout
+
+LAYOUTS: dict[str, Layout] = {}
+"""Every known layout by its name."""
+
+
+def register_layout(layout: Layout) -> None:
+    """Make a layout known, to reading, writing, verification and the converter alike.
+
+    Raises:
+        ValueError: if there is one of that name.
+    """
+    if layout.name in LAYOUTS:
+        raise ValueError(f"there is a layout {layout.name!r} already; choose another name")
+    LAYOUTS[layout.name] = layout
+
+
+for _module in pkgutil.iter_modules(__path__):
+    register_layout(importlib.import_module(f"{__name__}.{_module.name}").LAYOUT)
+
+
+def get_layout(name: str) -> Layout:
+    """The layout of that name.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    if name not in LAYOUTS:
+        raise ValueError(f"unknown layout {name!r}; choose one of {', '.join(LAYOUTS)}")
+    return LAYOUTS[name]
+
+
+def foreign_name(name: str, layout: str) -> str:
+    """The name in ``layout`` of a tensor of the dense network, of its head, or of the decoder."""
+    return get_layout(layout).name_of(name)
+
+
+def detect_layout(state_dict: Mapping[str, Tensor]) -> str:
+    """Name of the layout that the names of a state dict follow.
+
+    Raises:
+        CheckpointError: if it is none of ConvNeXt V2's.
+    """
+    names = state_dict.keys()
+    for layout in LAYOUTS.values():
+        if layout.recognises(names):
+            return layout.name
+    raise CheckpointError(
+        f"not the weights of a ConvNeXt V2: none of the layouts {', '.join(LAYOUTS)} has names like "
+        f"{', '.join(sorted(names)[:3])}"
+    )

@@ -1,0 +1,12 @@
+"""The official dense network, which has our names and shapes."""
+
+from convnextv2.weights.layout import Layout
+
+LAYOUT = Layout(
+    name="official-dense",
+    about="which is ours as well",
+    recognises=lambda names: (
+        "downsample_layers.0.0.weight" in names and not any(name.endswith(".dwconv.kernel") for name in names)
+    ),
+    target=True,
+)
