@@ -23,9 +23,6 @@ TOLERANCE = {"float32": 2e-4, "bfloat16": 5e-2, "float16": 2e-2}
 network: a wrong tap or mask gives differences of order 1."""
 
 
-# Options -------------------------------------------------------------------------------------------------------------
-
-
 def add_options(parser: argparse.ArgumentParser, models: Sequence[str], batch_size: int = 16) -> None:
     """Options that every benchmark has."""
     parser.add_argument("--models", nargs="+", default=list(models), help="variants, atto … huge")
@@ -55,9 +52,6 @@ def check_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
         parser.error("--device cuda: torch finds no CUDA device here")
     if args.threads:
         torch.set_num_threads(args.threads)
-
-
-# Hardware and reports ------------------------------------------------------------------------------------------------
 
 
 def hardware(device: torch.device) -> dict[str, Any]:
@@ -121,9 +115,6 @@ def peak_flops(device: torch.device, dtype: str) -> float | None:
         return None
     name, kind = torch.cuda.get_device_name(device), "bfloat16" if dtype == "float16" else dtype
     return next((flops for (part, known), flops in PEAK_FLOPS.items() if part in name and known == kind), None)
-
-
-# Contenders ----------------------------------------------------------------------------------------------------------
 
 
 def synchronise(device: torch.device) -> None:

@@ -123,9 +123,6 @@ def say(text: str) -> None:
     sys.stdout.flush()
 
 
-# What to build, and where it is kept ---------------------------------------------------------------------------------
-
-
 def choose_kind(args: argparse.Namespace) -> Kind:
     """What was asked for, else CUDA where torch sees a device and nvcc fits."""
     if args.cpu or args.cuda or args.arch:
@@ -163,9 +160,6 @@ def exclusive(path: Path) -> Iterator[None]:
             say("waiting for another process that builds the same wheel")
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-# Building ------------------------------------------------------------------------------------------------------------
 
 
 def run_quietly(command: Sequence[str], what: str, environment: dict[str, str] | None = None) -> None:
@@ -328,9 +322,6 @@ def build(kind: Kind, tools: Toolchain, arch: tuple[str, ...], jobs: int, slot: 
         return wheel.replace(slot / wheel.name)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-# Installing ----------------------------------------------------------------------------------------------------------
 
 
 def install(wheel: Path) -> None:

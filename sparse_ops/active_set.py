@@ -157,8 +157,6 @@ class ActiveSet:
             raise ValueError("a patch is a single cell here; there is no coarser stage")
         return ActiveSet(self._patches, self.side // 2)
 
-    # Sizes ---------------------------------------------------------------------------------------------------------
-
     @property
     def device(self) -> torch.device:
         return self._patches.flat_P.device
@@ -212,8 +210,6 @@ class ActiveSet:
     def patch_index(self) -> Tensor:
         """``[P]`` int64: each visible patch's place among all patches of the batch, ``image · L + patch``."""
         return self._patches.flat_P
-
-    # Tables --------------------------------------------------------------------------------------------------------
 
     @property
     def patch_coordinates(self) -> Tensor:
@@ -298,8 +294,6 @@ class ActiveSet:
         tap = torch.arange(kernel_size, device=self.device)
         table = index[image[:, None, None], y[:, None, None] + tap[:, None], x[:, None, None] + tap[None, :]]
         return table.flatten(1)
-
-    # Between rows and dense maps -----------------------------------------------------------------------------------
 
     def densify(self, x: Tensor, fill: Tensor | float = 0.0) -> Tensor:
         """Rows ``[N, C]`` placed on a dense map ``[B, H, W, C]``; other cells hold ``fill`` (a number or ``[C]``)."""

@@ -44,9 +44,6 @@ def expanded(text: str, variables: dict[str, str]) -> str:
     return text
 
 
-# Installing ----------------------------------------------------------------------------------------------------------
-
-
 def test_conda_and_make_install_the_same() -> None:
     installed = re.findall(r"pip install --quiet (\$\(PIP_ARGS\)\S*)", text_of("Makefile"))
     by_make = {expanded(arguments, make_variables()) for arguments in installed}
@@ -101,9 +98,6 @@ def test_constraints_allow_what_is_required() -> None:
         (pin,) = line.specifier
         assert pin.operator == "=="
         assert pin.version in required[line.name], f"{line} against {line.name}{required[line.name]}"
-
-
-# Imports -------------------------------------------------------------------------------------------------------------
 
 
 def imports_of(file: Path) -> Iterator[str]:
@@ -164,8 +158,6 @@ def test_every_module_imports_without_gpu_and_compiler() -> None:
     expected = {".".join(file.with_suffix("").parts) for file in files if not re.match(r"__|.*_kernels\.py", file.name)}
     assert expected <= set(result.stdout.split())
 
-
-# Files ---------------------------------------------------------------------------------------------------------------
 
 MACHINES = re.compile(
     r"(?<![\w.<-])/(?:home|work|root|Users|mnt|tmp)/\w"  # somebody's folders

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 LOSS_CHECK_EVERY = 20
 """Updates between two looks at the losses on a GPU, where each look waits for it."""
 
-
 logger = logging.getLogger(__name__)
 
 

@@ -11,11 +11,7 @@ from convnextv2.models.config import EncoderConfig, encoder_config
 from convnextv2.training.recipe import option
 
 PRECISIONS = ("auto", "no", "bf16", "fp16")
-
-
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
-
-
 TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow", "trackio": "trackio"}
 
 

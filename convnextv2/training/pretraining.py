@@ -31,12 +31,8 @@ from convnextv2.weights.loading import init_fcmae
 from sparse_ops.grid import GRN_SCOPES
 
 logger = logging.getLogger(__name__)
-
-
 STEEP_LR = 1e-2
 MASK_STREAM, MODEL_STREAM, PICTURE_SEED = 1, 2, 0
-
-
 PROBE_IMAGES = 16
 
 

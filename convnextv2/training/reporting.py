@@ -11,8 +11,6 @@ from typing import Any
 from convnextv2.data.sources import describe_skipped
 
 Log = Callable[[str], None]
-
-
 ProgressBar = Callable[[Iterable[Any], int, str], Iterable[Any]]
 
 

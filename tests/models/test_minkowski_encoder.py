@@ -114,9 +114,6 @@ def official_weights(encoder: Encoder) -> dict:
     return {name.removeprefix("encoder."): value for name, value in state.items()}
 
 
-# Against the oracle --------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("visible", [SQUARE, OBLONG], ids=["square", "oblong"])
 @pytest.mark.parametrize("name", list(VARIANTS))
 @pytest.mark.parametrize("device", DEVICES)
@@ -168,9 +165,6 @@ def test_the_official_network_is_ours_with_all_gradients(visible, patch, scope):
     assert largest_relative_error(back, dict(zip(names, gradients[1:], strict=True))) < 1e-11
 
 
-# Checkpoints ---------------------------------------------------------------------------------------------------------
-
-
 def convert(*arguments: object) -> str:
     command = [sys.executable, str(ROOT / "scripts/convert_sparse_to_dense.py"), *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -213,9 +207,6 @@ def test_a_checkpoint_of_ours_becomes_the_official_network(tmp_path):
     assert largest_relative_error({"rows": found}, {"rows": expected}) < 1e-11
 
 
-# Training ------------------------------------------------------------------------------------------------------------
-
-
 def losses(backend: str, steps: int = 20) -> list[float]:
     torch.manual_seed(0)
     config = EncoderConfig((1, 1, 2, 1), (16, 24, 32, 48), patch_size=16, drop_path_rate=0.2)
@@ -255,8 +246,6 @@ def test_the_script_pretrains_on_it(script, image_folder, tmp_path):
     ours, theirs = (load_model(tmp_path / b, "reference").state_dict() for b in ("minkowski", "reference"))
     assert largest_relative_error(ours, theirs) < 1e-3
 
-
-# Nothing else imports it ---------------------------------------------------------------------------------------------
 
 UNAIDED = """
 import runpy, sys

@@ -155,9 +155,6 @@ def test_memory_is_poisoned():
     assert torch.empty_like(x.to(torch.bfloat16)).isnan().all()
 
 
-# The suite must fail for backends that are wrong ---------------------------------------------------------------------
-
-
 class Correct(type(get_backend("reference"))):
     name = "mutant"
 
@@ -315,9 +312,6 @@ def test_oracle_equals_a_sum_written_out():
     assert out.flatten().tolist() == [100 + centre + 2 * (centre + 2), 100 + 2 * centre + (centre - 2)]
     out.sum().backward()
     assert x.grad.flatten().tolist() == [centre + centre - 2, centre + centre + 2]
-
-
-# Registration with torch ---------------------------------------------------------------------------------------------
 
 
 class Recorder(TorchDispatchMode):

@@ -59,9 +59,6 @@ def taps(weight: Tensor) -> Tensor:
     return weight[:, 0].transpose(1, 2).flatten(1).t().contiguous()
 
 
-# Layers --------------------------------------------------------------------------------------------------------------
-
-
 @needs_minkowski
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 1e-5)])
@@ -236,9 +233,6 @@ def test_code_for_the_official_fcmae_finds_its_imports(monkeypatch):
     assert engine.MinkowskiGRN is str
 
 
-# Coordinates ---------------------------------------------------------------------------------------------------------
-
-
 class Shuffled(Coordinates):
     """Hands its cells to MinkowskiEngine in a random order, so that its rows are not ours."""
 
@@ -379,9 +373,6 @@ def test_memory_does_not_grow_over_many_steps(device):
     before = steps(50)
     after = steps(500)
     assert after - before < 20e6
-
-
-# Availability --------------------------------------------------------------------------------------------------------
 
 
 @needs_minkowski

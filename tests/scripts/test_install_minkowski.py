@@ -39,9 +39,6 @@ def run(*arguments: object, **variables: str) -> subprocess.CompletedProcess[str
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
 
 
-# Options and the list of requirements --------------------------------------------------------------------------------
-
-
 def test_it_starts_with_the_standard_library_alone() -> None:
     own = {file.stem for file in FILES}
     for file in FILES:
@@ -166,9 +163,6 @@ def test_condas_openblas_comes_first_and_pypis_last(toolchain, monkeypatch, tmp_
     assert toolchain.find_blas("system", compiler) is None
 
 
-# The source ----------------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def unpacked(source, tmp_path: Path) -> Path:
     """A source tree with the lines that the changes look for."""
@@ -231,9 +225,6 @@ def test_pypis_openblas_is_renamed_and_shipped(installer, toolchain, monkeypatch
     assert (lib / "libopenblas.so").resolve() == bundled[0].resolve()
     system = toolchain.Blas("system", Path("/usr/include"), Path("/usr/lib/libopenblas.so"))
     assert installer.link_blas(system, tmp_path / "x") == (Path("/usr/include"), Path("/usr/lib"), [])
-
-
-# Building ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -311,9 +302,6 @@ def test_an_interrupted_build_takes_its_compilers_along(installer, monkeypatch, 
             return
         time.sleep(0.1)
     pytest.fail("the compiler still runs")
-
-
-# The cache -----------------------------------------------------------------------------------------------------------
 
 
 def test_a_wheel_is_kept_for_exactly_what_it_was_built_for(installer, toolchain) -> None:
@@ -405,9 +393,6 @@ def test_a_second_process_waits_for_the_first(installer, tmp_path, capsys) -> No
         with installer.exclusive(lock):
             assert time.monotonic() - start > 1
     assert "waiting for another process" in capsys.readouterr().out
-
-
-# The check -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.minkowski

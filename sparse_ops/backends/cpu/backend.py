@@ -29,8 +29,6 @@ KERNEL_SIZES = (3, 5, 7)
 
 #: Up to this width the whole pointwise half of a block is one kernel: its weights stay in a core's own cache.
 MLP_MAX_CHANNELS = 192
-
-
 MLP_CHANNELS_MULTIPLE = 4
 
 

@@ -11,16 +11,9 @@ import torch
 from torch import Tensor
 
 INTERFACE_VERSION = 4
-
-
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
-
-
 _MLP_PARAMETERS = ("norm_weight", "norm_bias", "w1", "b1", "gamma", "beta", "w2", "b2")
-
-
 _MLP_OUTPUTS = ("h", "mean", "rstd", "norms", "out")
-
 
 _REMEDY = (
     "install a C++ compiler (Debian: apt install g++; conda: conda install -c conda-forge gxx) "

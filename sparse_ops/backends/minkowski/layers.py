@@ -20,7 +20,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -57,9 +56,6 @@ def minkowski_engine() -> Any:
             del os.environ["OMP_NUM_THREADS"]
 
 
-# Tables of a coordinate map ------------------------------------------------------------------------------------------
-
-
 def _cached(manager: Any, key: Any, make: Any, *arguments: Any) -> Any:
     """``make(manager, key, *arguments)``, computed once for a coordinate map; lives as long as the manager does."""
     tables = manager.__dict__.setdefault("_sparse_ops_tables", {})
@@ -88,9 +84,6 @@ def image_index(manager: Any, key: Any) -> tuple[Tensor, int]:
     """The image of each row, ``[N]`` int64, and the number of images up to the last that has a cell."""
     image_N = manager.get_coordinates(key)[:, 0].long()
     return image_N, int(image_N.max()) + 1 if len(image_N) else 0
-
-
-# The depthwise convolution -------------------------------------------------------------------------------------------
 
 
 def _chunks(x_NC: Tensor, table_NT: Tensor) -> int:
@@ -198,9 +191,6 @@ def depthwise_conv(
     return with_features(sparse, out if bias is None else out + bias)
 
 
-# The other layers ----------------------------------------------------------------------------------------------------
-
-
 def strided_conv(sparse: SparseTensor, kernel: Tensor, bias: Tensor | None, stride: int, out_key: Any) -> SparseTensor:
     """MinkowskiEngine's own convolution with kernel size and stride ``stride``, as ``MinkowskiConvolution`` runs it.
 
@@ -221,21 +211,6 @@ def strided_conv(sparse: SparseTensor, kernel: Tensor, bias: Tensor | None, stri
     return type(sparse)(
         features if bias is None else features + bias, coordinate_map_key=out_key, coordinate_manager=manager
     )
-
-
-def linear(sparse: SparseTensor, weight: Tensor, bias: Tensor | None) -> SparseTensor:
-    """A 1×1 convolution, as ``MinkowskiLinear`` runs it; ``weight`` is ``[Cout, Cin]``."""
-    return with_features(sparse, F.linear(sparse.F, weight, bias))
-
-
-def layer_norm(sparse: SparseTensor, weight: Tensor | None, bias: Tensor | None, eps: float = EPS) -> SparseTensor:
-    """LayerNorm over the channels; ``weight`` and ``bias`` are ``[C]``."""
-    return with_features(sparse, F.layer_norm(sparse.F, sparse.F.shape[1:], weight, bias, eps))
-
-
-def gelu(sparse: SparseTensor) -> SparseTensor:
-    """GELU with the exact normal distribution function."""
-    return with_features(sparse, F.gelu(sparse.F))
 
 
 def grn(sparse: SparseTensor, gamma: Tensor, beta: Tensor, scope: GRNScope, eps: float = EPS) -> SparseTensor:
@@ -261,9 +236,6 @@ def scale_images(sparse: SparseTensor, factor: Tensor) -> SparseTensor:
     """Multiply the cells of image b by ``factor[b]``; ``factor`` is ``[B, C]`` or ``[B, 1]``."""
     image_N, _ = _cached(sparse.coordinate_manager, sparse.coordinate_map_key, image_index)
     return with_features(sparse, sparse.F * factor.index_select(0, image_N))
-
-
-# Modules of the official names ---------------------------------------------------------------------------------------
 
 
 class MinkowskiDepthwiseConvolution(nn.Module):
@@ -327,7 +299,7 @@ class MinkowskiLayerNorm(nn.Module):
         self.ln = nn.LayerNorm(normalized_shape, eps=eps)
 
     def forward(self, sparse: SparseTensor) -> SparseTensor:
-        return layer_norm(sparse, self.ln.weight, self.ln.bias, self.ln.eps)
+        return with_features(sparse, self.ln(sparse.F))
 
 
 class MinkowskiGRN(nn.Module):

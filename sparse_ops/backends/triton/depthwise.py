@@ -12,11 +12,7 @@ from sparse_ops.active_set import reach
 from sparse_ops.backends.triton.launch import PROGRAMS, _kernels, _launch, compiling_only, interpreting
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
 KERNEL_SIZES = (3, 5, 7)
-
-
 TUNED_FROM = 2**20
 """Numbers in the features from which block shapes are timed; smaller inputs say little, and take the first shape."""
 
@@ -35,10 +31,8 @@ INTERPRETED = {
 }
 """For the interpreter, where every program costs much the same however much it takes."""
 
-
 TILE, WEIGHT_TILE = 4, 8
 """Cells a side that the convolution and the weight gradient take for a patch; larger ones are cut into tiles."""
-
 
 ANY = 0
 """Of ``channels``: the kernel that takes any width, with more arithmetic for addresses."""

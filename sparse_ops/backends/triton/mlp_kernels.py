@@ -48,9 +48,6 @@ def _tile(row, end, columns, inside, WIDTH: tl.constexpr, ROWS: tl.constexpr):
     return rows.to(tl.int64)[:, None] * WIDTH + columns[None, :], (rows < end)[:, None] & inside[None, :]
 
 
-# LayerNorm -----------------------------------------------------------------------------------------------------------
-
-
 @triton.jit(do_not_specialize=["rows"])
 def layer_norm_kernel(
     x, weight, bias, out, mean, rstd, rows, eps, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
@@ -119,9 +116,6 @@ def layer_norm_backward_kernel(
     to = program.to(tl.int64) * WIDTH + columns
     tl.store(partial_weight + to, tl.sum(sum_weight, 0), mask=inside)
     tl.store(partial_bias + to, tl.sum(sum_bias, 0), mask=inside)
-
-
-# GELU and GRN: energies of a part of a group, norms of a group, the part again ----------------------------------
 
 
 @triton.jit
