@@ -90,11 +90,11 @@ def test_it_says_why_it_cannot_run():
 CHECKED = """
 import torch
 from sparse_ops import registry
-from sparse_ops.backends.triton.launch import _kernels
+from sparse_ops.backends.triton.launch import kernels_of
 
 backend, device = registry()["triton"], torch.device("cpu")
 print(backend.check(device))
-_kernels("depthwise").depthwise_kernel = None
+kernels_of("depthwise").depthwise_kernel = None
 print(backend.check(device))
 print(len(backend.unavailable_reason() or ""))
 """

@@ -26,6 +26,8 @@ from sparse_ops.backends.triton.depthwise import (
 )
 from sparse_ops.backends.triton.launch import interpreting, only_compiling
 from sparse_ops.backends.triton.mlp import triton_mlp, triton_mlp_backward
+from sparse_ops.conformance import check_conformance, check_mlp_conformance
+from sparse_ops.conformance_cases import ConformanceCase, MLPCase
 from sparse_ops.pointwise import MLPWeights
 from sparse_ops.workspace import Workspace
 
@@ -84,15 +86,12 @@ class TritonBackend(Backend):
 
     def check(self, device: torch.device) -> str | None:
         """A small case of each kernel against the float64 oracle, with and without 16 bits."""
-        from sparse_ops import conformance, conformance_cases
-
-        case = conformance_cases.ConformanceCase("check", ("..#/#.#",), channels=16)
-        mlp_case = conformance_cases.MLPCase("check", (48, 48), channels=16)
+        case, mlp_case = ConformanceCase("check", ("..#/#.#",), channels=16), MLPCase("check", (48, 48), channels=16)
         try:
             with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
                 for dtype in (torch.float32, torch.bfloat16):
-                    conformance.check_conformance(self, case, dtype, device)
-                    conformance.check_mlp_conformance(self, mlp_case, dtype, device)
+                    check_conformance(self, case, dtype, device)
+                    check_mlp_conformance(self, mlp_case, dtype, device)
         except Exception as error:  # whatever Triton raises, it is told and another backend runs
             return f"its kernels fail their check on this device ({type(error).__name__}: {str(error)[:500]})"
         return None

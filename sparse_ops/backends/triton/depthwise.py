@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sparse_ops.active_set import reach
-from sparse_ops.backends.triton.launch import PROGRAMS, _kernels, _launch, compiling_only, interpreting
+from sparse_ops.backends.triton.launch import PROGRAMS, compiling_only, interpreting, kernels_of, launch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 KERNEL_SIZES = (3, 5, 7)
@@ -17,7 +17,7 @@ TUNED_FROM = 2**20
 """Numbers in the features from which block shapes are timed; smaller inputs say little, and take the first shape."""
 
 
-class Block(NamedTuple):
+class ProgramShape(NamedTuple):
     """What one program takes: patches, channels, and the warps that share them."""
 
     patches: int
@@ -26,8 +26,8 @@ class Block(NamedTuple):
 
 
 INTERPRETED = {
-    "depthwise_kernel": Block(patches=64, channels=64, warps=1),
-    "depthwise_weight_grad_kernel": Block(patches=16, channels=64, warps=1),
+    "depthwise_kernel": ProgramShape(patches=64, channels=64, warps=1),
+    "depthwise_weight_grad_kernel": ProgramShape(patches=16, channels=64, warps=1),
 }
 """For the interpreter, where every program costs much the same however much it takes."""
 
@@ -48,21 +48,21 @@ def _widths(candidates: tuple[int, ...], channels: int) -> list[int]:
     return sorted(candidates, key=lambda block: -(-channels // block) * block)[:2]
 
 
-def depthwise_blocks(side: int, channels: int) -> list[Block]:
-    """Block shapes of the convolution worth trying: one patch and one warp."""
+def depthwise_blocks(side: int, channels: int) -> list[ProgramShape]:
+    """ProgramShape shapes of the convolution worth trying: one patch and one warp."""
     if channels == ANY:
-        return [Block(1, 32, 1)]
-    return [Block(1, block, 1) for block in _widths((64, 32) if side > 2 else (256, 128, 64, 32), channels)]
+        return [ProgramShape(1, 32, 1)]
+    return [ProgramShape(1, block, 1) for block in _widths((64, 32) if side > 2 else (256, 128, 64, 32), channels)]
 
 
-def weight_grad_blocks(side: int, channels: int) -> list[Block]:
+def weight_grad_blocks(side: int, channels: int) -> list[ProgramShape]:
     """Those of the weight gradient: 8 numbers a thread, on one warp if possible; 4 where registers are few."""
     if channels == ANY:
         widths, warp = [32], 128
     else:
         widths, warp = _widths((64, 32, 128, 16) if side < 8 else (64, 32, 128), channels), 256  # 16 of 8 spill
     patches = [max(1, 256 // (side * block)) for block in widths]
-    return [Block(p, block, p * side * block // warp) for p, block in zip(patches, widths, strict=True)]
+    return [ProgramShape(p, block, p * side * block // warp) for p, block in zip(patches, widths, strict=True)]
 
 
 @cache
@@ -75,7 +75,7 @@ def _tuned(name: str, side: int, width: int, kernel_size: int, dtype: torch.dtyp
         for block in (depthwise_blocks if name == "depthwise_kernel" else weight_grad_blocks)(side, width)
     ]
     tune = triton.autotune(configs, key=["KERNEL", "SIDE", "CHANNELS"], cache_results=True)
-    return tune(getattr(_kernels("depthwise"), name))
+    return tune(getattr(kernels_of("depthwise"), name))
 
 
 def _launch_depthwise(name: str, grid: Any, side: int, channels: int, kernel_size: int, x: Tensor, *args: Any) -> None:
@@ -83,7 +83,7 @@ def _launch_depthwise(name: str, grid: Any, side: int, channels: int, kernel_siz
     constants = {"CHANNELS": width, "SIDE": side, "KERNEL": kernel_size, "REACH": reach(kernel_size, side)}
     if interpreting():
         block = INTERPRETED[name]
-        kernel = getattr(_kernels("depthwise"), name)
+        kernel = getattr(kernels_of("depthwise"), name)
         constants |= {"PATCHES": block.patches, "BLOCK_C": block.channels, "num_warps": block.warps}
     else:
         kernel = _tuned(name, side, width, kernel_size, x.dtype)
@@ -92,7 +92,7 @@ def _launch_depthwise(name: str, grid: Any, side: int, channels: int, kernel_siz
             chosen = kernel.configs[0]
         if chosen is not None:  # past the autotuner, which takes as long as a launch
             kernel, constants = kernel.fn, constants | chosen.all_kwargs()
-    _launch(kernel, grid, x, *args, channels, **constants)
+    launch(kernel, grid, x, *args, channels, **constants)
 
 
 @torch.library.custom_op("sparse_ops::triton_depthwise", mutates_args=())

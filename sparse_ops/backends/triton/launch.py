@@ -49,7 +49,7 @@ def only_compiling() -> Iterator[None]:
             _only_compiling = before
 
 
-def _launch(kernel: Any, grid: Any, *args: Any, **constants: Any) -> None:
+def launch(kernel: Any, grid: Any, *args: Any, **constants: Any) -> None:
     """Launch on the device of the first argument."""
     with torch.cuda.device(args[0].device) if args[0].is_cuda else contextlib.nullcontext():
         if _only_compiling:
@@ -59,6 +59,6 @@ def _launch(kernel: Any, grid: Any, *args: Any, **constants: Any) -> None:
 
 
 @cache
-def _kernels(half: str) -> Any:
+def kernels_of(half: str) -> Any:
     """The module of kernels of a ``half`` of the block, which imports triton."""
-    return importlib.import_module(f"sparse_ops.backends.triton.{half}_kernels")
+    return importlib.import_module(f"sparse_ops.backends.triton.{half}kernels_of")

@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sparse_ops.backends.triton.launch import PROGRAMS, _kernels, _launch, interpreting
+from sparse_ops.backends.triton.launch import PROGRAMS, interpreting, kernels_of, launch
 
 
-class Tile(NamedTuple):
+class RowTile(NamedTuple):
     """Rows and columns that a program of a pointwise kernel takes at a time, and its warps."""
 
     rows: int
@@ -26,23 +26,23 @@ def _power_of_two(number: int, least: int = 16) -> int:
     return max(least, 1 << (number - 1).bit_length())
 
 
-def norm_tile(channels: int) -> Tile:
+def norm_tile(channels: int) -> RowTile:
     """For LayerNorm, whose programs hold whole rows: 16 numbers a thread or so."""
     columns = _power_of_two(channels)
-    return Tile(128 if interpreting() else max(1, 2048 // columns), columns, 8 if columns > 2048 else 4)
+    return RowTile(128 if interpreting() else max(1, 2048 // columns), columns, 8 if columns > 2048 else 4)
 
 
-def hidden_tile(dim: int) -> Tile:
+def hidden_tile(dim: int) -> RowTile:
     """For GELU and GRN."""
-    return Tile(256, min(256, _power_of_two(dim))) if interpreting() else Tile(32, min(64, _power_of_two(dim)))
+    return RowTile(256, min(256, _power_of_two(dim))) if interpreting() else RowTile(32, min(64, _power_of_two(dim)))
 
 
-def scale_tile(dim: int) -> Tile:
+def scale_tile(dim: int) -> RowTile:
     """For the kernels that take a group's norms, a row of them at a time."""
-    return Tile(1, min(512 if interpreting() else 2048, _power_of_two(dim, 128)))
+    return RowTile(1, min(512 if interpreting() else 2048, _power_of_two(dim, 128)))
 
 
-def _parts(rows: int, groups: int, dim: int, tile: Tile) -> int:
+def _parts(rows: int, groups: int, dim: int, tile: RowTile) -> int:
     """Parts that the rows of each group are cut into: enough programs for a GPU, by the shapes alone."""
     wanted = 2 * PROGRAMS // max(1, groups * -(-dim // tile.columns))
     return max(1, min(wanted, 256, -(-rows // (max(1, groups) * tile.rows))))
@@ -68,12 +68,12 @@ class _Hidden:
     def walk(self, kernel: Any, *args: Any) -> None:
         if self.groups:
             grid = self.parts, self.groups, -(-self.dim // self.tile.columns)
-            _launch(kernel, grid, *args, WIDTH=self.dim, **self.tile.constants)
+            launch(kernel, grid, *args, WIDTH=self.dim, **self.tile.constants)
 
     def each_group(self, kernel: Any, *args: Any) -> None:
         if self.groups:
             tile = scale_tile(self.dim)
-            _launch(kernel, (self.groups,), *args, WIDTH=self.dim, BLOCK=tile.columns, num_warps=tile.warps)
+            launch(kernel, (self.groups,), *args, WIDTH=self.dim, BLOCK=tile.columns, num_warps=tile.warps)
 
 
 def _mlp_outputs(
@@ -94,7 +94,7 @@ def triton_mlp(
     x: Tensor, parameters: list[Tensor], row_offsets: Tensor, rows: Tensor | None, norm_eps: float, grn_eps: float
 ) -> list[Tensor]:
     """See :meth:`sparse_ops.backend.Backend.mlp`: what is kept, then the result."""
-    kernels = _kernels("mlp")
+    kernels = kernels_of("mlp")
     norm_weight, norm_bias, w1, b1, gamma, beta, w2, b2 = parameters
     h, mean, rstd, norms, out = _mlp_outputs(x, parameters, row_offsets, rows, norm_eps, grn_eps)
     normed = torch.empty_like(x)
@@ -102,7 +102,7 @@ def triton_mlp(
         tile = norm_tile(x.shape[1])
         (count, width), norm = x.shape, (norm_weight, norm_bias, normed, mean, rstd)
         grid = (-(-count // tile.rows),)
-        _launch(kernels.layer_norm_kernel, grid, x, *norm, count, norm_eps, WIDTH=width, **tile.constants)
+        launch(kernels.layer_norm_kernel, grid, x, *norm, count, norm_eps, WIDTH=width, **tile.constants)
     torch.mm(normed, w1.to(x.dtype).t(), out=h)
     hidden = _Hidden(h, row_offsets)
     partial, scale, y = hidden.partial(), hidden.of_groups(), torch.empty_like(h)
@@ -129,7 +129,7 @@ def triton_mlp_backward(
     grn_eps: float,
 ) -> list[Tensor]:
     """See :meth:`sparse_ops.backend.Backend.mlp_backward`."""
-    kernels = _kernels("mlp")
+    kernels = kernels_of("mlp")
     norm_weight, norm_bias, w1, b1, gamma, beta, w2, _ = parameters
     h, mean, rstd, norms = kept
     w1, w2 = w1.to(x.dtype), w2.to(x.dtype)
@@ -157,7 +157,7 @@ def triton_mlp_backward(
     if programs:
         given = grad_normed, x, norm_weight, norm_bias, mean, rstd
         constants = {"WIDTH": x.shape[1], **tile.constants}
-        _launch(
+        launch(
             kernels.layer_norm_backward_kernel, (programs,), *given, grad_x, normed, *partial, x.shape[0], **constants
         )
     grad_norm, grad_w1 = [part.sum(0) for part in partial], grad_h.t() @ normed
