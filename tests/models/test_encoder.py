@@ -18,6 +18,7 @@ from model_helpers import (
 
 from convnextv2 import Block, Encoder
 from sparse_ops import ActiveSet, DenseGrid, SparseGrid, get_backend
+from sparse_ops.conformance_cases import in_layout
 from sparse_ops.oracle import MaskedDenseGrid
 
 EVERYTHING = torch.ones_like(UNIFORM)
@@ -196,3 +197,15 @@ def test_compiled_block_computes_the_same():
         for out in (compiled(x, grid), block(x, grid))
     )
     assert largest_relative_error(found, expected) < 1e-5
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "dense"])
+@pytest.mark.parametrize("layout", ["transposed", "strided", "channels last"])
+def test_memory_layout_of_images_and_weights_does_not_matter(backend, layout):
+    encoder = tiny_encoder(torch.float64)
+    images = images_for(UNIFORM, dtype=torch.float64)
+    grid = DenseGrid(3) if backend == "dense" else sparse_grid(UNIFORM, backend)
+    expected = encoder(images, grid)
+    for parameter in encoder.parameters():
+        parameter.data = in_layout(parameter.data, layout)
+    torch.testing.assert_close(encoder(in_layout(images, layout), grid), expected)
