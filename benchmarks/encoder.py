@@ -32,9 +32,11 @@ from common import (
 )
 from torch import Tensor
 
-from convnextv2.models.config import EncoderConfig
+from convnextv2.models.classifier import ConvNeXtV2
+from convnextv2.models.config import ClassifierConfig, EncoderConfig
 from convnextv2.models.fcmae import FCMAE, create_fcmae
 from convnextv2.models.masking import keep_count, random_mask
+from convnextv2.models.summary import layers
 from sparse_ops import ActiveSet, Backend, BackendUnavailableError, SparseGrid, get_backend, resolve_backend
 from sparse_ops.backends.triton.backend import TritonBackend
 from sparse_ops.oracle import MaskedDenseGrid
@@ -109,13 +111,9 @@ def peak_activation_bytes(run: Callable[[], None], device: torch.device) -> int:
 
 def encoder_flop(config: EncoderConfig, patches: int) -> float:
     """FLOP of a forward and backward pass of the encoder on ``patches`` visible patches: three times the forward's."""
-    multiply_adds = config.in_chans * config.stem_stride**2 * config.dims[0] * 64
-    for stage, (depth, dim) in enumerate(zip(config.depths, config.dims, strict=True)):
-        cells = (8 >> stage) ** 2
-        multiply_adds += depth * cells * (config.kernel_size**2 * dim + 8 * dim**2)
-        if stage:
-            multiply_adds += cells * 4 * config.dims[stage - 1] * dim
-    return 3 * 2 * float(multiply_adds) * patches
+    with torch.device("meta"):
+        one_patch = layers(ConvNeXtV2(ClassifierConfig(config, num_classes=0)), (config.patch_size, config.patch_size))
+    return 3 * 2 * float(sum(layer.multiply_adds for layer in one_patch)) * patches
 
 
 def randomise_grn(model: FCMAE) -> None:
