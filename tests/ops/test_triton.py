@@ -11,6 +11,7 @@ import torch
 
 from sparse_ops import registry
 from sparse_ops.active_set import reach
+from sparse_ops.backends.triton import launch
 from sparse_ops.backends.triton.depthwise import (
     ANY,
     KERNEL_SIZES,
@@ -23,6 +24,7 @@ from sparse_ops.backends.triton.mlp import hidden_tile, norm_tile, scale_tile
 from sparse_ops.conformance_cases import CASES, MLP_CASES
 
 triton = pytest.importorskip("triton")
+FOLDER = Path(launch.__file__).parent
 ARCHITECTURES = [80, 90, 100]
 COMPILED = [(a, d, *stage) for a in ARCHITECTURES for d in ("bf16", "fp32") for stage in ((8, 96), (2, 384), (1, 768))]
 COMPILED += [(90, "bf16", side, channels) for side, channels in ((8, 40), (8, ANY), (4, 256), (2, 160), (1, 2816))]
@@ -87,32 +89,73 @@ def test_it_says_why_it_cannot_run():
     assert "kernel size 9" in backend.rejects(torch.device("cuda"), torch.float32, 9)
 
 
+RESULTS = {
+    "depthwise": {"depthwise_kernel": "out", "depthwise_weight_grad_kernel": "partial"},
+    "mlp": {
+        "layer_norm_kernel": "out mean rstd",
+        "layer_norm_backward_kernel": "grad_x normed partial_weight partial_bias",
+        "gelu_energy_kernel": "partial",
+        "grn_scale_kernel": "norms scale",
+        "grn_apply_kernel": "out",
+        "grn_backward_sums_kernel": "partial_product partial_grad",
+        "grn_backward_scale_kernel": "scale pull grad_gamma grad_beta",
+        "grn_backward_apply_kernel": "grad out partial_bias",
+    },
+}
+"""What each kernel writes."""
+
 CHECKED = """
+import importlib, sys
 import torch
 from sparse_ops import registry
-from sparse_ops.backends.triton.launch import _kernels
+
+class Spoilt:  # a kernel that runs, and then spoils one of its results a little
+    def __init__(self, kernel, result):
+        self.kernel, self.result = kernel, result
+
+    def __getitem__(self, grid):
+        def launch(*args, **constants):
+            self.kernel[grid](*args, **constants)
+            result = dict(zip(self.kernel.arg_names, args))[self.result].view(-1)
+            result[result.abs().argmax()] *= 1.01
+        return launch
 
 backend, device = registry()["triton"], torch.device("cpu")
 print(backend.check(device))
-_kernels("depthwise").depthwise_kernel = None
-print(backend.check(device))
-print(len(backend.unavailable_reason() or ""))
+module = importlib.import_module(f"sparse_ops.backends.triton.{sys.argv[1]}_kernels")
+for argument in sys.argv[2:]:
+    name, result = argument.split(".")
+    kernel = getattr(module, name)
+    setattr(module, name, Spoilt(kernel, result))
+    print(argument, *str(backend.check(device)).split())
+    setattr(module, name, kernel)
+print(backend.check(device), len(backend.unavailable_reason() or ""))
 """
 
 
-def test_it_checks_itself_before_auto_takes_it():
+@pytest.mark.slow
+@pytest.mark.parametrize(("half", "name"), [(half, name) for half, kernels in RESULTS.items() for name in kernels])
+def test_its_check_notices_kernels_that_return_wrong_numbers(half, name):
+    """One number 1 % off, in each result of each kernel: ``auto`` takes another backend then."""
+    results = [f"{name}.{result}" for result in RESULTS[half][name].split()]
     done = subprocess.run(
-        [sys.executable, "-c", CHECKED],
+        [sys.executable, "-c", CHECKED, half, *results],
         capture_output=True,
         text=True,
         timeout=300,
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    right, wrong, available = done.stdout.splitlines()
-    assert right == "None"
-    assert "fail their check on this device (TypeError" in wrong
-    assert available == "0"
+    right, *wrong, right_again = done.stdout.splitlines()
+    assert (right, right_again) == ("None", "None 0")
+    for result, told in zip(results, wrong, strict=True):
+        assert told.startswith(f"{result} its kernels fail their check on this device (AssertionError"), told
+
+
+def test_the_results_of_all_kernels_are_known():
+    for half, known in RESULTS.items():
+        source = (FOLDER / f"{half}_kernels.py").read_text(encoding="utf-8")
+        assert set(re.findall(r"^def (\w+_kernel)\(", source, re.M)) == set(known)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,7 @@
-"""The compiled library: finding it, its structures of arguments, calling it."""
+"""The compiled library: finding it, its structures of arguments, calling it.
+
+``SPARSE_OPS_CPU_LIBRARY`` names another build of it than the one beside this file: that of ``make sanitize``.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +15,11 @@ from torch import Tensor
 
 INTERFACE_VERSION = 4
 
-
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
-
 
 _MLP_PARAMETERS = ("norm_weight", "norm_bias", "w1", "b1", "gamma", "beta", "w2", "b2")
 
-
 _MLP_OUTPUTS = ("h", "mean", "rstd", "norms", "out")
-
 
 _REMEDY = (
     "install a C++ compiler (Debian: apt install g++; conda: conda install -c conda-forge gxx) "
@@ -38,22 +37,8 @@ class _DepthwiseArgs(ctypes.Structure):
 
 class _GeluGrnArgs(ctypes.Structure):
     _fields_ = (
-        *(
-            (name, ctypes.c_void_p)
-            for name in [
-                "h",
-                "bias",
-                "gamma",
-                "beta",
-                "offsets",
-                "norms",
-                "y",
-                "grad",
-                "grad_gamma",
-                "grad_beta",
-                "grad_bias",
-            ]
-        ),
+        *((name, ctypes.c_void_p) for name in ("h", "bias", "gamma", "beta", "offsets", "norms", "y", "grad")),
+        *((name, ctypes.c_void_p) for name in ("grad_gamma", "grad_beta", "grad_bias")),
         ("eps", ctypes.c_double),
         *((name, ctypes.c_int64) for name in ("groups", "dim")),
         ("threads", ctypes.c_int),
@@ -84,14 +69,16 @@ class _MLPArgs(ctypes.Structure):
 @cache
 def _load() -> tuple[ctypes.CDLL | None, str | None]:
     """The library, or why there is none."""
-    found = sorted(Path(__file__).parent.glob("_cpu*.so"))
+    named = os.environ.get("SPARSE_OPS_CPU_LIBRARY")
+    found = [Path(named)] if named else sorted(Path(__file__).parent.glob("_cpu*.so"))
     if not found:
         return None, f"its C++ extension was not compiled when the package was installed; {_REMEDY}"
     try:
         library = ctypes.CDLL(os.fspath(found[0]))
         version = library.sparse_ops_interface_version()
     except (OSError, AttributeError) as error:
-        return None, f"its C++ extension {found[0].name} cannot be loaded ({error}); {_REMEDY}"
+        remedy = "unset SPARSE_OPS_CPU_LIBRARY, or run make sanitize, which sets it" if named else _REMEDY
+        return None, f"its C++ extension {found[0].name} cannot be loaded ({error}); {remedy}"
     if version != INTERFACE_VERSION:
         return None, (
             f"its C++ extension has interface version {version}, this package needs {INTERFACE_VERSION}; "
