@@ -64,7 +64,7 @@ lint: $(VENV)/.installed-test ## ruff, mypy, and which package may import which
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/lint-imports
+	$(BIN)/lint-imports --no-cache
 
 format: $(VENV)/.installed-test ## format the code
 	$(BIN)/ruff check --fix .

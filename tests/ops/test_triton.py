@@ -21,10 +21,12 @@ from sparse_ops.backends.triton.depthwise import (
     weight_grad_blocks,
 )
 from sparse_ops.backends.triton.mlp import hidden_tile, norm_tile, scale_tile
-from sparse_ops.conformance_cases import CASES, MLP_CASES
+from sparse_ops.conformance_cases import CASES, MLP_CASES, random_case
 
 triton = pytest.importorskip("triton")
 FOLDER = Path(launch.__file__).parent
+PARTS = 4
+"""Of the cases, each in a process of its own, so that several cores are busy."""
 ARCHITECTURES = [80, 90, 100]
 COMPILED = [(a, d, *stage) for a in ARCHITECTURES for d in ("bf16", "fp32") for stage in ((8, 96), (2, 384), (1, 768))]
 COMPILED += [(90, "bf16", side, channels) for side, channels in ((8, 40), (8, ANY), (4, 256), (2, 160), (1, 2816))]
@@ -37,9 +39,10 @@ from sparse_ops import registry
 from sparse_ops.conformance import check_conformance, check_mlp_conformance
 from sparse_ops.conformance_cases import CASES, MLP_CASES, random_case
 
-dtype, backend = getattr(torch, sys.argv[1]), registry()["triton"]
+dtype, backend, part, parts = getattr(torch, sys.argv[1]), registry()["triton"], *map(int, sys.argv[2:])
 checks = [(check_conformance, case) for case in (*CASES, *map(random_case, range(6)))]
-for check, case in (*checks, *((check_mlp_conformance, case) for case in MLP_CASES)):
+checks += [(check_mlp_conformance, case) for case in MLP_CASES]
+for check, case in checks[part::parts]:
     if backend.rejects(torch.device("cpu"), dtype, getattr(case, "kernel_size", 7)) is None:
         check(backend, case, dtype, "cpu")
         print("passed", case)
@@ -47,19 +50,21 @@ for check, case in (*checks, *((check_mlp_conformance, case) for case in MLP_CAS
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("part", range(PARTS))
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_kernels_conform_under_the_interpreter(dtype):
-    """Every case of the suite, in a process in which Triton interprets its kernels."""
+def test_kernels_conform_under_the_interpreter(dtype, part):
+    """Every case of the suite, in processes in which Triton interprets its kernels."""
     done = subprocess.run(
-        [sys.executable, "-c", INTERPRETED, dtype],
+        [sys.executable, "-c", INTERPRETED, dtype, str(part), str(PARTS)],
         capture_output=True,
         text=True,
         timeout=900,
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stdout[-300:] + done.stderr[-3000:]
-    served = [case for case in CASES if case.kernel_size in KERNEL_SIZES]
-    assert len(done.stdout.splitlines()) == len(served) + 6 + len(MLP_CASES)
+    cases = [*CASES, *map(random_case, range(6)), *MLP_CASES]
+    served = [str(case) for case in cases[part::PARTS] if getattr(case, "kernel_size", 7) in KERNEL_SIZES]
+    assert [line.removeprefix("passed ") for line in done.stdout.splitlines()] == served
 
 
 @pytest.mark.slow
