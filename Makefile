@@ -17,11 +17,12 @@ ifeq ($(MINKOWSKI),skip)
 TEST_READY = $(VENV)/.installed-test
 else
 TEST_READY = $(VENV)/.installed-minkowski
-# Tests that need MinkowskiEngine fail without it instead of being skipped.
-test: export REQUIRE_MINKOWSKI = 1
 endif
+# No test runs where one of these is missing, and none is skipped for another reason than a device.
+test: export REQUIRE_BACKENDS = $(if $(filter skip,$(MINKOWSKI)),cpu,cpu minkowski)
+SANITIZED = build/sanitized/sparse_ops/backends/cpu/_cpu.so
 
-.PHONY: help demo test lint format bench minkowski clean
+.PHONY: help demo test sanitize lint format bench minkowski clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -52,10 +53,18 @@ demo: $(VENV)/.installed ## pre-train, convert, fine-tune, predict; DATA=<folder
 test: $(TEST_READY) ## the whole suite, with coverage of both packages
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --cov --cov-report=term --cov-fail-under=90
 
-lint: $(VENV)/.installed-test ## ruff and mypy
+$(SANITIZED): $(VENV)/.installed-test
+	$(BIN)/python setup.py --quiet build_ext --sanitize --build-lib build/sanitized --build-temp build/sanitized
+
+sanitize: export SPARSE_OPS_CPU_LIBRARY = $(abspath $(SANITIZED))
+sanitize: $(SANITIZED) ## the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer; Linux and GCC
+	$(BIN)/python -m pytest -n auto tests/ops/sanitizers.py
+
+lint: $(VENV)/.installed-test ## ruff, mypy, and which package may import which
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 
 format: $(VENV)/.installed-test ## format the code
 	$(BIN)/ruff check --fix .

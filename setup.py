@@ -12,6 +12,7 @@ import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import ClassVar
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
@@ -32,6 +33,7 @@ FLAGS = [
     "-ffp-contract=fast",
     "-Wno-attributes",
 ]
+SANITIZED = ["-O1", "-g1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 INSTRUCTION_SETS = {
     "avx2": ["-mavx2", "-mfma"],
     "avx512": ["-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mfma", "-mprefer-vector-width=512"],
@@ -53,6 +55,16 @@ def requirements() -> list[str]:
 class BuildKernels(build_ext):
     """Compiles the kernels once per instruction set, each with its own flags, into one library."""
 
+    user_options: ClassVar = [
+        *build_ext.user_options,
+        ("sanitize", None, "with the sanitizers of addresses and undefined behaviour"),
+    ]
+    boolean_options: ClassVar = [*build_ext.boolean_options, "sanitize"]
+
+    def initialize_options(self) -> None:
+        super().initialize_options()
+        self.sanitize = False
+
     def get_ext_filename(self, fullname: str) -> str:
         return str(Path(*fullname.split(".")).with_suffix(".so"))
 
@@ -66,6 +78,7 @@ class BuildKernels(build_ext):
                 units.append((f"kernels_{name}", flags))
                 macros.append((f"SPARSE_OPS_HAVE_{name.upper()}", None))
         units.append(("dispatch", []))
+        common = FLAGS + (SANITIZED if self.sanitize else [])
 
         def compile_unit(unit: tuple[str, list[str]]) -> list[str]:
             name, flags = unit
@@ -73,7 +86,7 @@ class BuildKernels(build_ext):
                 [f"{CSRC}/{name}.cpp"],
                 output_dir=self.build_temp,
                 macros=macros,
-                extra_postargs=FLAGS + flags,
+                extra_postargs=common + flags,
                 depends=ext.depends,
             )
 
@@ -81,7 +94,11 @@ class BuildKernels(build_ext):
             objects = [path for paths in pool.map(compile_unit, units) for path in paths]
         libraries = [] if sys.platform == "darwin" else ["dl", "pthread"]
         self.compiler.link_shared_object(
-            objects, self.get_ext_fullpath(ext.name), libraries=libraries, target_lang="c++"
+            objects,
+            self.get_ext_fullpath(ext.name),
+            libraries=libraries,
+            extra_postargs=SANITIZED if self.sanitize else [],
+            target_lang="c++",
         )
 
 
@@ -97,7 +114,10 @@ setup(
     package_data={"sparse_ops.backends.cpu": ["csrc/*"], "convnextv2": ["py.typed"], "sparse_ops": ["py.typed"]},
     install_requires=requirements(),
     extras_require={
-        "test": ["pytest>=8", "pytest-cov>=5", "pytest-xdist>=3.6", "hypothesis>=6", "ruff>=0.8", "mypy>=1.11"]
+        "test": [
+            *("pytest>=8", "pytest-cov>=5", "pytest-xdist>=3.6", "hypothesis>=6", "ruff>=0.8", "mypy>=1.11"),
+            *("import-linter>=2.1", "setuptools>=70.1", "transformers>=4.45"),
+        ]
     },
     ext_modules=[
         Extension(
@@ -105,7 +125,7 @@ setup(
             sources=[
                 f"{CSRC}/{name}.cpp" for name in ("dispatch", "kernels_baseline", "kernels_avx2", "kernels_avx512")
             ],
-            depends=[f"{CSRC}/{name}" for name in ("kernels.h", "kernels.inc", "mlp.inc", "simd.h")],
+            depends=sorted(str(file.relative_to(ROOT)) for file in (ROOT / CSRC).iterdir()),
             optional=True,
         )
     ],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import random
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -38,12 +39,56 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> Iterator[None]:
         items[:] = items[number - 1 :: count]
 
 
+REQUIRED = os.environ.get("REQUIRE_BACKENDS", "").split()
+"""Backends that must be there, as ``make test`` asks; with any named, a test is skipped for want of a device only."""
+DEVICE = re.compile(r"\b(CUDA|GPU|device)\b")
+
+
+def pytest_sessionstart() -> None:
+    """Nothing runs without the backends that are required: their tests would drop out in silence."""
+    reasons = {name: registry()[name].unavailable_reason() for name in REQUIRED}
+    missing = [f"{name}: {reason}" for name, reason in reasons.items() if reason is not None]
+    if missing:
+        raise pytest.UsageError("\n".join(["REQUIRE_BACKENDS names backends that cannot run here", *missing]))
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip what needs MinkowskiEngine where it is not there; ``make test`` installs it and wants no such skip."""
+    """Skip what needs MinkowskiEngine where it is not there."""
     if item.get_closest_marker("minkowski"):
         reason = registry()["minkowski"].unavailable_reason()
         if reason is not None:
-            (pytest.fail if os.environ.get("REQUIRE_MINKOWSKI") == "1" else pytest.skip)(reason)
+            pytest.skip(reason)
+
+
+def names_a_device(report: pytest.TestReport | pytest.CollectReport) -> bool:
+    """False for what is skipped and need not be: the skip is then a failure."""
+    if not (REQUIRED and report.skipped and isinstance(report.longrepr, tuple)):
+        return True
+    reason = report.longrepr[2]
+    return bool(DEVICE.search(reason)) or ("minkowski" not in REQUIRED and "MinkowskiEngine" in reason)
+
+
+def fail_unless_it_names_a_device(report: pytest.TestReport | pytest.CollectReport) -> None:
+    if not names_a_device(report):
+        reason = report.longrepr[2]  # type: ignore[index]  # a skip's is (file, line, reason)
+        report.outcome = "failed"
+        report.longrepr = (
+            f"{report.nodeid} is skipped, where REQUIRE_BACKENDS is set, not for want of a device: {reason}"
+        )
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Iterator[pytest.TestReport]:
+    report = yield
+    fail_unless_it_names_a_device(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Iterator[pytest.CollectReport]:
+    report = yield
+    fail_unless_it_names_a_device(report)
+    return report
 
 
 @pytest.fixture(autouse=True)

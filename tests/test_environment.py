@@ -9,7 +9,7 @@ import sys
 import types
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import yaml
@@ -66,10 +66,14 @@ def setup_arguments(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     def extension(name: str, **options: Any) -> dict[str, Any]:
         return {"name": name, **options}
 
+    class BuildExt:
+        user_options: ClassVar[list[tuple[str, str | None, str]]] = []
+        boolean_options: ClassVar[list[str]] = []
+
     fakes = {
         "setuptools": {"Extension": extension, "find_packages": lambda **_: [], "setup": lambda **kw: found.update(kw)},
         "setuptools.command": {},
-        "setuptools.command.build_ext": {"build_ext": object},
+        "setuptools.command.build_ext": {"build_ext": BuildExt},
         "setuptools.errors": {"CompileError": Exception},
     }
     for name, attributes in fakes.items():
@@ -88,8 +92,9 @@ def test_setup_installs_requirements_txt(monkeypatch: pytest.MonkeyPatch) -> Non
     ]
     (extension,) = found["ext_modules"]
     assert extension["optional"]
-    for source in [*extension["sources"], *extension["depends"]]:
+    for source in extension["sources"]:
         assert (ROOT / source).is_file(), source
+    assert {ROOT / name for name in extension["depends"]} == set((ROOT / "sparse_ops/backends/cpu/csrc").iterdir())
 
 
 def test_constraints_allow_what_is_required() -> None:
@@ -193,3 +198,47 @@ def test_no_file_names_a_machine_or_a_registry() -> None:
 def test_machine_names_are_recognised(text: str) -> None:
     assert MACHINES.search(text)
     assert not MACHINES.search("runs/work/x, benchmarks/tmp/x, $(OUT)x/root/y, scripts/home/z")
+
+
+SKIPPING = """
+import pytest
+def test_plain(): pytest.skip("no reason")
+def test_device(): pytest.skip("no CUDA device")
+@pytest.mark.skipif(True, reason="a mark")
+def test_mark(): pass
+"""
+
+
+def skip_in_a_suite(folder: Path, *arguments: str, required: str) -> subprocess.CompletedProcess[str]:
+    """A run of our conftest.py over tests that are skipped, and a file whose import is."""
+    (folder / "conftest.py").write_text(text_of("tests/conftest.py"))
+    (folder / "test_some.py").write_text(SKIPPING)
+    (folder / "test_import.py").write_text("import pytest\npytest.importorskip('nothing_of_this_name')\n")
+    environment = {**os.environ, "REQUIRE_BACKENDS": required, "PYTHONPATH": str(ROOT), "PYTEST_ADDOPTS": ""}
+    command = [sys.executable, "-m", "pytest", "-q", "-rA", "-p", "no:cacheprovider", "-p", "no:cov", *arguments]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def test_nothing_is_skipped_in_silence(tmp_path: Path) -> None:
+    assert skip_in_a_suite(tmp_path, required="").returncode == 0
+    done = skip_in_a_suite(tmp_path, "--continue-on-collection-errors", required="reference")
+    assert done.returncode == 1
+    assert set(re.findall(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.M)) == {
+        "test_import.py",
+        "test_some.py::test_plain",
+        "test_some.py::test_mark",
+    }
+    assert "no CUDA device" in done.stdout
+
+
+def test_no_test_runs_without_the_backends_that_are_required(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPARSE_OPS_CPU_LIBRARY", str(tmp_path / "missing.so"))
+    done = skip_in_a_suite(tmp_path, required="reference cpu")
+    assert done.returncode == 4
+    told = r"^cpu: its C\+\+ extension missing\.so cannot be loaded .*unset SPARSE_OPS_CPU_LIBRARY"
+    assert re.search(told, done.stderr, re.M)
+
+
+def test_what_is_checked_before_a_change_goes_in() -> None:
+    assert re.findall(r"^make (\w+)$", text_of(".ci/run"), re.M) == ["lint", "sanitize", "test"]
+    assert re.search(r"^test: export REQUIRE_BACKENDS = .*cpu minkowski", text_of("Makefile"), re.M)

@@ -214,7 +214,10 @@ def test_a_step_compiles_what_it_needs_beforehand_and_once(dtype, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="the tests above run in this process")
+@pytest.mark.skipif(
+    INTERPRETED or torch.cuda.is_available(),
+    reason="the tests above run in this process, on a CUDA device or interpreted",
+)
 def test_the_tests_of_this_file_pass_in_the_interpreter():
     some = "compiled or nothing_masked or ragged-image or (bfloat16 and (uniform-batch or autoencoder or identical))"
     done = subprocess.run(

@@ -11,6 +11,7 @@ import torch
 
 from sparse_ops import registry
 from sparse_ops.active_set import reach
+from sparse_ops.backends.triton import launch
 from sparse_ops.backends.triton.depthwise import (
     ANY,
     KERNEL_SIZES,
@@ -20,9 +21,12 @@ from sparse_ops.backends.triton.depthwise import (
     weight_grad_blocks,
 )
 from sparse_ops.backends.triton.mlp import hidden_tile, norm_tile, scale_tile
-from sparse_ops.conformance_cases import CASES, MLP_CASES
+from sparse_ops.conformance_cases import CASES, MLP_CASES, random_case
 
 triton = pytest.importorskip("triton")
+FOLDER = Path(launch.__file__).parent
+PARTS = 4
+"""Of the cases, each in a process of its own, so that several cores are busy."""
 ARCHITECTURES = [80, 90, 100]
 COMPILED = [(a, d, *stage) for a in ARCHITECTURES for d in ("bf16", "fp32") for stage in ((8, 96), (2, 384), (1, 768))]
 COMPILED += [(90, "bf16", side, channels) for side, channels in ((8, 40), (8, ANY), (4, 256), (2, 160), (1, 2816))]
@@ -35,9 +39,10 @@ from sparse_ops import registry
 from sparse_ops.conformance import check_conformance, check_mlp_conformance
 from sparse_ops.conformance_cases import CASES, MLP_CASES, random_case
 
-dtype, backend = getattr(torch, sys.argv[1]), registry()["triton"]
+dtype, backend, part, parts = getattr(torch, sys.argv[1]), registry()["triton"], *map(int, sys.argv[2:])
 checks = [(check_conformance, case) for case in (*CASES, *map(random_case, range(6)))]
-for check, case in (*checks, *((check_mlp_conformance, case) for case in MLP_CASES)):
+checks += [(check_mlp_conformance, case) for case in MLP_CASES]
+for check, case in checks[part::parts]:
     if backend.rejects(torch.device("cpu"), dtype, getattr(case, "kernel_size", 7)) is None:
         check(backend, case, dtype, "cpu")
         print("passed", case)
@@ -45,19 +50,21 @@ for check, case in (*checks, *((check_mlp_conformance, case) for case in MLP_CAS
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("part", range(PARTS))
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_kernels_conform_under_the_interpreter(dtype):
-    """Every case of the suite, in a process in which Triton interprets its kernels."""
+def test_kernels_conform_under_the_interpreter(dtype, part):
+    """Every case of the suite, in processes in which Triton interprets its kernels."""
     done = subprocess.run(
-        [sys.executable, "-c", INTERPRETED, dtype],
+        [sys.executable, "-c", INTERPRETED, dtype, str(part), str(PARTS)],
         capture_output=True,
         text=True,
         timeout=900,
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stdout[-300:] + done.stderr[-3000:]
-    served = [case for case in CASES if case.kernel_size in KERNEL_SIZES]
-    assert len(done.stdout.splitlines()) == len(served) + 6 + len(MLP_CASES)
+    cases = [*CASES, *map(random_case, range(6)), *MLP_CASES]
+    served = [str(case) for case in cases[part::PARTS] if getattr(case, "kernel_size", 7) in KERNEL_SIZES]
+    assert [line.removeprefix("passed ") for line in done.stdout.splitlines()] == served
 
 
 @pytest.mark.slow
@@ -87,32 +94,73 @@ def test_it_says_why_it_cannot_run():
     assert "kernel size 9" in backend.rejects(torch.device("cuda"), torch.float32, 9)
 
 
+RESULTS = {
+    "depthwise": {"depthwise_kernel": "out", "depthwise_weight_grad_kernel": "partial"},
+    "mlp": {
+        "layer_norm_kernel": "out mean rstd",
+        "layer_norm_backward_kernel": "grad_x normed partial_weight partial_bias",
+        "gelu_energy_kernel": "partial",
+        "grn_scale_kernel": "norms scale",
+        "grn_apply_kernel": "out",
+        "grn_backward_sums_kernel": "partial_product partial_grad",
+        "grn_backward_scale_kernel": "scale pull grad_gamma grad_beta",
+        "grn_backward_apply_kernel": "grad out partial_bias",
+    },
+}
+"""What each kernel writes."""
+
 CHECKED = """
+import importlib, sys
 import torch
 from sparse_ops import registry
-from sparse_ops.backends.triton.launch import kernels_of
+
+class Spoilt:  # a kernel that runs, and then spoils one of its results a little
+    def __init__(self, kernel, result):
+        self.kernel, self.result = kernel, result
+
+    def __getitem__(self, grid):
+        def launch(*args, **constants):
+            self.kernel[grid](*args, **constants)
+            result = dict(zip(self.kernel.arg_names, args))[self.result].view(-1)
+            result[result.abs().argmax()] *= 1.01
+        return launch
 
 backend, device = registry()["triton"], torch.device("cpu")
 print(backend.check(device))
-kernels_of("depthwise").depthwise_kernel = None
-print(backend.check(device))
-print(len(backend.unavailable_reason() or ""))
+module = importlib.import_module(f"sparse_ops.backends.triton.{sys.argv[1]}_kernels")
+for argument in sys.argv[2:]:
+    name, result = argument.split(".")
+    kernel = getattr(module, name)
+    setattr(module, name, Spoilt(kernel, result))
+    print(argument, *str(backend.check(device)).split())
+    setattr(module, name, kernel)
+print(backend.check(device), len(backend.unavailable_reason() or ""))
 """
 
 
-def test_it_checks_itself_before_auto_takes_it():
+@pytest.mark.slow
+@pytest.mark.parametrize(("half", "name"), [(half, name) for half, kernels in RESULTS.items() for name in kernels])
+def test_its_check_notices_kernels_that_return_wrong_numbers(half, name):
+    """One number 1 % off, in each result of each kernel: ``auto`` takes another backend then."""
+    results = [f"{name}.{result}" for result in RESULTS[half][name].split()]
     done = subprocess.run(
-        [sys.executable, "-c", CHECKED],
+        [sys.executable, "-c", CHECKED, half, *results],
         capture_output=True,
         text=True,
         timeout=300,
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    right, wrong, available = done.stdout.splitlines()
-    assert right == "None"
-    assert "fail their check on this device (TypeError" in wrong
-    assert available == "0"
+    right, *wrong, right_again = done.stdout.splitlines()
+    assert (right, right_again) == ("None", "None 0")
+    for result, told in zip(results, wrong, strict=True):
+        assert told.startswith(f"{result} its kernels fail their check on this device (AssertionError"), told
+
+
+def test_the_results_of_all_kernels_are_known():
+    for half, known in RESULTS.items():
+        source = (FOLDER / f"{half}_kernels.py").read_text(encoding="utf-8")
+        assert set(re.findall(r"^def (\w+_kernel)\(", source, re.M)) == set(known)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from sparse_ops.active_set import ActiveSet
 from sparse_ops.backend import Backend
 from sparse_ops.backends._operators import run
 from sparse_ops.backends.cpu import composed
-from sparse_ops.backends.cpu.library import DTYPES, _load
+from sparse_ops.backends.cpu.library import DTYPES, load
 from sparse_ops.backends.cpu.operators import (
     cpu_depthwise,
     cpu_depthwise_weight_grad,
@@ -40,14 +40,14 @@ class CPUBackend(Backend):
 
     @property
     def summary(self) -> str:  # type: ignore[override]  # says what was found on this machine
-        library, _ = _load()
+        library, _ = load()
         if library is None:
             return "compiled C++ for processors"
         chosen = library.sparse_ops_instruction_set().decode()
         return f"compiled C++ ({chosen}; threads: {library.sparse_ops_threads().decode()})"
 
     def unavailable_reason(self) -> str | None:
-        return _load()[1]
+        return load()[1]
 
     def rejects(self, device: torch.device, dtype: torch.dtype, kernel_size: int) -> str | None:
         if device.type != "cpu":

@@ -9,21 +9,21 @@ import torch
 from torch import Tensor
 
 from sparse_ops.backends.cpu.library import (
-    _MLP_OUTPUTS,
-    _MLP_PARAMETERS,
-    _call,
-    _DepthwiseArgs,
-    _GeluGrnArgs,
-    _LayerNormArgs,
-    _MLPArgs,
-    _pointer,
+    MLP_OUTPUTS,
+    MLP_PARAMETERS,
+    DepthwiseArgs,
+    GeluGrnArgs,
+    LayerNormArgs,
+    MLPArgs,
+    call,
+    pointer,
 )
 
 
 def _launch(function: str, kind: type[ctypes.Structure], dtype: torch.dtype, **fields: Any) -> None:
     """Call the library with the fields of a structure of arguments: tensors as pointers, and torch's threads."""
-    values = {name: _pointer(value) if isinstance(value, Tensor) else value for name, value in fields.items()}
-    _call(function, kind(threads=torch.get_num_threads(), **values), dtype)
+    values = {name: pointer(value) if isinstance(value, Tensor) else value for name, value in fields.items()}
+    call(function, kind(threads=torch.get_num_threads(), **values), dtype)
 
 
 def _alike(*tensors: Tensor) -> list[Tensor]:
@@ -38,7 +38,7 @@ def cpu_depthwise(
     out = torch.empty_like(x)
     tensors = {"x": x, "other": weight, "bias": bias, "neighbours": neighbours, "out": out}
     sizes = {"patches": neighbours.shape[0], "channels": x.shape[1], "side": side, "kernel": weight.shape[-1]}
-    _launch("sparse_ops_depthwise", _DepthwiseArgs, x.dtype, **tensors, **sizes, reverse_taps=reverse_taps)
+    _launch("sparse_ops_depthwise", DepthwiseArgs, x.dtype, **tensors, **sizes, reverse_taps=reverse_taps)
     return out
 
 
@@ -51,7 +51,7 @@ def cpu_depthwise_weight_grad(x: Tensor, grad: Tensor, neighbours: Tensor, side:
     out = x.new_empty(x.shape[1], 1, kernel_size, kernel_size)
     sizes = {"patches": neighbours.shape[0], "channels": x.shape[1], "side": side, "kernel": kernel_size}
     tensors = {"x": x, "other": grad, "neighbours": neighbours, "out": out}
-    _launch("sparse_ops_depthwise_weight_grad", _DepthwiseArgs, x.dtype, **tensors, **sizes)
+    _launch("sparse_ops_depthwise_weight_grad", DepthwiseArgs, x.dtype, **tensors, **sizes)
     return out
 
 
@@ -74,7 +74,7 @@ def cpu_gelu_grn(
     groups, dim = row_offsets.numel() - 1, h.shape[1]
     norms = h.new_empty(groups, dim)
     tensors = {"h": h, "bias": bias, "gamma": gamma, "beta": beta, "offsets": row_offsets, "norms": norms, "y": out}
-    _launch("sparse_ops_gelu_grn", _GeluGrnArgs, h.dtype, **tensors, eps=eps, groups=groups, dim=dim)
+    _launch("sparse_ops_gelu_grn", GeluGrnArgs, h.dtype, **tensors, eps=eps, groups=groups, dim=dim)
     return norms
 
 
@@ -102,7 +102,7 @@ def cpu_gelu_grn_backward(
     grads = _alike(gamma, beta, beta)
     tensors |= {"grad": grad, **dict(zip(("grad_gamma", "grad_beta", "grad_bias"), grads, strict=True))}
     sizes = {"groups": row_offsets.numel() - 1, "dim": h.shape[1]}
-    _launch("sparse_ops_gelu_grn_backward", _GeluGrnArgs, h.dtype, **tensors, **sizes, eps=eps)
+    _launch("sparse_ops_gelu_grn_backward", GeluGrnArgs, h.dtype, **tensors, **sizes, eps=eps)
     return grads[0], grads[1], grads[2]
 
 
@@ -123,7 +123,7 @@ def cpu_layer_norm_backward(
     grads = _alike(x, weight, bias)
     tensors |= zip(("grad_x", "grad_weight", "grad_bias"), grads, strict=True)
     sizes = {"rows": x.shape[0], "channels": x.shape[1]}
-    _launch("sparse_ops_layer_norm_backward", _LayerNormArgs, x.dtype, **tensors, **sizes)
+    _launch("sparse_ops_layer_norm_backward", LayerNormArgs, x.dtype, **tensors, **sizes)
     return grads[0], grads[1], grads[2]
 
 
@@ -134,14 +134,14 @@ def _mlp_fields(
     x: Tensor, parameters: list[Tensor], row_offsets: Tensor, norm_eps: float, grn_eps: float
 ) -> dict[str, Any]:
     sizes = {"groups": row_offsets.numel() - 1, "channels": x.shape[1], "dim": parameters[2].shape[0]}
-    named = zip(_MLP_PARAMETERS, parameters, strict=True)
+    named = zip(MLP_PARAMETERS, parameters, strict=True)
     return {"x": x, **dict(named), "offsets": row_offsets, "norm_eps": norm_eps, "grn_eps": grn_eps, **sizes}
 
 
 def _mlp_outputs(
     x: Tensor, parameters: list[Tensor], row_offsets: Tensor, norm_eps: float, grn_eps: float
 ) -> list[Tensor]:
-    """Memory for what is kept and for the result, in the order of ``_MLP_OUTPUTS``."""
+    """Memory for what is kept and for the result, in the order of ``MLP_OUTPUTS``."""
     rows, dim = x.shape[0], parameters[2].shape[0]
     shapes = ((rows, dim), (rows, 1), (rows, 1), (row_offsets.numel() - 1, dim))
     return [*(x.new_empty(shape) for shape in shapes), torch.empty_like(x)]
@@ -151,9 +151,9 @@ def _mlp_outputs(
 def cpu_mlp(x: Tensor, parameters: list[Tensor], row_offsets: Tensor, norm_eps: float, grn_eps: float) -> list[Tensor]:
     """See :meth:`sparse_ops.backend.Backend.mlp`: what is kept, then the result."""
     outputs = _mlp_outputs(x, parameters, row_offsets, norm_eps, grn_eps)
-    named = dict(zip(_MLP_OUTPUTS, outputs, strict=True))
+    named = dict(zip(MLP_OUTPUTS, outputs, strict=True))
     fields = _mlp_fields(x, parameters, row_offsets, norm_eps, grn_eps)
-    _launch("sparse_ops_mlp", _MLPArgs, x.dtype, **fields, **named)
+    _launch("sparse_ops_mlp", MLPArgs, x.dtype, **fields, **named)
     return outputs
 
 
@@ -172,10 +172,10 @@ def cpu_mlp_backward(
 ) -> list[Tensor]:
     """See :meth:`sparse_ops.backend.Backend.mlp_backward`."""
     grads = _alike(x, *parameters)
-    named = {f"grad_{name}": value for name, value in zip(("x", *_MLP_PARAMETERS), grads, strict=True)}
-    named |= zip(_MLP_OUTPUTS[:-1], kept, strict=True)
+    named = {f"grad_{name}": value for name, value in zip(("x", *MLP_PARAMETERS), grads, strict=True)}
+    named |= zip(MLP_OUTPUTS[:-1], kept, strict=True)
     fields = _mlp_fields(x, parameters, row_offsets, norm_eps, grn_eps)
-    _launch("sparse_ops_mlp_backward", _MLPArgs, x.dtype, **fields, **named, grad=grad)
+    _launch("sparse_ops_mlp_backward", MLPArgs, x.dtype, **fields, **named, grad=grad)
     return grads
 
 

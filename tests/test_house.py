@@ -1,0 +1,103 @@
+"""The house: sizes of files and functions, no banners, lines in all, the environment variables that are read."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("convnextv2", "sparse_ops")
+MOST_LINES = 10_800
+BANNER = re.compile(r"^[ \t]*(?:#|//)[^\n]*[-=*#]{8,}\s*$", re.M)
+SOURCES = sorted(
+    file
+    for folder in PACKAGES
+    for pattern in ("*.py", "csrc/*")
+    for file in (ROOT / folder).rglob(pattern)
+    if file.suffix in {".py", ".inc", ".cpp", ".h"}
+)
+
+
+def relative(file: Path) -> str:
+    return file.relative_to(ROOT).as_posix()
+
+
+def lines_of(file: Path) -> int:
+    return len(file.read_text(encoding="utf-8").splitlines())
+
+
+def functions(file: Path) -> Iterator[tuple[str, int]]:
+    """Names and lines, without decorators."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert node.end_lineno is not None
+            yield f"{relative(file)}: {node.name}", node.end_lineno - node.lineno + 1
+
+
+def test_files_have_at_most_450_lines() -> None:
+    assert len(SOURCES) > 60
+    assert not {relative(file): lines_of(file) for file in SOURCES if lines_of(file) > 450}
+
+
+def test_functions_have_at_most_80_lines() -> None:
+    found = [found for file in SOURCES if file.suffix == ".py" for found in functions(file)]
+    assert len(found) > 300
+    assert not {name: lines for name, lines in found if lines > 80}
+
+
+def test_there_are_no_banners() -> None:
+    python = [
+        file for folder in (*PACKAGES, "scripts", "benchmarks", "tests") for file in (ROOT / folder).rglob("*.py")
+    ]
+    files = {*SOURCES, *python}
+    found = {relative(file): BANNER.findall(file.read_text(encoding="utf-8")) for file in sorted(files)}
+    assert not {name: banners for name, banners in found.items() if banners}
+
+
+@pytest.mark.parametrize("text", ["# Files " + "-" * 40, "// " + "=" * 20, "#" * 30])
+def test_banners_are_recognised(text: str) -> None:
+    assert BANNER.search(f"x = 1\n{text}\n")
+    assert not BANNER.search('# a sum - and more\nx = 1  # -1\n"-----------"\n')
+
+
+def test_the_packages_have_fewer_lines_than_they_had() -> None:
+    counts = {relative(file): lines_of(file) for file in SOURCES}
+    assert sum(counts.values()) < MOST_LINES, sorted(counts.items(), key=lambda item: -item[1])[:10]
+
+
+NAME = r"([A-Z][A-Z_0-9]+)"
+READS = {
+    "*.py": (r"environ(?:ment)?(?:\.get\(|\[)[\"'](?:%s)[\"']", r"_VARIABLE = \"%s\"", r"with_front\(\"%s\""),
+    "*.cpp": (r"getenv\(\"%s\"\)",),
+    "*.sh": (r"\$\{%s:[-+]",),
+    "Makefile": (r"^%s \?=",),
+}
+"""Patterns of what reads a variable, by kind of file."""
+
+
+def variables_read() -> dict[str, str]:
+    """Environment variables to a file that reads it."""
+    found = {}
+    for kind, patterns in READS.items():
+        for file in sorted(ROOT.glob(kind)) + [
+            file for folder in (*PACKAGES, "scripts", "benchmarks", "tests") for file in (ROOT / folder).rglob(kind)
+        ]:
+            text = file.read_text(encoding="utf-8")
+            for pattern in patterns:
+                found |= dict.fromkeys(re.findall(pattern % NAME, text, re.M), relative(file))
+            for names in re.findall(r"for name in \(([A-Z_\", ]+)\) if name in os\.environ", text):
+                found |= dict.fromkeys(re.findall(NAME, names), relative(file))
+    return found
+
+
+def test_the_table_of_environment_variables_is_what_is_read() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    _, _, section = page.partition("\n## Environment variables\n")
+    rows = re.findall(r"^\| (`[^|]+`) \|", section.partition("\n## ")[0], re.M)
+    table = [name for row in rows for name in re.findall(r"`(\w+)`", row)]
+    assert len(set(table)) == len(table) > 10
+    read = variables_read()
+    assert not {name: file for name, file in read.items() if name not in table}, "read, but not in the table"
+    assert not set(table) - set(read), "in the table, but never read"
