@@ -183,13 +183,7 @@ def parity(args: argparse.Namespace, name: str, grid_size: tuple[int, int]) -> P
     oracle = MaskedDenseGrid(visible, dtype=torch.float64)
     dense = oracle.cells(encoder(images.double(), oracle))
     expected, exact = values(dense[visible])
-    return Parity(
-        name,
-        config.dims,
-        grid_size,
-        exact_error([found], [expected]),
-        exact_error(gradients, exact),
-    )
+    return Parity(name, config.dims, grid_size, exact_error([found], [expected]), exact_error(gradients, exact))
 
 
 def exact_error(found: list[Tensor], expected: list[Tensor]) -> float:

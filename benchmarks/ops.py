@@ -23,29 +23,12 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from common import (
-    DTYPES,
-    add_options,
-    check_options,
-    hardware,
-    print_head,
-    relative_error,
-    synchronise,
-    write_report,
-)
+from common import DTYPES, add_options, check_options, hardware, print_head, relative_error, synchronise, write_report
 from torch import Tensor
 
 from convnextv2.models.config import encoder_config
 from convnextv2.models.masking import keep_count, random_mask
-from sparse_ops import (
-    ActiveSet,
-    Backend,
-    BackendUnavailableError,
-    DenseGrid,
-    MLPWeights,
-    convnext_mlp,
-    resolve_backend,
-)
+from sparse_ops import ActiveSet, Backend, BackendUnavailableError, DenseGrid, MLPWeights, convnext_mlp, resolve_backend
 from sparse_ops.oracle import MaskedDenseGrid
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2, "float16": 5e-3}
@@ -177,11 +160,7 @@ def depthwise(args: argparse.Namespace, clock: Clock, rates: Rates, stage: Stage
         return active.gather(dense_forward(active.densify(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
 
     calls: dict[str, tuple[Callable[[], Tensor], Callable[[], Tensor], Callable[[], Tensor] | None]] = {
-        "depthwise": (
-            partial(backend.depthwise, x, weight, bias, active, reverse_taps=False),
-            dense_forward,
-            gathered,
-        ),
+        "depthwise": (partial(backend.depthwise, x, weight, bias, active, reverse_taps=False), dense_forward, gathered),
         "depthwise, grad of x": (
             partial(backend.depthwise, grad, weight, None, active, reverse_taps=True),
             partial(dense_backward, (True, False, False)),

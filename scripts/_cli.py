@@ -10,13 +10,14 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from pathlib import Path
-from typing import Generic, NoReturn, TypeVar
+from typing import NoReturn, TypeVar
 
 import torch
 from safetensors import SafetensorError
 
 from convnextv2.data.sources import describe_skipped
 from convnextv2.training import recipe
+from convnextv2.training.reporting import Bar
 from sparse_ops.registry import BackendUnavailableError
 
 T = TypeVar("T")
@@ -94,44 +95,28 @@ def say_skipped(skipped: Sequence[tuple[Path, str]], shown: int = 5) -> None:
         warn(f"  {line}" if number else line)
 
 
-class Progress(Generic[T]):
+class Progress(Bar[T]):
     """Iterate with a progress bar on a terminal, and with a plain line every ``seconds`` where stderr is piped.
 
     Args:
-        iterable: what to iterate over.
-        total: number of items; None takes ``len(iterable)`` where it has one.
+        items: what to iterate over.
+        total: number of items; None takes ``len(items)`` where it has one.
         description: what is going on.
         seconds: least time between two plain lines; the last item always gets one.
     """
 
     def __init__(
-        self, iterable: Iterable[T], total: int | None = None, description: str = "", seconds: float = 10.0
+        self, items: Iterable[T], total: int | None = None, description: str = "", seconds: float = 10.0
     ) -> None:
-        self._iterable = iterable
-        self._total = len(iterable) if total is None and isinstance(iterable, Sized) else total
-        self._description = description
+        super().__init__(items, len(items) if total is None and isinstance(items, Sized) else total, description)
         self._seconds = seconds
-        self._note = ""
-
-    def note(self, text: str) -> None:
-        """Text to show behind the count, such as the current loss."""
-        self._note = text
 
     def __iter__(self) -> Iterator[T]:
-        return self._bar() if sys.stderr.isatty() else self._lines()
-
-    def _bar(self) -> Iterator[T]:
-        from tqdm import tqdm
-
-        with tqdm(total=self._total, desc=self._description, leave=False, dynamic_ncols=True) as bar:
-            for item in self._iterable:
-                yield item
-                bar.set_postfix_str(self._note, refresh=False)
-                bar.update()
+        return super().__iter__() if sys.stderr.isatty() else self._lines()
 
     def _lines(self) -> Iterator[T]:
         start = last = time.monotonic()
-        for count, item in enumerate(self._iterable, 1):
+        for count, item in enumerate(self._items, 1):
             yield item
             now = time.monotonic()
             if now - last >= self._seconds or count == self._total:
@@ -141,9 +126,9 @@ class Progress(Generic[T]):
                 warn(f"{self._description}: {count}{of} in {now - start:.0f} s{note}")
 
 
-def progress(iterable: Iterable[T], total: int | None = None, description: str = "") -> Progress[T]:
-    """A :class:`Progress` over ``iterable``."""
-    return Progress(iterable, total, description)
+def progress(items: Iterable[T], total: int | None = None, description: str = "") -> Progress[T]:
+    """A :class:`Progress` over ``items``."""
+    return Progress(items, total, description)
 
 
 def image_size(text: str) -> tuple[int, int]:

@@ -140,9 +140,7 @@ def prepare(source: Path, bundled_libraries: list[Path]) -> None:
     for library in bundled_libraries:
         (backend / library.name).write_bytes(library.read_bytes())
     replace(
-        source / "setup.py",
-        'packages=["MinkowskiEngine",',
-        'packages=["MinkowskiEngineBackend", "MinkowskiEngine",',
+        source / "setup.py", 'packages=["MinkowskiEngine",', 'packages=["MinkowskiEngineBackend", "MinkowskiEngine",'
     )
     replace(
         source / "setup.py",

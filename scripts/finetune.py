@@ -14,9 +14,8 @@ from collections.abc import Sequence
 
 import _cli
 
-from convnextv2.training.finetuning import FinetuneOptions, finetune
+from convnextv2.training import FinetuneOptions, RunStoppedError, finetune
 from convnextv2.training.recipe import parse_options
-from convnextv2.training.signals import RunStoppedError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return stopped.status
     _cli.say_once(
         f"best top-1 {result.best_top1:.2f} % on {result.val_images} validation images (epoch {result.best_epoch} of "
-        f"{result.epochs}): {result.output / 'checkpoints' / 'best.safetensors'}"
+        f"{result.epochs}): {result.folder / 'checkpoints' / 'best.safetensors'}"
     )
     return 0
 

@@ -12,9 +12,8 @@ from collections.abc import Sequence
 
 import _cli
 
-from convnextv2.training.pretraining import PretrainOptions, pretrain
+from convnextv2.training import PretrainOptions, RunStoppedError, pretrain
 from convnextv2.training.recipe import parse_options
-from convnextv2.training.signals import RunStoppedError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     verb = "fell" if change >= 0 else "rose"
     _cli.say_once(
         f"loss {verb} from {result.first_loss:.4f} to {result.last_loss:.4f} ({abs(change):.1f} %) in {result.epochs} "
-        f"epochs: {result.output / 'checkpoints' / 'last.safetensors'}"
+        f"epochs: {result.folder / 'checkpoints' / 'last.safetensors'}"
     )
     return 0
 

@@ -136,10 +136,7 @@ def check_conformance(
 
 
 def check_mlp_conformance(
-    backend: str | Backend,
-    case: MLPCase,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
+    backend: str | Backend, case: MLPCase, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> dict[str, Deviation]:
     """Compare the fused pointwise half of a block, and its nine gradients, with separate operations in float64.
 

@@ -103,11 +103,7 @@ class MaskedDenseGrid(DenseGrid):
     """
 
     def __init__(
-        self,
-        visible: Tensor,
-        side: int = 8,
-        grn_scope: GRNScope = "image",
-        dtype: torch.dtype = torch.float32,
+        self, visible: Tensor, side: int = 8, grn_scope: GRNScope = "image", dtype: torch.dtype = torch.float32
     ) -> None:
         super().__init__(visible.shape[0], grn_scope)
         self.visible = visible

@@ -134,11 +134,7 @@ def build_finetune_datasets(
 
 
 def build_predict_dataset(
-    inputs: Sequence[str | Path],
-    img_size: tuple[int, int],
-    in_chans: int,
-    mean: Sequence[float],
-    std: Sequence[float],
+    inputs: Sequence[str | Path], img_size: tuple[int, int], in_chans: int, mean: Sequence[float], std: Sequence[float]
 ) -> PredictDataset:
     """Images to classify, in the order of their names, each once.
 

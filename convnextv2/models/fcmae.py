@@ -117,12 +117,7 @@ class FCMAE(nn.Module):
         return {**self.__dict__, "_compiled": None}  # copies are not compiled
 
     def _masked(
-        self,
-        images: Tensor,
-        mask: Tensor,
-        keep: int | None,
-        backends: tuple[Backend, Backend],
-        return_pred: bool,
+        self, images: Tensor, mask: Tensor, keep: int | None, backends: tuple[Backend, Backend], return_pred: bool
     ) -> tuple[Tensor, Tensor | None]:
         """Loss and prediction."""
         grid_size = images.shape[2] // self.config.encoder.patch_size, images.shape[3] // self.config.encoder.patch_size

@@ -1,1 +1,25 @@
-"""Runs: pre-training and fine-tuning."""
+"""Runs: pre-training, fine-tuning, linear probes, and the skeleton for other tasks."""
+
+from convnextv2.training.finetuning import FinetuneOptions, FinetuneResult, finetune
+from convnextv2.training.pretraining import PretrainOptions, PretrainResult, pretrain
+from convnextv2.training.probing import linear_probe
+from convnextv2.training.result import Metrics, RunResult
+from convnextv2.training.run import run_task
+from convnextv2.training.signals import RunStoppedError
+from convnextv2.training.task import Outcome, Task
+
+__all__ = [
+    "FinetuneOptions",
+    "FinetuneResult",
+    "Metrics",
+    "Outcome",
+    "PretrainOptions",
+    "PretrainResult",
+    "RunResult",
+    "RunStoppedError",
+    "Task",
+    "finetune",
+    "linear_probe",
+    "pretrain",
+    "run_task",
+]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -20,6 +20,7 @@ def make_accelerator(options: RunOptions) -> Accelerator:
         ValueError: if the device or precision cannot be used here.
     """
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
     kind, _, index = options.device.partition(":")
     if kind not in ("auto", "cpu", "cuda") or (index and not index.isdigit()):
@@ -35,13 +36,18 @@ def make_accelerator(options: RunOptions) -> Accelerator:
     torch.backends.cudnn.allow_tf32 = options.tf32
     # Without an accelerator, accelerate joins the processes of a launcher only if told that they run on processors;
     # otherwise each would train by itself, all into the same folder.
-    return Accelerator(
-        cpu=kind == "cpu" or not torch.accelerator.is_available(),
-        mixed_precision=mixed_precision(options),
-        gradient_accumulation_steps=options.accum,
-        log_with=options.tracker,
-        project_dir=options.output,
-    )
+    settings: dict[str, Any] = {
+        "cpu": kind == "cpu" or not torch.accelerator.is_available(),
+        "mixed_precision": mixed_precision(options),
+        "gradient_accumulation_steps": options.accum,
+        "log_with": options.tracker,
+        "project_dir": options.output,
+    }
+    try:
+        return Accelerator(**settings)
+    except ValueError:  # accelerate holds on to the device and precision of an earlier run in this process
+        AcceleratorState._reset_state(reset_partial_state=True)
+        return Accelerator(**settings)
 
 
 def mixed_precision(options: RunOptions) -> str:

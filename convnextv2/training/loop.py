@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from collections.abc import Callable
@@ -19,9 +18,9 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 LOSS_CHECK_EVERY = 20
-"""Updates between two looks at the losses on a GPU, where each look waits for it."""
+"""Batches between two looks at the losses on a GPU, where each look waits for it."""
 
-logger = logging.getLogger(__name__)
+OnLoss = Callable[[int, float], None]
 
 
 class DivergedError(ValueError):
@@ -50,6 +49,8 @@ class Loop:
         stop: signals.
         clip_grad: largest norm of the gradient, or None.
         after_update: called with the number of updates made so far after each.
+        on_loss: called for every batch with the number of updates made before it and its loss in this process, as soon
+            as that is read: at once on a processor, every :data:`LOSS_CHECK_EVERY` batches on a GPU.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class Loop:
         stop: StopSignals,
         clip_grad: float | None = None,
         after_update: Callable[[int], None] | None = None,
+        on_loss: OnLoss | None = None,
     ) -> None:
         self.accelerator = accelerator
         self.model = model
@@ -71,6 +73,7 @@ class Loop:
         self.stop = stop
         self.clip_grad = clip_grad
         self.after_update = after_update
+        self.on_loss = on_loss
         self.step = 0
         self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._check_every = 1 if accelerator.device.type == "cpu" else LOSS_CHECK_EVERY
@@ -89,15 +92,15 @@ class Loop:
         """
         start = time.perf_counter()
         total, count, images, lr = 0.0, 0, 0, 0.0
-        pending: list[Tensor] = []
-        first_pending = self.step
+        pending: list[tuple[int, Tensor]] = []
         for batch in batches:
             self.stop.check(self.folder.path, done)
             with self.accelerator.accumulate(self.model):
                 self.schedule.step_update(self.step)
                 lr = max(group["lr"] for group in self.optimizer.param_groups)
                 loss, size = loss_of(batch)
-                pending.append(loss.detach().clone())  # the memory of a CUDA graph's output is used again
+                # The memory of a CUDA graph's output is used again.
+                pending.append((self.step, loss.detach().clone()))
                 self.accelerator.backward(loss)
                 if self.clip_grad is not None and self.accelerator.sync_gradients:
                     self.accelerator.clip_grad_norm_(self._trained, self.clip_grad)
@@ -109,13 +112,13 @@ class Loop:
                 if self.after_update is not None:
                     self.after_update(self.step)
             if len(pending) >= self._check_every:
-                total += self._sum(pending, done, first_pending, lr)
+                total += self._sum(pending, done, lr)
                 count += len(pending)
-                pending, first_pending = [], self.step
+                pending = []
                 if hasattr(batches, "note"):
                     batches.note(f"loss {total / count:.4f}")
         if pending:
-            total += self._sum(pending, done, first_pending, lr)
+            total += self._sum(pending, done, lr)
             count += len(pending)
         self._check_weights(done, lr)
         seconds = time.perf_counter() - start
@@ -125,11 +128,13 @@ class Loop:
         total, count, images = sums.tolist()
         return EpochResult(total / count, lr, seconds, int(images))
 
-    def _sum(self, losses: list[Tensor], done: int, first_step: int, lr: float) -> float:
-        values = torch.stack(losses).double().tolist()
-        for offset, value in enumerate(values):
+    def _sum(self, losses: list[tuple[int, Tensor]], done: int, lr: float) -> float:
+        values = torch.stack([loss for _, loss in losses]).double().tolist()
+        for (step, _), value in zip(losses, values, strict=True):
             if not math.isfinite(value):
-                raise self._diverged(f"the loss is {value}", first_step + offset, done, lr)
+                raise self._diverged(f"the loss is {value}", step, done, lr)
+            if self.on_loss is not None:
+                self.on_loss(step, value)
         return sum(values)
 
     def _check_weights(self, done: int, lr: float) -> None:

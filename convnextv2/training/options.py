@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, fields
+from pathlib import Path
 
 from convnextv2.data.opening import why_unknown
 from convnextv2.models.config import EncoderConfig, encoder_config
-from convnextv2.training.recipe import option
+from convnextv2.training.recipe import image_size, option
 
 PRECISIONS = ("auto", "no", "bf16", "fp16")
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
@@ -17,14 +19,18 @@ TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow", 
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """Options of every run."""
+    """Options of every run; paths may be given as such, and a size in pixels as one number for a square."""
 
-    data: str = option("", "folder of images, or 'digits' for the embedded handwritten digits")
-    output: str = option("", "folder of the run; must be new or empty, but with --resume or --overwrite")
+    data: str | Path = option(  # noqa: RUF009  # makes a field
+        "", "folder of images, or 'digits' for the embedded handwritten digits"
+    )
+    output: str | Path = option(  # noqa: RUF009  # makes a field
+        "", "folder of the run; must be new or empty, but with --resume or --overwrite"
+    )
     model: str | None = option("convnextv2_atto", "convnextv2_atto, femto, pico, nano, tiny, base, large or huge")
     epochs: int = option(20, "passes over the data")
     batch_size: int = option(64, "images a step and process; no more than there are images is taken")
-    img_size: tuple[int, int] | None = option((224, 224), "pixels: 224, or HEIGHTxWIDTH as in 192x256")
+    img_size: tuple[int, int] | int | None = option((224, 224), "pixels: 224, or HEIGHTxWIDTH as in 192x256")
     patch_size: int | None = option(32, "pixels a patch side: 32, 16 or 8 (the total stride; smaller for small images)")
     in_chans: int | None = option(3, "channels of the images")
     seed: int = option(0, "of initial weights, order, augmentation and masks")
@@ -53,10 +59,28 @@ class RunOptions:
         None, "blocks of the four stages, for a custom size (with --dims)"
     )
     dims: tuple[int, int, int, int] | None = option(None, "channels of the four stages, for a custom size")
-    init: str | None = option(None, "checkpoint (file or run folder) to take initial weights from; see also --resume")
+    init: str | Path | None = option(  # noqa: RUF009  # makes a field
+        None, "checkpoint (file or run folder) to take initial weights from; see also --resume"
+    )
     resume: bool = option(False, "continue the run in --output, with its own recipe but for what is given here")
     overwrite: bool = option(False, "delete the run in --output and start anew")
     tracker: str | None = option(None, "also log the metrics to: tensorboard, wandb, mlflow or trackio, if installed")
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if item.name == "img_size" and value is not None:
+                object.__setattr__(self, item.name, image_size(value))
+            elif isinstance(value, os.PathLike):
+                object.__setattr__(self, item.name, os.fspath(value))
+            elif isinstance(value, list):
+                object.__setattr__(self, item.name, tuple(value))
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) in pixels, once that is known."""
+        assert isinstance(self.img_size, tuple)
+        return self.img_size
 
     def check(self) -> None:
         """Raise ValueError on options out of range."""

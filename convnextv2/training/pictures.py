@@ -101,13 +101,7 @@ def save_reconstructions(
     """
     shown = images[:max_images]
     panels, used = reconstruction_panels(
-        model,
-        shown,
-        None if mask is None else mask[:max_images],
-        generator,
-        mean=mean,
-        std=std,
-        mask_ratio=mask_ratio,
+        model, shown, None if mask is None else mask[:max_images], generator, mean=mean, std=std, mask_ratio=mask_ratio
     )
     titles = (COLUMNS[0], f"{COLUMNS[1]} ({used.mean():.0%})", *COLUMNS[2:])
     _save(path, _panel_figure(panels, titles))

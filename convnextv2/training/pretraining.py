@@ -2,38 +2,36 @@
 
 from __future__ import annotations
 
-import logging
-import math
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from convnextv2.data.build import build_pretrain_dataset
 from convnextv2.data.datasets import ImageDataset
-from convnextv2.data.loading import EpochSampler, derived_seed, make_loader
-from convnextv2.files import append_jsonl
-from convnextv2.models.config import config_to_dict
-from convnextv2.models.diversity import feature_diversity
+from convnextv2.data.loading import derived_seed
+from convnextv2.models.encoder import Encoder
 from convnextv2.models.fcmae import FCMAE, create_fcmae
-from convnextv2.training.device import fitting_batch_size, make_accelerator
-from convnextv2.training.loop import Loop
-from convnextv2.training.optim import create_optimizer, create_schedule, parameter_groups, scaled_lr
+from convnextv2.training.loop import OnLoss
+from convnextv2.training.optim import parameter_groups
 from convnextv2.training.options import RunOptions
-from convnextv2.training.recipe import option, write_recipe
-from convnextv2.training.reporting import Log, Occasionally, ProgressBar, every, say_skipped, silent
-from convnextv2.training.run_folder import RunFolder, check_same_model
-from convnextv2.training.signals import StopSignals
-from convnextv2.weights.checkpoint import save_checkpoint
+from convnextv2.training.recipe import option
+from convnextv2.training.reporting import Log, ProgressBar, every
+from convnextv2.training.result import RunResult
+from convnextv2.training.run import run_task
+from convnextv2.training.run_folder import RunFolder
+from convnextv2.training.task import Outcome, Task
 from convnextv2.weights.loading import init_fcmae
 from sparse_ops.grid import GRN_SCOPES
+from sparse_ops.registry import registry
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
 STEEP_LR = 1e-2
-MASK_STREAM, MODEL_STREAM, PICTURE_SEED = 1, 2, 0
-PROBE_IMAGES = 16
+MASK_STREAM, PICTURE_SEED = 1, 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,177 +60,115 @@ class PretrainOptions(RunOptions):
         super().check()
         if self.reconstruct_every is not None and self.reconstruct_every < 0:
             raise ValueError(f"--reconstruct-every must not be negative, got {self.reconstruct_every}")
-        if self.compile is not None and self.backend == "minkowski":
+        backend = registry().get(self.backend)
+        if self.compile is not None and backend is not None and not backend.traceable:
             raise ValueError(
-                "--compile: MinkowskiEngine cannot be traced; use another --backend, or leave --compile out"
+                f"--compile: the backend {backend.name} cannot be traced; use another --backend, or leave it out"
             )
 
 
-@dataclass(frozen=True)
-class PretrainSummary:
-    """What a run came to: epochs done, loss of its first and last epoch, folder."""
+@dataclass(frozen=True, eq=False)
+class PretrainResult(RunResult):
+    """What a pre-training came to; ``model`` is the masked autoencoder."""
 
-    epochs: int
-    first_loss: float
-    last_loss: float
-    output: Path
+    model: FCMAE
+
+    @property
+    def first_loss(self) -> float:
+        """Mean loss of the first epoch."""
+        return self.metrics[0]["loss"]
+
+    @property
+    def last_loss(self) -> float:
+        """Mean loss of the last epoch."""
+        return self.metrics[-1]["loss"]
 
 
-def pretrain(options: PretrainOptions, *, log: Log = logger.info, progress: ProgressBar = silent) -> PretrainSummary:
-    """Run, or resume, a pre-training.
+def pretrain(
+    options: PretrainOptions,
+    *,
+    log: Log | None = None,
+    progress: ProgressBar | None = None,
+    on_loss: OnLoss | None = None,
+) -> PretrainResult:
+    """Run, or resume, a pre-training; arguments and what is raised as :func:`~convnextv2.training.run.run_task`."""
+    return run_task(PretrainTask(options), PretrainResult, log=log, progress=progress, on_loss=on_loss)
 
-    Args:
-        options: everything about it.
-        log: takes lines for the user.
-        progress: wraps the batches of an epoch.
 
-    Raises:
-        ValueError: on options that do not fit each other or the data, before any file is written.
-        DataError: if there is no usable image.
-        CheckpointError: if ``init`` or the state to resume from cannot be used.
-        BackendUnavailableError: if the backend named cannot run here.
-        DivergedError: if the loss is not finite.
-        RunStoppedError: after SIGINT or SIGTERM.
-        OSError: if the output cannot be written.
-    """
-    from accelerate.utils import set_seed
+class PretrainTask(Task[PretrainOptions]):
+    """A masked autoencoder, unlabelled images, and the reconstruction loss of masked patches."""
 
-    options.check()
-    folder = RunFolder(options.output)
-    saved = folder.check(options.resume, options.overwrite)
-    encoder = options.encoder()
-    assert options.img_size is not None
-    set_seed(derived_seed(options.seed, 0, 0, MODEL_STREAM))
-    model = create_fcmae(
-        encoder,
-        img_size=options.img_size,
-        backend=options.backend,
-        grn_scope=options.grn_scope,  # type: ignore[arg-type]  # one of the choices, and checked again
-        mask_ratio=options.mask_ratio,
-        decoder_depth=options.decoder_depth,
-        decoder_dim=options.decoder_dim,
-        norm_pix_loss=options.norm_pix_loss,
-    )
-    if saved is not None:
-        check_same_model(saved, model.config, folder.path)
-    elif options.init is not None:
-        log(init_fcmae(model, options.init))
-    dataset = build_pretrain_dataset(
-        options.data, options.img_size, encoder.in_chans, seed=options.seed, val_fraction=options.val_fraction
-    )
-    accelerator = make_accelerator(options)
-    main = accelerator.is_main_process
-    say = log if main else logger.debug
-    say(f"data: {dataset.description}")
-    say_skipped(dataset.skipped, say)
-    batch_size = fitting_batch_size(options, len(dataset), accelerator.num_processes, say)
-    options = replace(options, batch_size=batch_size)
+    name = "pretrain"
 
-    effective_batch = batch_size * options.accum * accelerator.num_processes
-    lr = scaled_lr(options.blr, effective_batch, options.lr)
-    if lr > STEEP_LR:
-        say(f"notice: the learning rate {lr:.2e} is steep; published for large batches: --blr 1.5e-4")
-    groups = parameter_groups(model, options.weight_decay, official_weight_decay=options.official_weight_decay)
-    raw_optimizer = create_optimizer(groups, lr, options.betas, options.optimizer)
-    sampler = EpochSampler(len(dataset), options.seed)
-    wrapped, optimizer, loader = accelerator.prepare(
-        model, raw_optimizer, make_loader(dataset, batch_size, options.workers, sampler)
-    )
-    schedule = create_schedule(
-        raw_optimizer, math.ceil(len(loader) / options.accum), options.epochs, options.warmup_epochs, options.min_lr
-    )
-    if options.compile is not None:
-        model.compile(mode=options.compile)
-    examples = dataset.examples(PROBE_IMAGES).to(accelerator.device)
-    masks = torch.Generator(accelerator.device)
+    def resolve(self, saved: dict[str, Any] | None) -> None:
+        with torch.device("meta"):  # wrong options are to be told before a large folder is read
+            self.model()
 
-    accelerator.wait_for_everyone()
-    if main:
-        folder.prepare(saved)
-        write_recipe(folder.path / "config.yaml", options)
-    accelerator.wait_for_everyone()
-    if options.tracker is not None:
-        accelerator.init_trackers("pretrain")
-    start = 0
-    with StopSignals() as stop:
-        loop = Loop(accelerator, wrapped, optimizer, schedule, folder, stop, options.clip_grad)
-        if saved is not None:
-            folder.load_state(accelerator)
-            start, loop.step = saved["epoch"], saved["step"]
-            say(
-                f"resuming after epoch {start}" if start < options.epochs else f"nothing to do: {start} epochs are done"
-            )
-        say(
-            f"pre-training {sum(p.numel() for p in model.parameters()):,} parameters on {accelerator.device}: "
-            f"{len(loader)} steps an epoch of batch {effective_batch}, peak learning rate {lr:.2e}, "
-            f"mixed precision: {accelerator.mixed_precision}"
+    def data(self) -> Sequence[ImageDataset]:
+        o = self.options
+        in_chans = o.encoder().in_chans
+        self._data = build_pretrain_dataset(o.data, o.size, in_chans, seed=o.seed, val_fraction=o.val_fraction)
+        return [self._data]
+
+    def model(self) -> FCMAE:
+        return create_fcmae(
+            self.options.encoder(),
+            img_size=self.options.size,
+            backend=self.options.backend,
+            grn_scope=self.options.grn_scope,  # type: ignore[arg-type]  # one of the choices, and checked again
+            mask_ratio=self.options.mask_ratio,
+            decoder_depth=self.options.decoder_depth,
+            decoder_dim=self.options.decoder_dim,
+            norm_pix_loss=self.options.norm_pix_loss,
         )
-        draw = Occasionally()
-        pictures = every(options.reconstruct_every, options.epochs)
 
-        def loss_of(images: Tensor) -> tuple[Tensor, int]:
-            return wrapped(images, generator=masks, return_pred=False).loss, len(images)
+    def initialise(self, model: nn.Module, resumed: bool) -> str:
+        assert isinstance(model, FCMAE)
+        return "" if resumed or self.options.init is None else init_fcmae(model, str(self.options.init))
 
-        for epoch in range(start, options.epochs):
-            set_seed(derived_seed(options.seed, epoch, accelerator.process_index))
-            masks.manual_seed(derived_seed(options.seed, epoch, accelerator.process_index, MASK_STREAM))
-            sampler.epoch = epoch
-            dataset.set_epoch(epoch)
-            loader.set_epoch(epoch)  # accelerate's own count, which it hands to the data set, starts anew on resuming
-            wrapped.train()
-            title = f"epoch {epoch + 1}/{options.epochs}"
-            result = loop.epoch(epoch, progress(loader, len(loader), title) if main else loader, loss_of)
-            diversity = feature_diversity(model.encoder, examples)
-            row: dict[str, Any] = {
-                "epoch": epoch + 1,
-                "step": loop.step,
-                "loss": result.loss,
-                "lr": result.lr,
-                "seconds": round(result.seconds, 3),
-                "images_per_s": round(result.images / result.seconds, 1),
-                "feature_diversity": diversity,
-            }
-            if main:
-                append_jsonl(folder.metrics_path, row)
-                save_checkpoint(folder.checkpoint("last"), model, model.config, _metadata(options, dataset, epoch + 1))
-            if options.tracker is not None:
-                accelerator.log(row, step=epoch + 1)
-            folder.save_state(
-                accelerator, {"epoch": epoch + 1, "step": loop.step, "config": config_to_dict(model.config)}
+    def notice(self, lr: float) -> str:
+        if lr <= STEEP_LR:
+            return ""
+        return f"notice: the learning rate {lr:.2e} is steep; published for large batches: --blr 1.5e-4"
+
+    def groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        o = self.options
+        return parameter_groups(model, o.weight_decay, official_weight_decay=o.official_weight_decay)
+
+    def describe(self, model: nn.Module) -> str:
+        return f"pre-training {sum(p.numel() for p in model.parameters()):,} parameters"
+
+    def begin_epoch(self, accelerator: Accelerator, model: nn.Module, epoch: int) -> None:
+        seed = derived_seed(self.options.seed, epoch, accelerator.process_index, MASK_STREAM)
+        self._masks = torch.Generator(accelerator.device).manual_seed(seed)
+        model.train()
+
+    def loss(self, model: nn.Module, batch: Tensor) -> tuple[Tensor, int]:
+        return model(batch, generator=self._masks, return_pred=False).loss, len(batch)
+
+    def encoder(self, model: nn.Module) -> Encoder:
+        assert isinstance(model, FCMAE)
+        return model.encoder
+
+    def metadata(self, outcome: Outcome | None) -> dict[str, Any]:
+        return {"epochs": self.options.epochs, "seed": self.options.seed}
+
+    def line(self, row: dict[str, Any]) -> str:
+        return f"{super().line(row)}, feature diversity {row['feature_diversity']:.3f}"
+
+    def picture_epochs(self) -> set[int]:
+        return every(self.options.reconstruct_every, self.options.epochs)
+
+    def pictures(self, folder: RunFolder, model: nn.Module, examples: Tensor, epoch: int, best: Outcome | None) -> None:
+        from convnextv2.training.pictures import save_reconstructions
+
+        assert isinstance(model, FCMAE)
+        if epoch in self.picture_epochs():
+            save_reconstructions(
+                folder.path / "reconstructions" / f"epoch_{epoch:04d}.png",
+                model,
+                examples,
+                generator=torch.Generator(examples.device).manual_seed(PICTURE_SEED),
+                mean=self._data.mean,
+                std=self._data.std,
             )
-            if main and draw(epoch + 1 in {*pictures, options.epochs}):
-                _pictures(folder, model, dataset, examples, epoch + 1 if epoch + 1 in pictures else None)
-            say(f"{title}: loss {result.loss:.4f}, {row['images_per_s']} images/s, feature diversity {diversity:.3f}")
-    if options.tracker is not None:
-        accelerator.end_training()
-    rows = folder.metrics()
-    return PretrainSummary(len(rows), rows[0]["loss"], rows[-1]["loss"], folder.path)
-
-
-def _metadata(options: PretrainOptions, dataset: ImageDataset, epoch: int) -> dict[str, Any]:
-    return {
-        "mean": list(dataset.mean),
-        "std": list(dataset.std),
-        "img_size": list(options.img_size or ()),
-        "epoch": epoch,
-        "epochs": options.epochs,
-        "seed": options.seed,
-    }
-
-
-def _pictures(folder: RunFolder, model: FCMAE, dataset: ImageDataset, examples: Tensor, epoch: int | None) -> None:
-    """The loss curve, and reconstructions after ``epoch`` if that is not None."""
-    from convnextv2.training.pictures import save_loss_curve, save_reconstructions
-
-    save_loss_curve(folder.path / "loss.png", folder.metrics())
-    if epoch is None:
-        return
-    model.eval()
-    save_reconstructions(
-        folder.path / "reconstructions" / f"epoch_{epoch:04d}.png",
-        model,
-        examples,
-        generator=torch.Generator(examples.device).manual_seed(PICTURE_SEED),
-        mean=dataset.mean,
-        std=dataset.std,
-    )

@@ -45,7 +45,7 @@ class ImageSize:
 image_size = ImageSize()
 
 
-def parse_options(cls: type[T], argv: Sequence[str] | None, description: str) -> T:
+def parse_options(cls: type[T], argv: Sequence[str] | None, description: str = "") -> T:
     """Options of the dataclass ``cls`` from the command line.
 
     Args:
@@ -125,7 +125,7 @@ def _parser(cls: type, description: str) -> Any:
     parser.add_argument("--config", action="config", help="YAML recipe: option names with underscores, and values")
     hints = get_type_hints(cls)
     for item in fields(cls):
-        flag, kind = f"--{item.name.replace('_', '-')}", _without_none(hints[item.name])
+        flag, kind = f"--{item.name.replace('_', '-')}", _on_command_line(hints[item.name])
         extra: dict[str, Any] = {"default": _plain(item.default), "help": item.metadata["help"]}
         if kind is bool:
             extra["action"] = ActionYesNo(yes_prefix="", no_prefix="no-")
@@ -141,7 +141,7 @@ def _parser(cls: type, description: str) -> Any:
     return parser
 
 
-def _without_none(hint: Any) -> Any:
+def _on_command_line(hint: Any) -> Any:
     if get_origin(hint) in (Union, types.UnionType):
-        (hint,) = [part for part in get_args(hint) if part is not type(None)]
+        return get_args(hint)[0]  # the others are for Python: a path, one number for a square, None
     return hint

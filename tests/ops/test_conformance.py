@@ -284,12 +284,7 @@ class NoBeta(Correct):
 
 @pytest.mark.parametrize(
     ("mutant", "case"),
-    [
-        (TanhGELU, "ragged"),
-        (UnsafeNorm, "dead channel"),
-        (BatchNorms, "uniform"),
-        (NoBeta, "one image"),
-    ],
+    [(TanhGELU, "ragged"), (UnsafeNorm, "dead channel"), (BatchNorms, "uniform"), (NoBeta, "one image")],
 )
 def test_mlp_conformance_catches(mutant, case):
     case = next(c for c in MLP_CASES if c.name == case)

@@ -148,6 +148,19 @@ def test_python_examples_of_the_kernels_run(page: str, capsys: pytest.CaptureFix
     assert max(map(float, printed)) < 1.2e-6
 
 
+def test_python_example_of_the_runs_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (example,) = python_blocks(ROOT / "docs" / "python.md")
+    exec(compile(example, "python.md", "exec"), {})
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].split() == ["epoch", "step", "loss", "lr", "seconds", "images_per_s", "feature_diversity"]
+    assert [line.split()[:2] for line in printed[1:3]] == [["1", "11"], ["2", "22"]]
+    assert printed[3].endswith(" %, 359 images")
+    assert sorted(path.name for path in Path("runs").iterdir()) == ["finetune", "pretrain", "probe"]
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=relative)
 def test_python_examples_name_what_exists(document: Path) -> None:
     for block in python_blocks(document):

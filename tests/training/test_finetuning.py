@@ -11,9 +11,8 @@ from train_helpers import compile_without_inductor, finetune_options, make_image
 
 from convnextv2 import ConvNeXtV2
 from convnextv2.data.sources import DataError
-from convnextv2.training.finetuning import FinetuneOptions, evaluate, finetune, resolve
-from convnextv2.training.pretraining import pretrain
-from convnextv2.training.signals import RunStoppedError
+from convnextv2.training import FinetuneOptions, RunStoppedError, finetune, pretrain
+from convnextv2.training.classification import evaluate, resolve
 from convnextv2.weights.checkpoint import CheckpointError, load_checkpoint
 from convnextv2.weights.loading import load_model
 

@@ -194,7 +194,7 @@ def test_divergence_stops_with_the_step_and_keeps_the_last_good_state(images: Pa
         ({"reconstruct_every": -1}, "--reconstruct-every"),
         ({"compile": "fast"}, "--compile must be one of"),
         ({"compile": "reduce-overhead", "accum": 2}, "exclude each other: a CUDA graph"),
-        ({"compile": "default", "backend": "minkowski"}, "MinkowskiEngine cannot be traced"),
+        ({"compile": "default", "backend": "minkowski"}, "minkowski cannot be traced"),
     ],
 )
 def test_bad_options_are_refused_before_a_file_is_written(

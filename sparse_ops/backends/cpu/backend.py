@@ -15,12 +15,7 @@ from sparse_ops.backend import Backend
 from sparse_ops.backends._operators import run
 from sparse_ops.backends.cpu import composed
 from sparse_ops.backends.cpu.library import DTYPES, load
-from sparse_ops.backends.cpu.operators import (
-    cpu_depthwise,
-    cpu_depthwise_weight_grad,
-    cpu_mlp,
-    cpu_mlp_backward,
-)
+from sparse_ops.backends.cpu.operators import cpu_depthwise, cpu_depthwise_weight_grad, cpu_mlp, cpu_mlp_backward
 from sparse_ops.pointwise import MLPWeights
 from sparse_ops.workspace import Workspace
 

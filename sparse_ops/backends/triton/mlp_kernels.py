@@ -182,15 +182,7 @@ def grn_apply_kernel(h, bias, scale, beta, offsets, out, WIDTH: tl.constexpr, RO
 
 @triton.jit
 def grn_backward_sums_kernel(
-    grad,
-    h,
-    bias,
-    offsets,
-    partial_product,
-    partial_grad,
-    WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    grad, h, bias, offsets, partial_product, partial_grad, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):
     """Sums of grad · GELU(h + bias) and of grad over the part's rows; program (part, group, block of columns)."""
     columns, inside = _columns(BLOCK, WIDTH, tl.program_id(2))

@@ -1,0 +1,62 @@
+"""What a run returns: its folder, its metrics, its network."""
+
+from __future__ import annotations
+
+import html
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+
+class Metrics(list[dict[str, Any]]):
+    """The rows of ``metrics.jsonl``: a list of mappings, one an epoch, that shows itself as a table.
+
+    ``pandas.DataFrame(metrics)`` takes it as it is.
+    """
+
+    def _cells(self) -> list[list[str]]:
+        names = list(dict.fromkeys(name for row in self for name in row))
+        return [names, *([_text(row.get(name)) for name in names] for row in self)]
+
+    def __repr__(self) -> str:
+        cells = self._cells()
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        return "\n".join("  ".join(map(str.rjust, line, widths)) for line in cells)
+
+    def _repr_html_(self) -> str:
+        head, *body = ["".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in line) for tag, line in self._tagged()]
+        rows = "".join(f"<tr>{line}</tr>" for line in body)
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+
+    def _tagged(self) -> list[tuple[str, list[str]]]:
+        return [("td" if number else "th", line) for number, line in enumerate(self._cells())]
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+@dataclass(frozen=True, eq=False)
+class RunResult:
+    """What a run came to.
+
+    Args:
+        folder: of the run.
+        epochs: done so far, in this session and those it continued.
+        images: in each part of the data, the one trained on first.
+        best: record and epoch of the best evaluation; None where nothing is evaluated.
+        metrics: of all epochs.
+        model: the network with the weights that ``folder`` stands for: the best ones where epochs are evaluated, else
+            the last, averaged where the run averages; in evaluation mode, on the device of the run.
+    """
+
+    folder: Path
+    epochs: int
+    images: tuple[int, ...]
+    best: dict[str, float] | None
+    metrics: Metrics = field(repr=False)
+    model: nn.Module = field(repr=False)

@@ -1,0 +1,269 @@
+"""One run of any task: set-up, resuming, epochs, saving, trackers, pictures, signals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import safetensors.torch
+from torch import Tensor, nn
+
+from convnextv2.data.loading import EpochSampler, derived_seed, make_loader
+from convnextv2.files import append_jsonl, write_json
+from convnextv2.models.config import config_to_dict
+from convnextv2.models.diversity import feature_diversity
+from convnextv2.training.device import fitting_batch_size, make_accelerator
+from convnextv2.training.loop import EpochResult, Loop, OnLoss
+from convnextv2.training.optim import create_optimizer, create_schedule, scaled_lr
+from convnextv2.training.recipe import write_recipe
+from convnextv2.training.reporting import Log, Occasionally, ProgressBar, logger, reporters, say_skipped
+from convnextv2.training.result import Metrics, RunResult
+from convnextv2.training.run_folder import RunFolder, check_same_model
+from convnextv2.training.signals import StopSignals
+from convnextv2.training.task import Outcome, Task
+from convnextv2.weights.checkpoint import save_checkpoint
+from convnextv2.weights.loading import load_strict
+
+R = TypeVar("R", bound=RunResult)
+MODEL_STREAM = 2
+PROBE_IMAGES = 16
+
+
+def run_task(
+    task: Task[Any],
+    kind: type[R],
+    *,
+    log: Log | None = None,
+    progress: ProgressBar | None = None,
+    on_loss: OnLoss | None = None,
+) -> R:
+    """Run, or resume, the training that ``task`` and its options describe.
+
+    Args:
+        task: new; a task serves one run.
+        kind: class of the result.
+        log: takes lines for the user. By default they are written beside the progress bar in a notebook and on a
+            terminal, and go to ``logging`` elsewhere.
+        progress: wraps the batches of an epoch; by default a bar in a notebook and on a terminal.
+        on_loss: see :class:`~convnextv2.training.loop.Loop`; called in the first process.
+
+    Raises:
+        ValueError: on options that do not fit each other or the data, before any file is written.
+        DataError: if there is no usable image.
+        CheckpointError: if ``init`` or the state to resume from cannot be used.
+        BackendUnavailableError: if the backend named cannot run here.
+        DivergedError: if the loss is not finite.
+        RunStoppedError: after SIGINT or SIGTERM.
+        OSError: if the output cannot be written.
+    """
+    run = Run(task, *reporters(log, progress))
+    run.open_folder()
+    with StopSignals() as stop:
+        run.begin(stop, on_loss)
+        for epoch in range(run.start, run.options.epochs):
+            result = run.train(epoch)
+            row, better = run.measure(epoch, result)
+            run.save(row, better)
+            run.draw(row["epoch"])
+            run.say(f"epoch {row['epoch']}/{run.options.epochs}: {task.line(row)}")
+    return run.finish(kind)
+
+
+class Run:
+    """A run, set up: data, network, optimizer and schedule on their device. No file is written yet.
+
+    Arguments and what is raised as :func:`run_task`.
+    """
+
+    def __init__(self, task: Task[Any], log: Log, progress: ProgressBar) -> None:
+        from accelerate.utils import set_seed
+
+        task.options.check()
+        self.task, self._log, self._progress = task, log, progress
+        self.folder = RunFolder(task.options.output)
+        self.saved = self.folder.check(task.options.resume, task.options.overwrite)
+        task.resolve(self.saved)
+        self.parts = list(task.data())
+        set_seed(derived_seed(task.options.seed, 0, 0, MODEL_STREAM))
+        self.model: Any = task.model()
+        if self.saved is not None:
+            check_same_model(self.saved, self.model.config, self.folder.path)
+        first_weights = task.initialise(self.model, self.saved is not None)
+        self.accelerator = make_accelerator(task.options)
+        self.main = self.accelerator.is_main_process
+        for part in self.parts:
+            self.say(f"data: {part.description}")
+            say_skipped(part.skipped, self.say)
+        if first_weights:
+            self.say(first_weights)
+        self.start = 0
+        self.best: dict[str, float] | None = None
+        self._best_outcome: Outcome | None = None
+        self._due = Occasionally()
+        self._set_up()
+
+    def say(self, line: str) -> None:
+        """Tell the user, in the first process."""
+        (self._log if self.main else logger.debug)(line)
+
+    def _set_up(self) -> None:
+        """Batch size, optimizer, loaders, schedule, compilation, averaging."""
+        from timm.utils import ModelEmaV3
+
+        task, training = self.task, self.parts[0]
+        size = fitting_batch_size(task.options, len(training), self.accelerator.num_processes, self.say)
+        task.options = self.options = options = replace(task.options, batch_size=task.fit_batch(size))
+        self._effective_batch = options.batch_size * options.accum * self.accelerator.num_processes
+        self._lr = scaled_lr(options.blr, self._effective_batch, options.lr)
+        if notice := task.notice(self._lr):
+            self.say(notice)
+        raw_optimizer = create_optimizer(task.groups(self.model), self._lr, options.betas, options.optimizer)
+        self._sampler = EpochSampler(len(training), options.seed)
+        samplers = [self._sampler, *(None for _ in self.parts[1:])]
+        loaders = [
+            make_loader(part, options.batch_size, options.workers, sampler)
+            for part, sampler in zip(self.parts, samplers, strict=True)
+        ]
+        self.wrapped, self._optimizer, self._loader, *self._others = self.accelerator.prepare(
+            self.model, raw_optimizer, *loaders
+        )
+        updates = math.ceil(len(self._loader) / options.accum)
+        self._schedule = create_schedule(raw_optimizer, updates, options.epochs, options.warmup_epochs, options.min_lr)
+        if options.compile is not None:
+            own = type(self.model).compile is not nn.Module.compile  # a network that knows what to leave out
+            (self.model if own else self.wrapped).compile(mode=options.compile)
+        self._ema: Any = None
+        if task.ema_decay:
+            self._ema = ModelEmaV3(self.model, task.ema_decay, use_warmup=task.ema_warmup)
+            self.accelerator.register_for_checkpointing(self._ema)
+        self._examples: Tensor = training.examples(PROBE_IMAGES).to(self.accelerator.device)
+
+    def open_folder(self) -> None:
+        """Make or restore the folder of the run."""
+        accelerator = self.accelerator
+        accelerator.wait_for_everyone()
+        if self.main:
+            self.folder.prepare(self.saved)
+            write_recipe(self.folder.path / "config.yaml", self.options)
+            for name, content in self.task.files().items():
+                write_json(self.folder.path / name, content)
+        accelerator.wait_for_everyone()
+
+    def begin(self, stop: StopSignals, on_loss: OnLoss | None) -> None:
+        """Start the trackers, and load the state of a run to be resumed."""
+        options, accelerator = self.options, self.accelerator
+        if options.tracker is not None:
+            accelerator.init_trackers(self.task.name)
+        ema, model = self._ema, self.model
+        average: Callable[[int], None] | None = None if ema is None else lambda step: ema.update(model, step=step)
+        self.loop = Loop(
+            accelerator,
+            self.wrapped,
+            self._optimizer,
+            self._schedule,
+            self.folder,
+            stop,
+            options.clip_grad,
+            average,
+            on_loss if self.main else None,
+        )
+        if self.saved is not None:
+            self.folder.load_state(accelerator)
+            self.start, self.loop.step, self.best = self.saved["epoch"], self.saved["step"], self.saved.get("best")
+            done = self.start >= options.epochs
+            self.say(f"nothing to do: {self.start} epochs are done" if done else f"resuming after epoch {self.start}")
+        self.say(
+            f"{self.task.describe(model)} on {accelerator.device}: "
+            f"{len(self._loader)} steps an epoch of batch {self._effective_batch}, peak learning rate {self._lr:.2e}, "
+            f"mixed precision: {accelerator.mixed_precision}"
+        )
+
+    def train(self, epoch: int) -> EpochResult:
+        """One pass over the training part; everything drawn in it follows from the seed, the epoch and the process."""
+        from accelerate.utils import set_seed
+
+        set_seed(derived_seed(self.options.seed, epoch, self.accelerator.process_index))
+        self._sampler.epoch = epoch
+        self.parts[0].set_epoch(epoch)
+        self._loader.set_epoch(epoch)  # accelerate's own count, which it hands to the data set, starts anew on resuming
+        self.task.begin_epoch(self.accelerator, self.wrapped, epoch)
+        batches = self._loader
+        if self.main:
+            batches = self._progress(batches, len(batches), f"epoch {epoch + 1}/{self.options.epochs}")
+        return self.loop.epoch(epoch, batches, lambda batch: self.task.loss(self.wrapped, batch))
+
+    @property
+    def _kept(self) -> Any:
+        """The network that is evaluated and saved."""
+        return self.model if self._ema is None else self._ema.module
+
+    def measure(self, epoch: int, result: EpochResult) -> tuple[dict[str, Any], bool]:
+        """The row of the epoch, and whether it is the best so far."""
+        evaluated = self.wrapped if self._ema is None else self._ema.module
+        outcome = self.task.evaluate(self.accelerator, evaluated, self._others)
+        row: dict[str, Any] = {
+            "epoch": epoch + 1,
+            "step": self.loop.step,
+            self.task.loss_name: result.loss,
+            **({} if outcome is None else outcome.numbers()),
+            "lr": result.lr,
+            "seconds": round(result.seconds, 3),
+            "images_per_s": round(result.images / result.seconds, 1),
+        }
+        encoder = self.task.encoder(self._kept)
+        if encoder is not None:
+            row["feature_diversity"] = feature_diversity(encoder, self._examples)
+        better = outcome is not None and (self.best is None or outcome.beats(self.best))
+        if outcome is not None and better:
+            self.best = {**outcome.record(), "epoch": epoch + 1}
+            self._best_outcome = outcome
+        self._outcome: Outcome | None = outcome
+        return row, better
+
+    def save(self, row: dict[str, Any], better: bool) -> None:
+        """Write the row, the weights, and the state to resume from."""
+        config, training = self.model.config, self.parts[0]
+        if self.main:
+            append_jsonl(self.folder.metrics_path, row)
+            metadata = {
+                "mean": list(training.mean),
+                "std": list(training.std),
+                "img_size": list(self.options.size),
+                "epoch": row["epoch"],
+                **self.task.metadata(self._outcome),
+            }
+            for name in ("last", "best") if better else ("last",):
+                save_checkpoint(self.folder.checkpoint(name), self._kept, config, metadata)
+        if self.options.tracker is not None:
+            self.accelerator.log(row, step=row["epoch"])
+        best = {} if self.best is None else {"best": self.best}
+        state = {"epoch": row["epoch"], "step": row["step"], **best, "config": config_to_dict(config)}
+        self.folder.save_state(self.accelerator, {**state, **self.task.progress()})
+
+    def draw(self, epoch: int) -> None:
+        """The loss curve and the pictures of the task, if they are due."""
+        from convnextv2.training.pictures import save_loss_curve
+
+        certain = {*self.task.picture_epochs(), self.options.epochs}
+        if self.main and self._due(epoch in certain):
+            save_loss_curve(self.folder.path / "loss.png", self.folder.metrics())
+            self.task.pictures(self.folder, self.model, self._examples, epoch, self._best_outcome)
+
+    def finish(self, kind: type[R]) -> R:
+        """Close the trackers, and read back what the run stands for."""
+        if self.options.tracker is not None:
+            self.accelerator.end_training()
+        name = "last" if self.best is None else "best"
+        path = self.folder.checkpoint(name)
+        model = self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
+        load_strict(model, safetensors.torch.load_file(path), path)
+        return kind(
+            folder=self.folder.path,
+            epochs=max(self.start, self.options.epochs),
+            images=tuple(map(len, self.parts)),
+            best=self.best,
+            metrics=Metrics(self.folder.metrics()),
+            model=model.eval(),
+        )

@@ -1,0 +1,136 @@
+"""What a run trains: the few things in which tasks differ. What they share is in :mod:`~convnextv2.training.run`."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from torch import Tensor, nn
+
+from convnextv2.data.datasets import ImageDataset
+from convnextv2.models.encoder import Encoder
+from convnextv2.training.optim import parameter_groups
+from convnextv2.training.options import RunOptions
+from convnextv2.training.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+O = TypeVar("O", bound=RunOptions)  # noqa: E741  # of options
+
+
+class Outcome(ABC):
+    """What an evaluation found; the best one of a run has a checkpoint of its own."""
+
+    @abstractmethod
+    def numbers(self) -> dict[str, float]:
+        """What goes into the row of the epoch, by its names there."""
+
+    @abstractmethod
+    def record(self) -> dict[str, float]:
+        """What a later epoch has to beat; kept with the progress of the run, for one that is resumed."""
+
+    @abstractmethod
+    def beats(self, best: dict[str, float]) -> bool:
+        """Whether this is better than an earlier record."""
+
+
+class Task(ABC, Generic[O]):
+    """A network, its data and its loss; the rest has defaults.
+
+    Methods are called in the order in which they stand here.
+
+    Args:
+        options: of the run; :meth:`resolve` may replace them.
+    """
+
+    name = "train"
+    """Of the project in a tracker."""
+    loss_name = "loss"
+    """Of the training loss in ``metrics.jsonl``."""
+    ema_decay = 0.0
+    """Above 0 the weights are averaged with this decay, and the average is evaluated and saved."""
+    ema_warmup = True
+
+    def __init__(self, options: O) -> None:
+        self.options = options
+
+    def resolve(self, saved: dict[str, Any] | None) -> None:
+        """Fill open options and refuse wrong ones, before the data is read; ``saved`` is a resumed run's progress."""
+
+    @abstractmethod
+    def data(self) -> Sequence[ImageDataset]:
+        """The part to train on, and any others to evaluate on."""
+
+    @abstractmethod
+    def model(self) -> nn.Module:
+        """A new network; its ``config`` is a dataclass of plain values."""
+
+    def initialise(self, model: nn.Module, resumed: bool) -> str:
+        """Give the network its first weights, unless the run is resumed; returns a line for the user, or nothing."""
+        return ""
+
+    def fit_batch(self, size: int) -> int:
+        """The batch size, lowered to one that the task can take."""
+        return size
+
+    def notice(self, lr: float) -> str:
+        """A warning about the peak learning rate, or nothing."""
+        return ""
+
+    def groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        """Parameters to train, as :func:`~convnextv2.training.optim.parameter_groups` makes them."""
+        return parameter_groups(model, self.options.weight_decay)
+
+    def files(self) -> dict[str, Any]:
+        """JSON files that belong into the folder of the run: name and content."""
+        return {}
+
+    def describe(self, model: nn.Module) -> str:
+        """What is trained, for the line that a run begins with."""
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        return f"training {trained:,} of {sum(p.numel() for p in model.parameters()):,} parameters"
+
+    def begin_epoch(self, accelerator: Accelerator, model: nn.Module, epoch: int) -> None:
+        """Set the network's mode, and seed what the task draws from besides torch's own generator."""
+        model.train()
+
+    @abstractmethod
+    def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, int]:
+        """Loss ``[]`` of a batch on the device, and its number of images; ``model`` is the prepared network."""
+
+    def evaluate(self, accelerator: Accelerator, model: nn.Module, loaders: Sequence[Any]) -> Outcome | None:
+        """Measure the network on the other parts of the data; None where there is nothing to measure."""
+        return None
+
+    def encoder(self, model: nn.Module) -> Encoder | None:
+        """Where feature diversity is measured; None leaves it out."""
+        return None
+
+    def metadata(self, outcome: Outcome | None) -> dict[str, Any]:
+        """What a checkpoint says beside normalisation, image size and epoch."""
+        return {}
+
+    def progress(self) -> dict[str, Any]:
+        """What a resumed run has to know; :meth:`resolve` gets it back."""
+        return {}
+
+    def line(self, row: dict[str, Any]) -> str:
+        """The row of an epoch in words."""
+        return f"{self.loss_name.replace('_', ' ')} {row[self.loss_name]:.4f}, {row['images_per_s']} images/s"
+
+    def picture_epochs(self) -> set[int]:
+        """Epochs (from 1) after which :meth:`pictures` is called for certain, beside the last one."""
+        return set()
+
+    def pictures(self, folder: RunFolder, model: nn.Module, examples: Tensor, epoch: int, best: Outcome | None) -> None:
+        """Draw; called now and then.
+
+        Args:
+            folder: of the run, which has its loss curve already.
+            model: the network.
+            examples: ``[n, C, H, W]`` of the training part, on the device.
+            epoch: from 1.
+            best: outcome of the best epoch, unless that was before the run was resumed.
+        """
