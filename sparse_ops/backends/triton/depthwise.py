@@ -49,7 +49,7 @@ def _widths(candidates: tuple[int, ...], channels: int) -> list[int]:
 
 
 def depthwise_blocks(side: int, channels: int) -> list[ProgramShape]:
-    """ProgramShape shapes of the convolution worth trying: one patch and one warp."""
+    """Shapes of the convolution's programs worth trying: one patch and one warp."""
     if channels == ANY:
         return [ProgramShape(1, 32, 1)]
     return [ProgramShape(1, block, 1) for block in _widths((64, 32) if side > 2 else (256, 128, 64, 32), channels)]
