@@ -148,6 +148,7 @@ def test_python_examples_of_the_kernels_run(page: str, capsys: pytest.CaptureFix
     assert max(map(float, printed)) < 1.2e-6
 
 
+@pytest.mark.slow
 def test_python_example_of_the_runs_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

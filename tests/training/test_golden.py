@@ -1,0 +1,80 @@
+"""Losses that may not move, and gradients that do not depend on how many processes share a batch.
+
+A change of numbers that is meant replaces golden_losses.json (golden_run.py says how) and is told in CHANGELOG.md.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from golden_run import losses, machine
+
+from sparse_ops import registry
+
+HERE = Path(__file__).parent
+GOLDEN: dict[str, Any] = json.loads((HERE / "golden_losses.json").read_text(encoding="utf-8"))
+ON_CPU = [
+    pytest.param(name, marks=[pytest.mark.minkowski] if name == "minkowski" else [])
+    for name, backend in registry().items()
+    if name != "reference" and (name == "minkowski" or backend.unavailable_reason() is None)
+]
+
+
+def compare(found: list[float], golden: str, bits: bool) -> None:
+    """Bit by bit where the machine is of the kind that the stored losses are from; else to rounding: one part in a
+    million, some ten float32 roundings of a loss near 1, which 20 small updates hardly enlarge."""
+    expected = GOLDEN[golden]["losses"]
+    assert len(found) == len(expected) == 20
+    if bits and machine() == GOLDEN[golden]["machine"]:
+        assert found == expected
+    else:
+        assert found == pytest.approx(expected, rel=1e-6)
+
+
+def launch(program: Path, *arguments: object) -> None:
+    """Two processes on the CPU, over gloo."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parents[1])}
+    command = [*launcher, str(program), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_first_losses_are_the_stored_ones(tmp_path: Path) -> None:
+    compare(losses(tmp_path / "run", "reference"), "one process", bits=True)
+
+
+@pytest.mark.parametrize("backend", ON_CPU)
+def test_the_first_losses_of_other_backends_are_the_stored_ones_to_rounding(backend: str, tmp_path: Path) -> None:
+    compare(losses(tmp_path / "run", backend), "one process", bits=False)
+
+
+@pytest.mark.slow
+def test_the_first_losses_of_two_processes_are_the_stored_ones(tmp_path: Path) -> None:
+    launch(HERE / "golden_run.py", tmp_path)
+    found = json.loads((tmp_path / "losses.json").read_text(encoding="utf-8"))
+    compare(found["losses"], "two processes", bits=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_gradients_of_two_processes_are_those_of_one_with_the_whole_batch(backend: str, tmp_path: Path) -> None:
+    if (reason := registry()[backend].unavailable_reason()) is not None:
+        pytest.skip(reason)
+    program = HERE / "shared_gradients.py"
+    environment = {**os.environ, "PYTHONPATH": str(HERE.parents[1])}
+    subprocess.run([sys.executable, str(program), str(tmp_path / "one.pt"), backend], check=True, env=environment)
+    launch(program, tmp_path / "two.pt", backend)
+    whole, halves = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("one", "two"))
+    assert whole.keys() == halves.keys()
+    assert len(whole) > 40
+    for name, gradient in whole.items():
+        assert gradient.abs().max() > 0, name
+        torch.testing.assert_close(halves[name], gradient, rtol=1e-12, atol=1e-14, msg=name)
