@@ -38,13 +38,7 @@ def _start_worker(worker: int) -> None:
 
 def make_loader(dataset: Dataset[Any], batch_size: int, workers: int, sampler: Sampler[int] | None = None) -> Any:
     """Batches of a data set: shuffled by ``sampler`` with incomplete ones dropped, or all in order without one."""
-    return DataLoader(
-        dataset,
-        batch_size=batch_size,
-        sampler=sampler,
-        drop_last=sampler is not None,
-        num_workers=workers,
-        persistent_workers=workers > 0,
-        pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_start_worker,
-    )
+    batches: dict[str, Any] = {"batch_size": batch_size, "sampler": sampler, "drop_last": sampler is not None}
+    processes: dict[str, Any] = {"num_workers": workers, "persistent_workers": workers > 0}
+    pinned = torch.cuda.is_available()
+    return DataLoader(dataset, pin_memory=pinned, worker_init_fn=_start_worker, **batches, **processes)

@@ -37,9 +37,7 @@ class FCMAEOutput(NamedTuple):
 class FCMAE(nn.Module):
     """Sparse ConvNeXt V2 encoder, light dense decoder, reconstruction loss on the masked patches.
 
-    Args:
-        config: encoder, image size, mask ratio, decoder, target normalisation and GRN scope.
-        backend: name of the backend of the sparse depthwise convolution; ``auto`` takes the best available.
+    ``backend`` is the name of the backend of the sparse depthwise convolution; ``auto`` takes the best available.
     """
 
     def __init__(self, config: FCMAEConfig, backend: str = "auto") -> None:
@@ -117,12 +115,7 @@ class FCMAE(nn.Module):
         return {**self.__dict__, "_compiled": None}  # copies are not compiled
 
     def _masked(
-        self,
-        images: Tensor,
-        mask: Tensor,
-        keep: int | None,
-        backends: tuple[Backend, Backend],
-        return_pred: bool,
+        self, images: Tensor, mask: Tensor, keep: int | None, backends: tuple[Backend, Backend], return_pred: bool
     ) -> tuple[Tensor, Tensor | None]:
         """Loss and prediction."""
         grid_size = images.shape[2] // self.config.encoder.patch_size, images.shape[3] // self.config.encoder.patch_size
@@ -226,7 +219,7 @@ class FCMAE(nn.Module):
         """
         grid_size = pred.shape[2], pred.shape[3]
         rows = pred.permute(0, 2, 3, 1).flatten(0, 2).float()
-        everything = ActiveSet.full(images.shape[0], (grid_size[0], grid_size[1]), side=1, device=images.device)
+        everything = ActiveSet.full(images.shape[0], grid_size, side=1, device=images.device)
         if self.config.norm_pix_loss:
             variance, mean = torch.var_mean(everything.gather_patches(images).float(), dim=1, keepdim=True)
             rows = rows * (variance + TARGET_EPS).sqrt() + mean
@@ -236,13 +229,9 @@ class FCMAE(nn.Module):
 def unpatchify(patches: Tensor, grid_size: tuple[int, int], channels: int) -> Tensor:
     """``[B, L, p·p·channels]``, channels last in a patch, to images ``[B, channels, gh·p, gw·p]``."""
     batch, _, pixels = patches.shape
-    gh, gw = grid_size
     side = round((pixels // channels) ** 0.5)
-    return (
-        patches.view(batch, gh, gw, side, side, channels)
-        .permute(0, 5, 1, 3, 2, 4)
-        .reshape(batch, channels, gh * side, gw * side)
-    )
+    by_channel = patches.view(batch, *grid_size, side**2, channels).permute(0, 4, 3, 1, 2)
+    return nn.functional.pixel_shuffle(by_channel.flatten(1, 2), side)
 
 
 def pixel_mask(mask: Tensor, grid_size: tuple[int, int], patch_size: int) -> Tensor:
@@ -269,16 +258,10 @@ def create_fcmae(
 
     Args:
         name: ``convnextv2_atto`` … ``convnextv2_huge``, or a configuration (then ``patch_size``, ``in_chans`` and
-            ``drop_path_rate`` are taken from it).
+            ``drop_path_rate``, as :class:`~.config.EncoderConfig` has them, are taken from it).
         img_size: pixels, (H, W) or one number for a square.
-        patch_size: pixels a patch side: 32, 16 or 8.
-        in_chans: channels of the images.
         backend: ``auto`` or the name of a backend (``python -m sparse_ops`` lists them).
-        grn_scope: ``image`` or ``batch``, see :class:`~convnextv2.models.config.FCMAEConfig`.
-        mask_ratio: share of the patches that is masked.
-        decoder_depth, decoder_dim: shape of the decoder.
-        norm_pix_loss: normalise target patches.
-        drop_path_rate: stochastic depth of the encoder's last block.
+        grn_scope, mask_ratio, decoder_depth, decoder_dim, norm_pix_loss: as :class:`~.config.FCMAEConfig`.
 
     Raises:
         ValueError: if the name is unknown or an option is out of range.
@@ -288,7 +271,7 @@ def create_fcmae(
         encoder = name
     else:
         encoder = encoder_config(name, patch_size=patch_size, in_chans=in_chans, drop_path_rate=drop_path_rate)
-    size = (img_size, img_size) if isinstance(img_size, int) else (img_size[0], img_size[1])
+    size = (img_size, img_size) if isinstance(img_size, int) else img_size
     config = FCMAEConfig(encoder, size, mask_ratio, decoder_depth, decoder_dim, norm_pix_loss, grn_scope)
     keep_count(config.grid_size[0] * config.grid_size[1], mask_ratio)
     if backend != "auto":

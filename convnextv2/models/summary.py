@@ -18,11 +18,9 @@ from convnextv2.models.fcmae import FCMAE
 
 @dataclass(frozen=True)
 class Layer:
-    """A row of the table.
+    """A row of the table: a module, its type and its size.
 
     Args:
-        name: the module's.
-        kind: its type.
         shape: of its output for one image, channels last: (H, W, C), or (N, C) for N visible cells.
         parameters: all below it.
         multiply_adds: all below it: of convolutions, at every tap, and linear layers; normalisation is not counted.
