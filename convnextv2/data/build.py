@@ -65,7 +65,7 @@ def build_pretrain_dataset(
     wish, scale = augmentation or Augmentation(), opened.crop_scale["pretrain"]
     augmenting = train_transform(img_size, *statistics, wish, crop_scale=scale, hflip=opened.hflip)
     plain = eval_transform(img_size, *statistics)
-    return _dataset(replace(part, labels=None), augmenting, plain, statistics, seed, about)
+    return _dataset(replace(part, labels=None), augmenting, plain, statistics, seed, about, [])
 
 
 def build_finetune_datasets(
@@ -95,7 +95,7 @@ def build_finetune_datasets(
     img_size = _check_size(img_size)
     opened = open_source(data, in_chans=in_chans, img_size=img_size, labelled=True)
     parts = opened.split(val_fraction, seed)
-    classes = opened.classes
+    classes = list(opened.classes)
     if len(classes) < 2:
         found = f"only {classes[0]!r}" if classes else "none"
         raise DataError(f"{data}: a classifier needs at least two classes (one subfolder each), found {found}")
@@ -122,8 +122,7 @@ def build_predict_dataset(
 
     Args:
         inputs: files and folders (searched at all depths).
-        img_size: (H, W) in pixels.
-        in_chans, mean, std: as :func:`build_pretrain_dataset`, from the checkpoint.
+        img_size, in_chans, mean, std: as :func:`build_pretrain_dataset`, from the checkpoint.
 
     Raises:
         DataError: if an input does not exist, or there is no file at all.
@@ -158,26 +157,20 @@ def _check_size(img_size: tuple[int, int]) -> tuple[int, int]:
 
 
 def _dataset(
-    part: Part,
-    transform: Transform,
-    plain: Transform,
-    statistics: Statistics,
-    seed: int,
-    about: str,
-    classes: Sequence[str] = (),
+    part: Part, transform: Transform, plain: Transform, stats: Statistics, seed: int, about: str, classes: list[str]
 ) -> ImageDataset:
-    images, (mean, std) = part.by_number, statistics
+    about += f": {len(part.by_number)} images" + (f" of {len(classes)} classes" if classes else "")
     return ImageDataset(
-        images,
+        part.by_number,
         transform,
         plain,
         labels=None if part.labels is None else list(part.labels),
-        classes=list(classes),
-        mean=tuple(mean),
-        std=tuple(std),
+        classes=classes,
+        mean=tuple(stats[0]),
+        std=tuple(stats[1]),
         seed=seed,
         skipped=list(part.skipped),
-        description=f"{about}: {len(images)} images" + (f" of {len(classes)} classes" if classes else ""),
+        description=about,
     )
 
 

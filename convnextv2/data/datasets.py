@@ -28,9 +28,7 @@ class ImageDataset(Dataset[Any]):
         transform: from a decoded image to a tensor; ``plain_transform`` is the same without randomness, for pictures.
         classes: names of the labels.
         mean, std: the normalisation inside ``transform``.
-        seed: of the random transforms.
         skipped: files left out at the scan, and why.
-        description: one line on what this is.
     """
 
     source: Source

@@ -88,10 +88,7 @@ def scan_images(folder: str | Path, *, in_chans: int = 3, labelled: bool = False
 
 
 def walk_files(
-    folder: Path,
-    files: list[tuple[Path, int]],
-    skipped: list[tuple[Path, str]],
-    above: tuple[tuple[int, int], ...] = (),
+    folder: Path, files: list[tuple[Path, int]], skipped: list[tuple[Path, str]], above: tuple[object, ...] = ()
 ) -> None:
     """Add the regular files at all depths and their sizes in bytes to ``files``, and what is none to ``skipped``.
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, ImageSequence
 
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 """Formats that are read; JPEG includes MPO. Those that run a program (EPS) or have no signature (TGA, PCD) are not."""
@@ -162,10 +162,7 @@ def _orientation(image: Image.Image) -> bytes:
 def _bands(image: Image.Image, in_chans: int) -> NDArray[np.float32]:
     frames = getattr(image, "n_frames", 1)
     if frames == in_chans and len(image.getbands()) == 1:
-        pages = []
-        for index in range(frames):
-            image.seek(index)
-            pages.append(np.asarray(image))
+        pages = [np.asarray(page) for page in ImageSequence.Iterator(image)]
         if len({page.shape for page in pages}) > 1:
             raise UnreadableImageError("its pages differ in size")
         return _unit_range(np.stack(pages, axis=-1))

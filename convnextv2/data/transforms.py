@@ -59,9 +59,7 @@ class Augmentation:
 
 def default_statistics(in_chans: int) -> Statistics | None:
     """Mean and standard deviation for pixels in [0, 1]: ImageNet's for 3 channels, 0.5 for 1, None for others."""
-    if in_chans == 3:
-        return IMAGENET_MEAN, IMAGENET_STD
-    return ((0.5,), (0.5,)) if in_chans == 1 else None
+    return {1: ((0.5,), (0.5,)), 3: (IMAGENET_MEAN, IMAGENET_STD)}.get(in_chans)
 
 
 def check_statistics(mean: Sequence[float], std: Sequence[float], in_chans: int) -> None:
@@ -77,10 +75,8 @@ def preprocessing_from_metadata(
 ) -> tuple[tuple[float, ...], tuple[float, ...], tuple[int, int]]:
     """What a checkpoint says about its images: (mean, std, (H, W)).
 
-    Args:
-        metadata: ``mean``, ``std`` and ``img_size`` as lists or JSON text; what is missing gets the default.
-        in_chans: channels of the network.
-        default_size: (H, W) where the metadata has no ``img_size``.
+    ``metadata`` has ``mean``, ``std`` and ``img_size`` as lists or JSON text; what is missing gets the default for
+    ``in_chans`` channels, and ``default_size``.
 
     Raises:
         ValueError: if an entry is malformed, or nothing is known for this number of channels.
@@ -120,17 +116,17 @@ def sample_seed(seed: int, epoch: int, index: int) -> Iterator[None]:
     With it a sample looks the same in the same epoch whatever was drawn before: after a resume, and with any number
     of workers. Costs well below a millisecond.
     """
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002  # timm draws from it
+    states = random.getstate(), np.random.get_state()  # noqa: NPY002  # timm draws from it
     words = np.random.SeedSequence((seed, epoch, index)).generate_state(3)
     random.seed(int(words[0]))
     np.random.seed(words[1])  # noqa: NPY002
-    torch.default_generator.manual_seed(int(words[2]))
     try:
-        yield
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(int(words[2]))
+            yield
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])  # noqa: NPY002
-        torch.set_rng_state(states[2])
 
 
 def train_transform(
@@ -142,14 +138,10 @@ def train_transform(
     crop_scale: tuple[float, float],
     hflip: float,
 ) -> Transform:
-    """Random resized crop (bicubic), flip, and what ``augmentation`` asks for; then normalisation.
+    """Random resized crop (bicubic) to (H, W), flip, and what ``augmentation`` asks for; then normalisation.
 
-    Args:
-        img_size: (H, W).
-        mean, std: one number a channel. For 1 or 3 channels the transform takes RGB images, else ``[H, W, C]`` arrays,
-            for which there are crops and flips only.
-        augmentation: the user's wishes.
-        crop_scale, hflip: what to do where those are None.
+    With one or three numbers in ``mean`` and ``std`` the transform takes RGB images, else ``[H, W, C]`` arrays, for
+    which there are crops and flips only. ``crop_scale`` and ``hflip`` count where those of ``augmentation`` are None.
 
     Raises:
         ValueError: if colour augmentation is asked for where the images are arrays.

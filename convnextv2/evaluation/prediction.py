@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 
-from convnextv2.data.build import build_predict_dataset
-from convnextv2.data.datasets import PredictDataset
+from convnextv2.data import PredictDataset, build_predict_dataset
 from convnextv2.data.loading import make_loader
 from convnextv2.data.transforms import preprocessing_from_metadata
 from convnextv2.models.classifier import ConvNeXtV2

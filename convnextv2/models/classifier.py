@@ -63,10 +63,7 @@ def create_model(
     Raises:
         ValueError: if the name is unknown or an option is out of range.
     """
-    if isinstance(name, EncoderConfig):
-        encoder = name
-    else:
-        encoder = encoder_config(name, drop_path_rate=drop_path_rate, in_chans=in_chans, patch_size=patch_size)
+    encoder = encoder_config(name, drop_path_rate=drop_path_rate, in_chans=in_chans, patch_size=patch_size)
     return ConvNeXtV2(ClassifierConfig(encoder, num_classes, head_init_scale))
 
 

@@ -141,12 +141,16 @@ A new line is a new variant: all that takes a name of a model knows it, and ``co
 """
 
 
-def encoder_config(name: str, **overrides: Any) -> EncoderConfig:
+def encoder_config(name: str | EncoderConfig, **overrides: Any) -> EncoderConfig:
     """Configuration of a variant by name, ``convnextv2_atto`` … ``convnextv2_huge`` (the prefix may be left out).
+
+    A configuration instead of a name is returned as it is, without ``overrides``.
 
     Raises:
         ValueError: if no variant has that name.
     """
+    if isinstance(name, EncoderConfig):
+        return name
     full = name if name.startswith("convnextv2_") else f"convnextv2_{name}"
     if full not in VARIANTS:
         raise ValueError(f"unknown model {name!r}; choose one of {', '.join(VARIANTS)}")
@@ -176,14 +180,11 @@ def config_from_dict(data: Mapping[str, Any]) -> EncoderConfig | FCMAEConfig | C
     if kind not in kinds:
         raise ValueError(f"unknown configuration kind {kind!r}; expected one of {', '.join(kinds)}")
     cls = kinds[kind]
-    unknown = set(values) - {f.name for f in fields(cls)}
-    if unknown:
+    if unknown := set(values) - {f.name for f in fields(cls)}:
         raise ValueError(f"{kind} has no field {', '.join(sorted(unknown))}; written by a newer version?")
     if "encoder" in values:
         values["encoder"] = config_from_dict({"kind": "EncoderConfig", **values["encoder"]})
-    for key, value in values.items():
-        if isinstance(value, list):
-            values[key] = tuple(value)
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
     try:
         return cls(**values)
     except TypeError as error:

@@ -82,10 +82,8 @@ class FCMAE(nn.Module):
             ValueError: if shapes do not fit, the ratio leaves no patch or every patch visible, or the mask holds
                 anything but 0 and 1.
         """
-        patch = self.config.encoder.patch_size
-        check_images(images, self.config.encoder.in_chans, patch)
-        grid_size = images.shape[2] // patch, images.shape[3] // patch
-        mask, keep = self._mask(images, mask, mask_ratio, grid_size, generator)
+        check_images(images, self.config.encoder.in_chans, self.config.encoder.patch_size)
+        mask, keep = self._mask(images, mask, mask_ratio, generator)
         backends = self._backends(images.device)
         loss, pred = (self._compiled or self._masked)(images, mask, keep, backends, return_pred)
         return FCMAEOutput(loss, pred, mask)
@@ -93,10 +91,8 @@ class FCMAE(nn.Module):
     def _backends(self, device: torch.device) -> tuple[Backend, Backend]:
         """Those of the encoder and the decoder, warmed up for a step, which they do once."""
         config, dtype = self.config, autocast_dtype(device) or self.mask_token.dtype
-        parts = (
-            (config.encoder.stages, config.encoder.kernel_size),
-            ([(1, config.decoder_dim)], self.decoder[0].get_parameter("dwconv.weight").shape[-1]),
-        )
+        decoder_kernel = self.decoder[0].get_parameter("dwconv.weight").shape[-1]
+        parts = (config.encoder.stages, config.encoder.kernel_size), ([(1, config.decoder_dim)], decoder_kernel)
         found = [resolve_backend(self.backend, device, dtype, kernel_size) for _, kernel_size in parts]
         if not torch.compiler.is_compiling():
             for backend, part in zip(found, parts, strict=True):
@@ -118,28 +114,23 @@ class FCMAE(nn.Module):
         self, images: Tensor, mask: Tensor, keep: int | None, backends: tuple[Backend, Backend], return_pred: bool
     ) -> tuple[Tensor, Tensor | None]:
         """Loss and prediction."""
-        grid_size = images.shape[2] // self.config.encoder.patch_size, images.shape[3] // self.config.encoder.patch_size
+        grid_size = self._grid_size(images)
         visible = ActiveSet.from_mask(mask, grid_size, keep=keep)
         hidden = ActiveSet.from_mask(1 - mask, grid_size, side=1, keep=None if keep is None else mask.shape[1] - keep)
         features, grid = self.encode(images, visible, backends[0])
-        pred = None
-        if return_pred:
-            cells = pointwise_conv(self.pred, self.decode(features, grid, backend=backends[1]))
-            pred_hidden = hidden.gather(cells)
-            pred = cells.permute(0, 3, 1, 2)
-        else:
-            pred_hidden = pointwise_conv(self.pred, self.decode(features, grid, hidden.patch_index, backends[1]))
-        return self.loss(pred_hidden, self.targets(images, hidden)), pred
+        rows = None if return_pred else hidden.patch_index
+        pred = pointwise_conv(self.pred, self.decode(features, grid, rows, backends[1]))
+        loss = self.loss(hidden.gather(pred) if return_pred else pred, self.targets(images, hidden))
+        return loss, pred.permute(0, 3, 1, 2) if return_pred else None
+
+    def _grid_size(self, images: Tensor) -> tuple[int, int]:
+        return images.shape[2] // self.config.encoder.patch_size, images.shape[3] // self.config.encoder.patch_size
 
     def _mask(
-        self,
-        images: Tensor,
-        mask: Tensor | None,
-        mask_ratio: float | None,
-        grid_size: tuple[int, int],
-        generator: torch.Generator | None,
+        self, images: Tensor, mask: Tensor | None, mask_ratio: float | None, generator: torch.Generator | None
     ) -> tuple[Tensor, int | None]:
         """The mask ``[B, L]`` and, where it was drawn, the number of visible patches of every image."""
+        grid_size = self._grid_size(images)
         num_patches = grid_size[0] * grid_size[1]
         if mask is None:
             ratio = self.config.mask_ratio if mask_ratio is None else mask_ratio
@@ -150,10 +141,8 @@ class FCMAE(nn.Module):
         if tuple(mask.shape) == (images.shape[0], *grid_size):
             mask = mask.flatten(1)
         if tuple(mask.shape) != (images.shape[0], num_patches):
-            raise ValueError(
-                f"expected a mask [{images.shape[0]}, {num_patches}] for a patch grid of "
-                f"{grid_size[0]}×{grid_size[1]}, got {tuple(mask.shape)}"
-            )
+            expected = f"a mask [{images.shape[0]}, {num_patches}] for a patch grid of {grid_size[0]}×{grid_size[1]}"
+            raise ValueError(f"expected {expected}, got {tuple(mask.shape)}")
         mask = mask.to(images.device, torch.float32)
         if not torch.all((mask == 0) | (mask == 1)):
             raise ValueError("a mask holds 1 (masked) and 0 (visible) only")
@@ -267,10 +256,7 @@ def create_fcmae(
         ValueError: if the name is unknown or an option is out of range.
         BackendUnavailableError: if the backend named cannot run here.
     """
-    if isinstance(name, EncoderConfig):
-        encoder = name
-    else:
-        encoder = encoder_config(name, patch_size=patch_size, in_chans=in_chans, drop_path_rate=drop_path_rate)
+    encoder = encoder_config(name, patch_size=patch_size, in_chans=in_chans, drop_path_rate=drop_path_rate)
     size = (img_size, img_size) if isinstance(img_size, int) else img_size
     config = FCMAEConfig(encoder, size, mask_ratio, decoder_depth, decoder_dim, norm_pix_loss, grn_scope)
     keep_count(config.grid_size[0] * config.grid_size[1], mask_ratio)
