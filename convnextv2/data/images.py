@@ -104,9 +104,11 @@ def to_bytes(values: NDArray[np.generic]) -> NDArray[np.uint8]:
 
 
 @contextlib.contextmanager
-def _reasons(problem: str = "") -> Iterator[None]:
+def _reasons(problem: str = "", path: Path | None = None) -> Iterator[None]:
     """Any error as an UnreadableImageError: damaged files make the decoders raise nearly anything."""
     try:
+        if path is not None and path.stat().st_size == 0:
+            raise UnreadableImageError("empty file")
         yield
     except UnreadableImageError:
         raise
@@ -115,9 +117,7 @@ def _reasons(problem: str = "") -> Iterator[None]:
 
 
 def _open(path: Path) -> Image.Image:
-    with _reasons():
-        if path.stat().st_size == 0:
-            raise UnreadableImageError("empty file")
+    with _reasons(path=path):
         image = Image.open(path, formats=FORMATS)
     if image.format == "TIFF":
         image.filename = ""  # else Pillow maps uncompressed files by the size of the turned image: scrambled rows
@@ -174,9 +174,7 @@ def _bands(image: Image.Image, in_chans: int) -> NDArray[np.float32]:
 
 
 def _load_array(path: Path, mmap: bool = False) -> NDArray[np.generic]:
-    with _reasons("not a readable .npy array: "):  # as is a header that asks for more memory than there is
-        if path.stat().st_size == 0:
-            raise UnreadableImageError("empty file")
+    with _reasons("not a readable .npy array: ", path):  # or its header asks for more memory than there is
         array = np.load(path, mmap_mode="r" if mmap else None, allow_pickle=False)
     numbers = isinstance(array, np.ndarray) and array.dtype.kind in "biuf"
     if not numbers or array.ndim not in (2, 3) or 0 in array.shape:
