@@ -8,23 +8,9 @@ from convnextv2.data.opening import SourceKind, open_source, register_kind
 from convnextv2.data.sources import DataError, FileSource, OpenedSource, Part, SequentialSource, Source
 from convnextv2.data.transforms import Augmentation
 
+# The formatter would give every name a line of its own.
 __all__ = [
-    "Augmentation",
-    "DataError",
-    "FileSource",
-    "ImageDataset",
-    "OpenedSource",
-    "Part",
-    "PredictDataset",
-    "SequentialDataset",
-    "SequentialSource",
-    "Source",
-    "SourceKind",
-    "build_finetune_datasets",
-    "build_predict_dataset",
-    "build_pretrain_dataset",
-    "export_digits",
-    "open_source",
-    "register_kind",
-    "scan_images",
-]
+    "Augmentation", "DataError", "FileSource", "ImageDataset", "OpenedSource", "Part", "PredictDataset",
+    "SequentialDataset", "SequentialSource", "Source", "SourceKind", "build_finetune_datasets",
+    "build_predict_dataset", "build_pretrain_dataset", "export_digits", "open_source", "register_kind", "scan_images",
+]  # fmt: skip

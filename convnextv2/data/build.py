@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,11 @@ from convnextv2.data.datasets import ImageDataset, PredictDataset
 from convnextv2.data.folders import walk_files, why_unusable
 from convnextv2.data.images import has_image_suffix
 from convnextv2.data.opening import open_source
-from convnextv2.data.sources import DataError, OpenedSource, Source
+from convnextv2.data.sources import DataError, OpenedSource, Part, Source
 from convnextv2.data.transforms import (
     Augmentation,
+    Statistics,
+    Transform,
     check_statistics,
     default_statistics,
     eval_transform,
@@ -47,7 +50,6 @@ def build_pretrain_dataset(
         in_chans: channels, 1 and 3 for pictures, others for ``.npy`` and TIFF.
         seed: of the augmentation, and of the split of what is held out.
         val_fraction: share of every class that is held out, where the source asks for it.
-        augmentation: replaces the defaults.
         mean, std: normalisation; by default :func:`~.transforms.default_statistics`, computed from the images
             for other than 1 or 3 channels.
 
@@ -59,19 +61,11 @@ def build_pretrain_dataset(
     part, about = opened.train, opened.description
     if opened.hold_out:
         part, about = opened.split(val_fraction, seed)[0], f"{about}, training part"
-    images = part.by_number
-    mean, std = _statistics(opened, images, in_chans, mean, std)
-    wish = augmentation or Augmentation()
-    return ImageDataset(
-        images,
-        train_transform(img_size, mean, std, wish, crop_scale=opened.crop_scale["pretrain"], hflip=opened.hflip),
-        eval_transform(img_size, mean, std),
-        mean=mean,
-        std=std,
-        seed=seed,
-        skipped=part.skipped,
-        description=f"{about}: {len(images)} images",
-    )
+    statistics = _statistics(opened, part.by_number, in_chans, mean, std)
+    wish, scale = augmentation or Augmentation(), opened.crop_scale["pretrain"]
+    augmenting = train_transform(img_size, *statistics, wish, crop_scale=scale, hflip=opened.hflip)
+    plain = eval_transform(img_size, *statistics)
+    return _dataset(replace(part, labels=None), augmenting, plain, statistics, seed, about, [])
 
 
 def build_finetune_datasets(
@@ -90,12 +84,10 @@ def build_finetune_datasets(
     Args:
         data: as ``spec`` of :func:`open_source`. A folder has one subfolder a class, and is split at random by class;
             or ``train`` and ``val`` subfolders that hold the class folders.
-        img_size: (H, W) in pixels.
-        in_chans: as in :func:`build_pretrain_dataset`.
+        img_size, in_chans, mean, std: as in :func:`build_pretrain_dataset`; give the checkpoint's mean and std if any.
         val_fraction: share of every class for validation, where the folders do not decide.
         seed: of the split and the augmentation.
         augmentation: of the training part; crops of scale 0.08–1 and flips unless the source asks for others.
-        mean, std: as in :func:`build_pretrain_dataset`; give the checkpoint's where there is one.
 
     Raises:
         DataError: if there is no usable image, fewer than two classes, or a class to validate that is not trained.
@@ -103,31 +95,18 @@ def build_finetune_datasets(
     img_size = _check_size(img_size)
     opened = open_source(data, in_chans=in_chans, img_size=img_size, labelled=True)
     parts = opened.split(val_fraction, seed)
-    classes = opened.classes
+    classes = list(opened.classes)
     if len(classes) < 2:
         found = f"only {classes[0]!r}" if classes else "none"
         raise DataError(f"{data}: a classifier needs at least two classes (one subfolder each), found {found}")
     if not len(parts[1].by_number):
         raise DataError(f"{data}: no class has a second image to validate on; expected at least two images a class")
-    mean, std = _statistics(opened, parts[0].by_number, in_chans, mean, std)
-    plain = eval_transform(img_size, mean, std)
-    wish = augmentation or Augmentation()
-    augmenting = train_transform(
-        img_size, mean, std, wish, crop_scale=opened.crop_scale["finetune"], hflip=opened.hflip
-    )
+    statistics = _statistics(opened, parts[0].by_number, in_chans, mean, std)
+    wish, scale = augmentation or Augmentation(), opened.crop_scale["finetune"]
+    augmenting = train_transform(img_size, *statistics, wish, crop_scale=scale, hflip=opened.hflip)
+    plain = eval_transform(img_size, *statistics)
     train, val = (
-        ImageDataset(
-            part.by_number,
-            transform,
-            plain,
-            labels=part.labels,
-            classes=classes,
-            mean=mean,
-            std=std,
-            seed=seed,
-            skipped=part.skipped,
-            description=f"{opened.description}, {name} part: {len(part.by_number)} images of {len(classes)} classes",
-        )
+        _dataset(part, transform, plain, statistics, seed, f"{opened.description}, {name} part", classes)
         for part, transform, name in zip(parts, (augmenting, plain), ("training", "validation"), strict=True)
     )
     return train, val
@@ -143,9 +122,7 @@ def build_predict_dataset(
 
     Args:
         inputs: files and folders (searched at all depths).
-        img_size: (H, W) in pixels.
-        in_chans: channels.
-        mean, std: normalisation, from the checkpoint.
+        img_size, in_chans, mean, std: as :func:`build_pretrain_dataset`, from the checkpoint.
 
     Raises:
         DataError: if an input does not exist, or there is no file at all.
@@ -179,9 +156,27 @@ def _check_size(img_size: tuple[int, int]) -> tuple[int, int]:
     return int(img_size[0]), int(img_size[1])
 
 
+def _dataset(
+    part: Part, transform: Transform, plain: Transform, stats: Statistics, seed: int, about: str, classes: list[str]
+) -> ImageDataset:
+    about += f": {len(part.by_number)} images" + (f" of {len(classes)} classes" if classes else "")
+    return ImageDataset(
+        part.by_number,
+        transform,
+        plain,
+        labels=None if part.labels is None else list(part.labels),
+        classes=classes,
+        mean=tuple(stats[0]),
+        std=tuple(stats[1]),
+        seed=seed,
+        skipped=list(part.skipped),
+        description=about,
+    )
+
+
 def _statistics(
     opened: OpenedSource, images: Source, in_chans: int, mean: Sequence[float] | None, std: Sequence[float] | None
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
+) -> Statistics:
     if (mean is None) != (std is None):
         raise ValueError("give both mean and std, or neither")
     if mean is not None and std is not None:
@@ -190,7 +185,7 @@ def _statistics(
     return opened.statistics or default_statistics(in_chans) or _measure(images)
 
 
-def _measure(source: Source) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _measure(source: Source) -> Statistics:
     """Mean and standard deviation of each channel over up to :data:`STATISTICS_SAMPLE` images, spread evenly."""
     chosen = np.unique(np.linspace(0, len(source) - 1, STATISTICS_SAMPLE).round().astype(int))
     count, total, squares = 0, 0.0, 0.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from convnextv2.data.sources import DataError, SequentialSource, Source
 from convnextv2.data.transforms import Transform, sample_seed
 
 
+@dataclass(eq=False, repr=False)
 class ImageDataset(Dataset[Any]):
     """Images as normalised tensors ``[C, H, W]``, or pairs (image, label). Picklable, for workers.
 
@@ -23,43 +25,27 @@ class ImageDataset(Dataset[Any]):
     workers persist; the epoch lies in shared memory.
 
     Args:
-        source: the decoded images.
-        transform: from a decoded image to a tensor.
-        plain_transform: the same without randomness, for pictures.
-        labels: one a sample, or None.
+        transform: from a decoded image to a tensor; ``plain_transform`` is the same without randomness, for pictures.
         classes: names of the labels.
         mean, std: the normalisation inside ``transform``.
-        seed: of the random transforms.
         skipped: files left out at the scan, and why.
-        description: one line on what this is.
     """
 
-    def __init__(
-        self,
-        source: Source,
-        transform: Transform,
-        plain_transform: Transform,
-        *,
-        labels: Sequence[int] | None = None,
-        classes: Sequence[str] = (),
-        mean: Sequence[float],
-        std: Sequence[float],
-        seed: int = 0,
-        skipped: Sequence[tuple[Path, str]] = (),
-        description: str = "",
-    ) -> None:
-        self.source = source
-        self.transform = transform
-        self.plain_transform = plain_transform
-        self.labels = None if labels is None else list(labels)
-        self.classes = list(classes)
-        self.mean = tuple(mean)
-        self.std = tuple(std)
-        self.seed = seed
-        self.skipped = list(skipped)
-        self.description = description
+    source: Source
+    transform: Transform
+    plain_transform: Transform
+    _: KW_ONLY
+    labels: list[int] | None = None
+    classes: list[str] = field(default_factory=list)
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    seed: int = 0
+    skipped: list[tuple[Path, str]] = field(default_factory=list)
+    description: str = ""
+
+    def __post_init__(self) -> None:
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-        self._damaged = torch.zeros(len(source), dtype=torch.bool).share_memory_()
+        self._damaged = torch.zeros(len(self.source), dtype=torch.bool).share_memory_()
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch, which decides how samples are augmented."""
@@ -103,26 +89,24 @@ class ImageDataset(Dataset[Any]):
         return torch.stack([self.plain_transform(self._load(int(index))[1]) for index in chosen])
 
 
+@dataclass(eq=False, repr=False)
 class SequentialDataset(IterableDataset[Any]):
     """Images of a sequential source as normalised tensors, or pairs (image, label), once an epoch.
 
     Processes and loader workers take different shares. Transforms are seeded as those of :class:`ImageDataset`.
 
     Args:
-        source: the decoded images.
-        transform: from a decoded image to a tensor.
-        seed: of the random transforms.
         process, processes: number, from 0, of the process that reads, and how many there are.
     """
 
-    def __init__(
-        self, source: SequentialSource, transform: Transform, *, seed: int = 0, process: int = 0, processes: int = 1
-    ) -> None:
-        self.source = source
-        self.transform = transform
-        self.seed = seed
-        self.process = process
-        self.processes = processes
+    source: SequentialSource
+    transform: Transform
+    _: KW_ONLY
+    seed: int = 0
+    process: int = 0
+    processes: int = 1
+
+    def __post_init__(self) -> None:
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def set_epoch(self, epoch: int) -> None:
@@ -144,27 +128,20 @@ def spread(total: int, wanted: int) -> list[int]:
     return list(dict.fromkeys([*first, *range(total)]))
 
 
+@dataclass(eq=False, repr=False)
 class PredictDataset(Dataset[Any]):
     """Yields (image, index, reason): reason is empty, or says why the file cannot be read; the image is then zero.
 
     Args:
         files: the images, in the order of their names.
-        transform: evaluation transform.
-        shape: (C, H, W) of its output.
+        shape: (C, H, W) of what ``transform`` gives.
         skipped: what the search left out, and why.
     """
 
-    def __init__(
-        self,
-        files: Sequence[Path],
-        transform: Transform,
-        shape: tuple[int, int, int],
-        skipped: Sequence[tuple[Path, str]] = (),
-    ) -> None:
-        self.files = list(files)
-        self.transform = transform
-        self.shape = shape
-        self.skipped = list(skipped)
+    files: Sequence[Path]
+    transform: Transform
+    shape: tuple[int, int, int]
+    skipped: Sequence[tuple[Path, str]] = ()
 
     def __len__(self) -> int:
         return len(self.files)

@@ -36,12 +36,8 @@ class DigitsSource:
 def export_digits(folder: str | Path, part: str = "val", *, val_fraction: float = 0.2, seed: int = 0) -> list[Path]:
     """Write digits as 8×8 gray PNG files ``<folder>/<digit>/<number>.png``.
 
-    Args:
-        folder: made if it does not exist.
-        part: ``val`` or ``train`` of the split for ``seed`` and ``val_fraction``, or ``all``.
-
-    Returns:
-        The files, sorted.
+    The folder is made if it does not exist. ``part`` is ``val`` or ``train`` of the split for ``seed`` and
+    ``val_fraction``, or ``all``. Returns the files, sorted.
 
     Raises:
         OSError: if they cannot be written.
@@ -78,14 +74,9 @@ class DigitsKind:
 
     def open(self, spec: str, *, in_chans: int, img_size: tuple[int, int], labelled: bool) -> OpenedSource:
         digits, labels = load_digits()
-        return OpenedSource(
-            "handwritten digits",
-            Part(DigitsSource(digits, img_size, in_chans), labels),
-            classes=[str(digit) for digit in range(10)],
-            hold_out=True,
-            crop_scale=dict.fromkeys(CROP_SCALES, (0.5, 1.0)),
-            hflip=0.0,
-        )
+        part, classes = Part(DigitsSource(digits, img_size, in_chans), labels), [str(digit) for digit in range(10)]
+        scale = dict.fromkeys(CROP_SCALES, (0.5, 1.0))
+        return OpenedSource("handwritten digits", part, None, classes, hold_out=True, crop_scale=scale, hflip=0.0)
 
 
 SOURCE_KIND = DigitsKind()

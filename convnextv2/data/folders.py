@@ -26,7 +26,6 @@ class ImageListing:
     """What :func:`scan_images` found.
 
     Args:
-        root: the folder.
         paths: usable images, sorted.
         labels: index into ``classes`` of each image, or None if an image lies outside of a class folder.
         classes: sorted names of the subfolders of ``root`` that hold a usable image.
@@ -68,47 +67,28 @@ def scan_images(folder: str | Path, *, in_chans: int = 3, labelled: bool = False
     if check == "auto":
         check = "full" if sum(size for _, size in files) <= FULL_CHECK_BYTES else "header"
     with ThreadPoolExecutor(min(32, 2 * (os.cpu_count() or 1))) as pool:
-        full = check == "full"
-        reasons = pool.map(lambda file: why_unusable(file[0], in_chans, full), files)
-        good = []
-        for (path, _), reason in zip(files, reasons, strict=True):
-            if reason is None:
-                good.append(path)
-            else:
-                skipped.append((path, reason))
-
-    def class_of(path: Path) -> str | None:
-        parts = path.relative_to(root).parts
-        return parts[0] if len(parts) > 1 else None
-
-    names = [class_of(path) for path in good]
-    classes = sorted({name for name in names if name is not None})
-    index = {name: number for number, name in enumerate(classes)}
+        reasons = list(pool.map(lambda file: why_unusable(file[0], in_chans, check == "full"), files))
+    skipped += [(path, reason) for (path, _), reason in zip(files, reasons, strict=True) if reason is not None]
+    good = [path for (path, _), reason in zip(files, reasons, strict=True) if reason is None]
+    inside = [path for path in good if path.parent != root]
+    classes = sorted({path.relative_to(root).parts[0] for path in inside})
     if labelled:
-        skipped += [
-            (path, "lies outside of the class folders") for path, name in zip(good, names, strict=True) if name is None
-        ]
-        good = [path for path, name in zip(good, names, strict=True) if name is not None]
-        names = [name for name in names if name is not None]
-        skipped += [
-            (entry, "class folder without a usable image")
-            for entry in root.iterdir()
-            if entry.is_dir() and not entry.name.startswith(".") and entry.name not in index
-        ]
+        skipped += [(path, "lies outside of the class folders") for path in good if path.parent == root]
+        good = inside
+        folders = (entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+        skipped += [(entry, "class folder without a usable image") for entry in folders if entry.name not in classes]
     skipped.sort()
     if not good:
         wanted = "images in class folders (FOLDER/<class>/<image>)" if labelled else "images"
         first = f"; first of {len(skipped)} skipped: {skipped[0][0]} ({skipped[0][1]})" if skipped else ""
         raise DataError(f"{root}: looked for {wanted} at all depths and found no usable one{first}")
-    labels = [index[name] for name in names if name is not None]
-    return ImageListing(root, good, labels if len(labels) == len(good) else None, classes, skipped)
+    index = {name: number for number, name in enumerate(classes)}
+    labels = [index[path.relative_to(root).parts[0]] for path in inside] if good == inside else None
+    return ImageListing(root, good, labels, classes, skipped)
 
 
 def walk_files(
-    folder: Path,
-    files: list[tuple[Path, int]],
-    skipped: list[tuple[Path, str]],
-    above: tuple[tuple[int, int], ...] = (),
+    folder: Path, files: list[tuple[Path, int]], skipped: list[tuple[Path, str]], above: tuple[object, ...] = ()
 ) -> None:
     """Add the regular files at all depths and their sizes in bytes to ``files``, and what is none to ``skipped``.
 

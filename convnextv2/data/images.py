@@ -13,17 +13,17 @@ Conversions, and why they are what they are:
 
 from __future__ import annotations
 
+import contextlib
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, ImageSequence
 
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 """Formats that are read; JPEG includes MPO. Those that run a program (EPS) or have no signature (TGA, PCD) are not."""
-
-BACKGROUND = "white"
 
 
 class UnreadableImageError(ValueError):
@@ -65,18 +65,15 @@ def load_image(path: Path, in_chans: int) -> Image.Image | NDArray[np.float32]:
     """
     if path.suffix.lower() == ".npy":
         array = _channels_last(_load_array(path), in_chans)
-        return _unit_range(array) if in_chans not in (1, 3) else _rgb_from_array(array)
-    with _open(path) as image:
-        try:
-            if in_chans not in (1, 3):
-                return _bands(image, in_chans)
-            image.load()
-            rgb = _to_rgb(image)
-            return rgb if in_chans == 3 else rgb.convert("L").convert("RGB")
-        except UnreadableImageError:
-            raise
-        except Exception as error:  # damaged files make the decoders raise nearly anything
-            raise UnreadableImageError(_reason(error)) from error
+        if in_chans not in (1, 3):
+            return _unit_range(array)
+        return Image.fromarray(np.ascontiguousarray(np.broadcast_to(to_bytes(array), (*array.shape[:2], 3))))
+    with _open(path) as image, _reasons():
+        if in_chans not in (1, 3):
+            return _bands(image, in_chans)
+        image.load()
+        rgb = _to_rgb(image)
+        return rgb if in_chans == 3 else rgb.convert("L").convert("RGB")
 
 
 def to_bytes(values: NDArray[np.generic]) -> NDArray[np.uint8]:
@@ -106,18 +103,25 @@ def to_bytes(values: NDArray[np.generic]) -> NDArray[np.uint8]:
     return np.rint((wide - low) * (255.0 / span if span else 0.0)).astype(np.uint8)
 
 
-def _open(path: Path) -> Image.Image:
+@contextlib.contextmanager
+def _reasons(problem: str = "", path: Path | None = None) -> Iterator[None]:
+    """Any error as an UnreadableImageError: damaged files make the decoders raise nearly anything."""
     try:
-        if path.stat().st_size == 0:
+        if path is not None and path.stat().st_size == 0:
             raise UnreadableImageError("empty file")
-        image = Image.open(path, formats=FORMATS)
-        if image.format == "TIFF":
-            image.filename = ""  # else Pillow maps uncompressed files by the size of the turned image: scrambled rows
-        return image
+        yield
     except UnreadableImageError:
         raise
-    except Exception as error:  # as above: a damaged header
-        raise UnreadableImageError(_reason(error)) from error
+    except Exception as error:
+        raise UnreadableImageError(problem + _reason(error)) from error
+
+
+def _open(path: Path) -> Image.Image:
+    with _reasons(path=path):
+        image = Image.open(path, formats=FORMATS)
+    if image.format == "TIFF":
+        image.filename = ""  # else Pillow maps uncompressed files by the size of the turned image: scrambled rows
+    return image
 
 
 def _reason(error: Exception) -> str:
@@ -137,8 +141,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         image = Image.fromarray(to_bytes(values))
     elif image.has_transparency_data:
         image = image.convert("RGBA")
-        page = Image.new("RGBA", image.size, BACKGROUND)
-        image = Image.alpha_composite(page, image)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     image = image.convert("RGB")
     if exif:
         image.info = {"exif": exif}
@@ -159,10 +162,7 @@ def _orientation(image: Image.Image) -> bytes:
 def _bands(image: Image.Image, in_chans: int) -> NDArray[np.float32]:
     frames = getattr(image, "n_frames", 1)
     if frames == in_chans and len(image.getbands()) == 1:
-        pages = []
-        for index in range(frames):
-            image.seek(index)
-            pages.append(np.asarray(image))
+        pages = [np.asarray(page) for page in ImageSequence.Iterator(image)]
         if len({page.shape for page in pages}) > 1:
             raise UnreadableImageError("its pages differ in size")
         return _unit_range(np.stack(pages, axis=-1))
@@ -174,20 +174,10 @@ def _bands(image: Image.Image, in_chans: int) -> NDArray[np.float32]:
 
 
 def _load_array(path: Path, mmap: bool = False) -> NDArray[np.generic]:
-    try:
-        if path.stat().st_size == 0:
-            raise UnreadableImageError("empty file")
+    with _reasons("not a readable .npy array: ", path):  # or its header asks for more memory than there is
         array = np.load(path, mmap_mode="r" if mmap else None, allow_pickle=False)
-    except UnreadableImageError:
-        raise
-    except Exception as error:  # a damaged header, or one that asks for more memory than there is
-        raise UnreadableImageError(f"not a readable .npy array: {_reason(error)}") from error
-    if (
-        not isinstance(array, np.ndarray)
-        or array.ndim not in (2, 3)
-        or 0 in array.shape
-        or array.dtype.kind not in "biuf"
-    ):
+    numbers = isinstance(array, np.ndarray) and array.dtype.kind in "biuf"
+    if not numbers or array.ndim not in (2, 3) or 0 in array.shape:
         raise UnreadableImageError("expected an array of numbers [H, W], [H, W, C] or [C, H, W]")
     return array
 
@@ -202,11 +192,6 @@ def _channels_last(array: NDArray[np.generic], in_chans: int) -> NDArray[np.gene
         if array.shape[0] == channels:
             return np.moveaxis(array, 0, -1)
     raise UnreadableImageError(f"has the shape {array.shape}, expected {in_chans} channels first or last")
-
-
-def _rgb_from_array(array: NDArray[np.generic]) -> Image.Image:
-    data = to_bytes(array)
-    return Image.fromarray(np.ascontiguousarray(np.broadcast_to(data, (*data.shape[:2], 3))))
 
 
 def _unit_range(array: NDArray[np.generic]) -> NDArray[np.float32]:

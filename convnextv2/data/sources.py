@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from convnextv2.data.images import load_image
+from convnextv2.data.transforms import Statistics
 
 CROP_SCALES: Mapping[str, tuple[float, float]] = {"pretrain": (0.2, 1.0), "finetune": (0.08, 1.0)}
 """Shares of an image's area that random crops take, by task, where a source has no reason for others."""
@@ -31,14 +32,11 @@ def stratified_split(labels: Sequence[int], val_fraction: float, seed: int) -> t
     """
     if not 0 < val_fraction < 1:
         raise ValueError(f"val_fraction must lie strictly between 0 and 1, got {val_fraction}")
-    rng = np.random.default_rng(seed)
-    members: dict[int, list[int]] = {}
-    for index, label in enumerate(labels):
-        members.setdefault(label, []).append(index)
+    rng, numbers = np.random.default_rng(seed), np.asarray(labels)
     train: list[int] = []
     val: list[int] = []
-    for label in sorted(members):
-        order = [members[label][i] for i in rng.permutation(len(members[label]))]
+    for label in np.unique(numbers):
+        order = rng.permutation(np.flatnonzero(numbers == label)).tolist()
         count = min(len(order) - 1, max(1, round(len(order) * val_fraction)))
         val += order[:count]
         train += order[count:]
@@ -113,7 +111,6 @@ class Part:
     """Images that are trained or validated on.
 
     Args:
-        images: decoded.
         labels: index into the source's classes of each image, or None.
         skipped: files left out, and why.
     """
@@ -154,7 +151,7 @@ class OpenedSource:
     val: Part | None = None
     classes: Sequence[str] = ()
     hold_out: bool = False
-    statistics: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+    statistics: Statistics | None = None
     crop_scale: Mapping[str, tuple[float, float]] = field(default_factory=lambda: CROP_SCALES)
     hflip: float = 0.5
 

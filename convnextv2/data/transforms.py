@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ from torch import Tensor
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 Transform = Callable[[Any], Tensor]
+Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 
 WIDEST_ASPECT = 8
 """Longer sides are cut to this multiple of the shorter one before the evaluation's resize, which scales the shorter
@@ -55,11 +57,9 @@ class Augmentation:
             raise ValueError(f"color_jitter must not be negative, got {self.color_jitter}")
 
 
-def default_statistics(in_chans: int) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+def default_statistics(in_chans: int) -> Statistics | None:
     """Mean and standard deviation for pixels in [0, 1]: ImageNet's for 3 channels, 0.5 for 1, None for others."""
-    if in_chans == 3:
-        return IMAGENET_MEAN, IMAGENET_STD
-    return ((0.5,), (0.5,)) if in_chans == 1 else None
+    return {1: ((0.5,), (0.5,)), 3: (IMAGENET_MEAN, IMAGENET_STD)}.get(in_chans)
 
 
 def check_statistics(mean: Sequence[float], std: Sequence[float], in_chans: int) -> None:
@@ -75,22 +75,18 @@ def preprocessing_from_metadata(
 ) -> tuple[tuple[float, ...], tuple[float, ...], tuple[int, int]]:
     """What a checkpoint says about its images: (mean, std, (H, W)).
 
-    Args:
-        metadata: ``mean``, ``std`` and ``img_size`` as lists or JSON text; what is missing gets the default.
-        in_chans: channels of the network.
-        default_size: (H, W) where the metadata has no ``img_size``.
+    ``metadata`` has ``mean``, ``std`` and ``img_size`` as lists or JSON text; what is missing gets the default for
+    ``in_chans`` channels, and ``default_size``.
 
     Raises:
         ValueError: if an entry is malformed, or nothing is known for this number of channels.
     """
 
-    def numbers(name: str) -> list[float] | None:
+    def numbers(name: str) -> tuple[float, ...] | None:
         value = metadata.get(name)
         try:
             value = json.loads(value) if isinstance(value, str) else value
-            return (
-                None if value is None else [float(v) for v in (value if isinstance(value, list | tuple) else [value])]
-            )
+            return None if value is None else tuple(map(float, value if isinstance(value, list | tuple) else [value]))
         except (TypeError, ValueError) as error:
             raise ValueError(f"the checkpoint's {name!r} should be a list of numbers, got {value!r}") from error
 
@@ -99,13 +95,13 @@ def preprocessing_from_metadata(
         known = default_statistics(in_chans)
         if known is None:
             raise ValueError(f"the checkpoint does not say the mean and std of its {in_chans} channels")
-        mean, std = list(known[0]), list(known[1])
+        mean, std = known
     check_statistics(mean, std, in_chans)
     if size is None:
-        return tuple(mean), tuple(std), default_size
+        return mean, std, default_size
     if len(size) > 2 or min(size) < 1:
-        raise ValueError(f"the checkpoint's 'img_size' should be a height and a width, got {size}")
-    return tuple(mean), tuple(std), (int(size[0]), int(size[-1]))
+        raise ValueError(f"the checkpoint's 'img_size' should be a height and a width, got {list(size)}")
+    return mean, std, (int(size[0]), int(size[-1]))
 
 
 def crop_share(img_size: tuple[int, int]) -> float:
@@ -120,43 +116,17 @@ def sample_seed(seed: int, epoch: int, index: int) -> Iterator[None]:
     With it a sample looks the same in the same epoch whatever was drawn before: after a resume, and with any number
     of workers. Costs well below a millisecond.
     """
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002  # timm draws from it
+    states = random.getstate(), np.random.get_state()  # noqa: NPY002  # timm draws from it
     words = np.random.SeedSequence((seed, epoch, index)).generate_state(3)
     random.seed(int(words[0]))
     np.random.seed(words[1])  # noqa: NPY002
-    torch.default_generator.manual_seed(int(words[2]))
     try:
-        yield
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(int(words[2]))
+            yield
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])  # noqa: NPY002
-        torch.set_rng_state(states[2])
-
-
-class FirstChannel:
-    """``[1, H, W]`` of a gray image that went through the pipeline as three equal channels."""
-
-    def __call__(self, image: Tensor) -> Tensor:
-        return image[:1].clone()
-
-
-class LimitAspect:
-    """Cut a PIL image around its centre so that no side is longer than :data:`WIDEST_ASPECT` times the other."""
-
-    def __call__(self, image: Image.Image) -> Image.Image:
-        width, height = image.size
-        limit = WIDEST_ASPECT * min(width, height)
-        if max(width, height) <= limit:
-            return image
-        left, top = max(0, width - limit) // 2, max(0, height - limit) // 2
-        return image.crop((left, top, left + min(width, limit), top + min(height, limit)))
-
-
-class ArrayToTensor:
-    """``[H, W, C]`` float32 array to ``[C, H, W]``."""
-
-    def __call__(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(np.moveaxis(array, -1, 0)))
 
 
 def train_transform(
@@ -168,14 +138,10 @@ def train_transform(
     crop_scale: tuple[float, float],
     hflip: float,
 ) -> Transform:
-    """Random resized crop (bicubic), flip, and what ``augmentation`` asks for; then normalisation.
+    """Random resized crop (bicubic) to (H, W), flip, and what ``augmentation`` asks for; then normalisation.
 
-    Args:
-        img_size: (H, W).
-        mean, std: one number a channel. For 1 or 3 channels the transform takes RGB images, else ``[H, W, C]`` arrays,
-            for which there are crops and flips only.
-        augmentation: the user's wishes.
-        crop_scale, hflip: what to do where those are None.
+    With one or three numbers in ``mean`` and ``std`` the transform takes RGB images, else ``[H, W, C]`` arrays, for
+    which there are crops and flips only. ``crop_scale`` and ``hflip`` count where those of ``augmentation`` are None.
 
     Raises:
         ValueError: if colour augmentation is asked for where the images are arrays.
@@ -189,31 +155,14 @@ def train_transform(
             raise ValueError(
                 f"color_jitter and auto_augment know images of 1 or 3 channels, not {len(mean)}; leave them out"
             )
-        steps: list[Any] = [
-            ArrayToTensor(),
-            tv.RandomResizedCrop(img_size, scale=scale, interpolation=tv.InterpolationMode.BICUBIC, antialias=True),
-            tv.RandomHorizontalFlip(flip),
-            tv.Normalize(mean, std),
-            tv.RandomErasing(augmentation.random_erasing, value="random"),
-        ]
-        return tv.Compose(steps)
-    from timm.data import create_transform
-
-    transform = create_transform(
-        (3, *img_size),
-        is_training=True,
-        scale=scale,
-        hflip=flip,
-        color_jitter=augmentation.color_jitter,
-        auto_augment=augmentation.auto_augment,
-        interpolation="bicubic",
-        mean=_three(mean),
-        std=_three(std),
-        re_prob=augmentation.random_erasing,
-        re_mode="pixel",
-    )
+        crop = tv.RandomResizedCrop(img_size, scale=scale, interpolation=tv.InterpolationMode.BICUBIC, antialias=True)
+        erase = tv.RandomErasing(augmentation.random_erasing, value="random")
+        return tv.Compose([tv.ToTensor(), crop, tv.RandomHorizontalFlip(flip), tv.Normalize(mean, std), erase])
+    changes = {"color_jitter": augmentation.color_jitter, "auto_augment": augmentation.auto_augment}
+    erasing = {"re_prob": augmentation.random_erasing, "re_mode": "pixel"}
+    transform = _timm_transform(img_size, mean, std, is_training=True, scale=scale, hflip=flip, **changes, **erasing)
     _keep_a_bit(transform)
-    return _one_channel(transform, len(mean))
+    return transform
 
 
 def eval_transform(img_size: tuple[int, int], mean: Sequence[float], std: Sequence[float]) -> Transform:
@@ -223,63 +172,60 @@ def eval_transform(img_size: tuple[int, int], mean: Sequence[float], std: Sequen
 
         height, width = (round(side / crop_share(img_size)) for side in img_size)
         resize = tv.Resize((height, width), interpolation=tv.InterpolationMode.BICUBIC, antialias=True)
-        return tv.Compose(
-            [ArrayToTensor(), _CentreAspect(width / height), resize, tv.CenterCrop(img_size), tv.Normalize(mean, std)]
-        )
+        aspect = functools.partial(_cut_to_aspect, aspect=width / height)
+        return tv.Compose([tv.ToTensor(), aspect, resize, tv.CenterCrop(img_size), tv.Normalize(mean, std)])
+    transform = _timm_transform(img_size, mean, std, is_training=False, crop_pct=crop_share(img_size))
+    transform.transforms.insert(0, _limit_aspect)
+    return transform
+
+
+def _timm_transform(img_size: tuple[int, int], mean: Sequence[float], std: Sequence[float], **options: Any) -> Any:
+    """Of RGB images; for one channel, gray images go through as three equal ones, of which the first is left."""
     from timm.data import create_transform
 
-    transform = create_transform(
-        (3, *img_size),
-        is_training=False,
-        interpolation="bicubic",
-        mean=_three(mean),
-        std=_three(std),
-        crop_pct=crop_share(img_size),
-    )
-    transform.transforms.insert(0, LimitAspect())
-    return _one_channel(transform, len(mean))
-
-
-class _AtLeastOneBit:
-    """A level function of timm's posterization that keeps one bit at least: at the highest level timm asks for none,
-    which Pillow refuses from version 13 on (before, the image turned black)."""
-
-    def __init__(self, level_function: Callable[[float, dict[str, Any]], tuple[int, ...]]) -> None:
-        self.level_function = level_function
-
-    def __call__(self, level: float, hparams: dict[str, Any]) -> tuple[int, ...]:
-        bits, *rest = self.level_function(level, hparams)
-        return max(1, bits), *rest
+    repeats = 3 // len(mean)
+    statistics: dict[str, Any] = {"mean": tuple(mean) * repeats, "std": tuple(std) * repeats}
+    transform = create_transform((3, *img_size), interpolation="bicubic", **statistics, **options)
+    if len(mean) == 1:
+        transform.transforms.append(_first_channel)
+    return transform
 
 
 def _keep_a_bit(transform: Any) -> None:
-    """Guard the posterizations of timm's RandAugment, AugMix and AutoAugment in ``transform``."""
+    """Guard the posterizations of timm's RandAugment, AugMix and AutoAugment in ``transform``.
+
+    At the highest level timm asks for no bit, which Pillow refuses from version 13 on (before, the image turned black).
+    """
     for step in transform.transforms:
         policies = [getattr(step, "ops", []), *getattr(step, "policy", [])]
         for operation in (operation for policy in policies for operation in policy):
             if operation.name.startswith("Posterize"):
-                operation.level_fn = _AtLeastOneBit(operation.level_fn)
+                operation.level_fn = functools.partial(_at_least_one_bit, operation.level_fn)
 
 
-class _CentreAspect:
+def _at_least_one_bit(level_function: Callable[..., tuple[int, ...]], *args: Any) -> tuple[int, ...]:
+    bits, *rest = level_function(*args)
+    return max(1, bits), *rest
+
+
+def _first_channel(image: Tensor) -> Tensor:
+    return image[:1].clone()
+
+
+def _limit_aspect(image: Image.Image) -> Image.Image:
+    """Cut a PIL image around its centre so that no side is longer than :data:`WIDEST_ASPECT` times the other."""
+    width, height = image.size
+    limit = WIDEST_ASPECT * min(width, height)
+    if max(width, height) <= limit:
+        return image
+    left, top = max(0, width - limit) // 2, max(0, height - limit) // 2
+    return image.crop((left, top, left + min(width, limit), top + min(height, limit)))
+
+
+def _cut_to_aspect(image: Tensor, aspect: float) -> Tensor:
     """Cut ``[C, H, W]`` around its centre to the aspect ratio (width / height) wanted."""
-
-    def __init__(self, aspect: float) -> None:
-        self.aspect = aspect
-
-    def __call__(self, image: Tensor) -> Tensor:
-        height, width = image.shape[1:]
-        new_width = max(1, min(width, round(height * self.aspect)))
-        new_height = max(1, min(height, round(width / self.aspect)))
-        top, left = (height - new_height) // 2, (width - new_width) // 2
-        return image[:, top : top + new_height, left : left + new_width]
-
-
-def _three(values: Sequence[float]) -> tuple[float, ...]:
-    return tuple(values) * 3 if len(values) == 1 else tuple(values)
-
-
-def _one_channel(transform: Any, channels: int) -> Transform:
-    if channels == 1:
-        transform.transforms.append(FirstChannel())
-    return transform
+    height, width = image.shape[1:]
+    new_width = max(1, min(width, round(height * aspect)))
+    new_height = max(1, min(height, round(width / aspect)))
+    top, left = (height - new_height) // 2, (width - new_width) // 2
+    return image[:, top : top + new_height, left : left + new_width]

@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 
-from convnextv2.data.build import build_predict_dataset
-from convnextv2.data.datasets import PredictDataset
+from convnextv2.data import PredictDataset, build_predict_dataset
 from convnextv2.data.loading import make_loader
 from convnextv2.data.transforms import preprocessing_from_metadata
 from convnextv2.models.classifier import ConvNeXtV2
@@ -54,7 +53,6 @@ def load_classifier(
 
     Args:
         path: checkpoint, or run folder.
-        device: where the network goes.
         img_size: (H, W) in pixels; None takes the checkpoint's.
 
     Raises:
@@ -108,10 +106,8 @@ def predict_images(
     """One prediction a file, in the data set's order, as they come.
 
     Args:
-        classifier: from :func:`load_classifier`.
         dataset: from :meth:`Classifier.dataset`.
         topk: likeliest classes to give; at most all.
-        batch_size: images at a time.
         workers: processes that decode images; None takes up to four where there are eight batches or more.
         progress: wraps the batches.
     """

@@ -16,9 +16,6 @@ class ConvNeXtV2(Encoder):
     """ConvNeXt V2 for classification: dense encoder, global average pooling, LayerNorm, linear head.
 
     Its state dict has the names and shapes of the official dense checkpoints.
-
-    Args:
-        config: encoder, number of classes (0: no head) and head initialisation.
     """
 
     def __init__(self, config: ClassifierConfig) -> None:
@@ -60,19 +57,13 @@ def create_model(
     Args:
         name: ``convnextv2_atto`` … ``convnextv2_huge``, or a configuration (then the three encoder options after
             ``num_classes`` are taken from it).
-        num_classes: outputs of the head; 0 for pooled features.
-        drop_path_rate: stochastic depth of the last block.
-        in_chans: channels of the images.
-        patch_size: total stride, 32, 16 or 8.
-        head_init_scale: factor on the head's initial weights.
+        num_classes, head_init_scale: as :class:`~convnextv2.models.config.ClassifierConfig`.
+        drop_path_rate, in_chans, patch_size: as ``EncoderConfig``.
 
     Raises:
         ValueError: if the name is unknown or an option is out of range.
     """
-    if isinstance(name, EncoderConfig):
-        encoder = name
-    else:
-        encoder = encoder_config(name, drop_path_rate=drop_path_rate, in_chans=in_chans, patch_size=patch_size)
+    encoder = encoder_config(name, drop_path_rate=drop_path_rate, in_chans=in_chans, patch_size=patch_size)
     return ConvNeXtV2(ClassifierConfig(encoder, num_classes, head_init_scale))
 
 

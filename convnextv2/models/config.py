@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from sparse_ops.grid import GRN_SCOPES, GRNScope
@@ -17,8 +17,7 @@ class EncoderConfig:
     """Shape of the ConvNeXt V2 encoder.
 
     Args:
-        depths: blocks in each of the four stages.
-        dims: channels in each of the four stages.
+        depths, dims: blocks and channels in each of the four stages.
         in_chans: channels of the images.
         patch_size: pixels a side of a patch, the unit of masking and the encoder's total stride: 32, 16 or 8.
             The stem's stride is an eighth of it (4, 2 or 1), so a patch is 8×8 cells after the stem.
@@ -64,11 +63,9 @@ class FCMAEConfig:
     """Shape of the masked autoencoder.
 
     Args:
-        encoder: the encoder.
         img_size: (height, width) in pixels of the training images; other multiples of the patch size work too.
         mask_ratio: share of the patches that is removed.
-        decoder_depth: blocks of the decoder.
-        decoder_dim: channels of the decoder.
+        decoder_depth, decoder_dim: blocks and channels of the decoder.
         norm_pix_loss: normalise each target patch by its own mean and variance.
         grn_scope: GRN norms over each image ("image", as the dense network does) or over the batch ("batch", as the
             official sparse pre-training does).
@@ -86,10 +83,9 @@ class FCMAEConfig:
         size = (self.img_size, self.img_size) if isinstance(self.img_size, int) else tuple(self.img_size)
         object.__setattr__(self, "img_size", size)
         check_image_size(size, self.encoder.patch_size)
-        if self.decoder_depth < 1 or self.decoder_dim < 1:
-            raise ValueError(
-                f"decoder_depth and decoder_dim must be positive, got {self.decoder_depth}, {self.decoder_dim}"
-            )
+        depth, dim = self.decoder_depth, self.decoder_dim
+        if depth < 1 or dim < 1:
+            raise ValueError(f"decoder_depth and decoder_dim must be positive, got {depth}, {dim}")
         if self.grn_scope not in GRN_SCOPES:
             raise ValueError(f"grn_scope must be one of {GRN_SCOPES}, got {self.grn_scope!r}")
 
@@ -104,7 +100,6 @@ class ClassifierConfig:
     """Shape of the dense classifier: an encoder, global average pooling, LayerNorm and a linear head.
 
     Args:
-        encoder: the encoder.
         num_classes: outputs of the head; 0 leaves the head out, the network then returns pooled features.
         head_init_scale: factor on the head's initial weights.
     """
@@ -112,7 +107,7 @@ class ClassifierConfig:
     encoder: EncoderConfig
     num_classes: int = 1000
     head_init_scale: float = 1.0
-    class_names: tuple[str, ...] = field(default=())
+    class_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "class_names", tuple(self.class_names))
@@ -146,12 +141,16 @@ A new line is a new variant: all that takes a name of a model knows it, and ``co
 """
 
 
-def encoder_config(name: str, **overrides: Any) -> EncoderConfig:
+def encoder_config(name: str | EncoderConfig, **overrides: Any) -> EncoderConfig:
     """Configuration of a variant by name, ``convnextv2_atto`` … ``convnextv2_huge`` (the prefix may be left out).
+
+    A configuration instead of a name is returned as it is, without ``overrides``.
 
     Raises:
         ValueError: if no variant has that name.
     """
+    if isinstance(name, EncoderConfig):
+        return name
     full = name if name.startswith("convnextv2_") else f"convnextv2_{name}"
     if full not in VARIANTS:
         raise ValueError(f"unknown model {name!r}; choose one of {', '.join(VARIANTS)}")
@@ -181,14 +180,11 @@ def config_from_dict(data: Mapping[str, Any]) -> EncoderConfig | FCMAEConfig | C
     if kind not in kinds:
         raise ValueError(f"unknown configuration kind {kind!r}; expected one of {', '.join(kinds)}")
     cls = kinds[kind]
-    unknown = set(values) - {f.name for f in fields(cls)}
-    if unknown:
+    if unknown := set(values) - {f.name for f in fields(cls)}:
         raise ValueError(f"{kind} has no field {', '.join(sorted(unknown))}; written by a newer version?")
     if "encoder" in values:
         values["encoder"] = config_from_dict({"kind": "EncoderConfig", **values["encoder"]})
-    for key, value in values.items():
-        if isinstance(value, list):
-            values[key] = tuple(value)
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
     try:
         return cls(**values)
     except TypeError as error:

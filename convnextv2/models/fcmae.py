@@ -37,9 +37,7 @@ class FCMAEOutput(NamedTuple):
 class FCMAE(nn.Module):
     """Sparse ConvNeXt V2 encoder, light dense decoder, reconstruction loss on the masked patches.
 
-    Args:
-        config: encoder, image size, mask ratio, decoder, target normalisation and GRN scope.
-        backend: name of the backend of the sparse depthwise convolution; ``auto`` takes the best available.
+    ``backend`` is the name of the backend of the sparse depthwise convolution; ``auto`` takes the best available.
     """
 
     def __init__(self, config: FCMAEConfig, backend: str = "auto") -> None:
@@ -84,10 +82,8 @@ class FCMAE(nn.Module):
             ValueError: if shapes do not fit, the ratio leaves no patch or every patch visible, or the mask holds
                 anything but 0 and 1.
         """
-        patch = self.config.encoder.patch_size
-        check_images(images, self.config.encoder.in_chans, patch)
-        grid_size = images.shape[2] // patch, images.shape[3] // patch
-        mask, keep = self._mask(images, mask, mask_ratio, grid_size, generator)
+        check_images(images, self.config.encoder.in_chans, self.config.encoder.patch_size)
+        mask, keep = self._mask(images, mask, mask_ratio, generator)
         backends = self._backends(images.device)
         loss, pred = (self._compiled or self._masked)(images, mask, keep, backends, return_pred)
         return FCMAEOutput(loss, pred, mask)
@@ -95,10 +91,8 @@ class FCMAE(nn.Module):
     def _backends(self, device: torch.device) -> tuple[Backend, Backend]:
         """Those of the encoder and the decoder, warmed up for a step, which they do once."""
         config, dtype = self.config, autocast_dtype(device) or self.mask_token.dtype
-        parts = (
-            (config.encoder.stages, config.encoder.kernel_size),
-            ([(1, config.decoder_dim)], self.decoder[0].get_parameter("dwconv.weight").shape[-1]),
-        )
+        decoder_kernel = self.decoder[0].get_parameter("dwconv.weight").shape[-1]
+        parts = (config.encoder.stages, config.encoder.kernel_size), ([(1, config.decoder_dim)], decoder_kernel)
         found = [resolve_backend(self.backend, device, dtype, kernel_size) for _, kernel_size in parts]
         if not torch.compiler.is_compiling():
             for backend, part in zip(found, parts, strict=True):
@@ -120,28 +114,23 @@ class FCMAE(nn.Module):
         self, images: Tensor, mask: Tensor, keep: int | None, backends: tuple[Backend, Backend], return_pred: bool
     ) -> tuple[Tensor, Tensor | None]:
         """Loss and prediction."""
-        grid_size = images.shape[2] // self.config.encoder.patch_size, images.shape[3] // self.config.encoder.patch_size
+        grid_size = self._grid_size(images)
         visible = ActiveSet.from_mask(mask, grid_size, keep=keep)
         hidden = ActiveSet.from_mask(1 - mask, grid_size, side=1, keep=None if keep is None else mask.shape[1] - keep)
         features, grid = self.encode(images, visible, backends[0])
-        pred = None
-        if return_pred:
-            cells = pointwise_conv(self.pred, self.decode(features, grid, backend=backends[1]))
-            pred_hidden = hidden.gather(cells)
-            pred = cells.permute(0, 3, 1, 2)
-        else:
-            pred_hidden = pointwise_conv(self.pred, self.decode(features, grid, hidden.patch_index, backends[1]))
-        return self.loss(pred_hidden, self.targets(images, hidden)), pred
+        rows = None if return_pred else hidden.patch_index
+        pred = pointwise_conv(self.pred, self.decode(features, grid, rows, backends[1]))
+        loss = self.loss(hidden.gather(pred) if return_pred else pred, self.targets(images, hidden))
+        return loss, pred.permute(0, 3, 1, 2) if return_pred else None
+
+    def _grid_size(self, images: Tensor) -> tuple[int, int]:
+        return images.shape[2] // self.config.encoder.patch_size, images.shape[3] // self.config.encoder.patch_size
 
     def _mask(
-        self,
-        images: Tensor,
-        mask: Tensor | None,
-        mask_ratio: float | None,
-        grid_size: tuple[int, int],
-        generator: torch.Generator | None,
+        self, images: Tensor, mask: Tensor | None, mask_ratio: float | None, generator: torch.Generator | None
     ) -> tuple[Tensor, int | None]:
         """The mask ``[B, L]`` and, where it was drawn, the number of visible patches of every image."""
+        grid_size = self._grid_size(images)
         num_patches = grid_size[0] * grid_size[1]
         if mask is None:
             ratio = self.config.mask_ratio if mask_ratio is None else mask_ratio
@@ -152,10 +141,8 @@ class FCMAE(nn.Module):
         if tuple(mask.shape) == (images.shape[0], *grid_size):
             mask = mask.flatten(1)
         if tuple(mask.shape) != (images.shape[0], num_patches):
-            raise ValueError(
-                f"expected a mask [{images.shape[0]}, {num_patches}] for a patch grid of "
-                f"{grid_size[0]}×{grid_size[1]}, got {tuple(mask.shape)}"
-            )
+            expected = f"a mask [{images.shape[0]}, {num_patches}] for a patch grid of {grid_size[0]}×{grid_size[1]}"
+            raise ValueError(f"expected {expected}, got {tuple(mask.shape)}")
         mask = mask.to(images.device, torch.float32)
         if not torch.all((mask == 0) | (mask == 1)):
             raise ValueError("a mask holds 1 (masked) and 0 (visible) only")
@@ -221,7 +208,7 @@ class FCMAE(nn.Module):
         """
         grid_size = pred.shape[2], pred.shape[3]
         rows = pred.permute(0, 2, 3, 1).flatten(0, 2).float()
-        everything = ActiveSet.full(images.shape[0], (grid_size[0], grid_size[1]), side=1, device=images.device)
+        everything = ActiveSet.full(images.shape[0], grid_size, side=1, device=images.device)
         if self.config.norm_pix_loss:
             variance, mean = torch.var_mean(everything.gather_patches(images).float(), dim=1, keepdim=True)
             rows = rows * (variance + TARGET_EPS).sqrt() + mean
@@ -231,13 +218,9 @@ class FCMAE(nn.Module):
 def unpatchify(patches: Tensor, grid_size: tuple[int, int], channels: int) -> Tensor:
     """``[B, L, p·p·channels]``, channels last in a patch, to images ``[B, channels, gh·p, gw·p]``."""
     batch, _, pixels = patches.shape
-    gh, gw = grid_size
     side = round((pixels // channels) ** 0.5)
-    return (
-        patches.view(batch, gh, gw, side, side, channels)
-        .permute(0, 5, 1, 3, 2, 4)
-        .reshape(batch, channels, gh * side, gw * side)
-    )
+    by_channel = patches.view(batch, *grid_size, side**2, channels).permute(0, 4, 3, 1, 2)
+    return nn.functional.pixel_shuffle(by_channel.flatten(1, 2), side)
 
 
 def pixel_mask(mask: Tensor, grid_size: tuple[int, int], patch_size: int) -> Tensor:
@@ -264,26 +247,17 @@ def create_fcmae(
 
     Args:
         name: ``convnextv2_atto`` … ``convnextv2_huge``, or a configuration (then ``patch_size``, ``in_chans`` and
-            ``drop_path_rate`` are taken from it).
+            ``drop_path_rate``, as :class:`~.config.EncoderConfig` has them, are taken from it).
         img_size: pixels, (H, W) or one number for a square.
-        patch_size: pixels a patch side: 32, 16 or 8.
-        in_chans: channels of the images.
         backend: ``auto`` or the name of a backend (``python -m sparse_ops`` lists them).
-        grn_scope: ``image`` or ``batch``, see :class:`~convnextv2.models.config.FCMAEConfig`.
-        mask_ratio: share of the patches that is masked.
-        decoder_depth, decoder_dim: shape of the decoder.
-        norm_pix_loss: normalise target patches.
-        drop_path_rate: stochastic depth of the encoder's last block.
+        grn_scope, mask_ratio, decoder_depth, decoder_dim, norm_pix_loss: as :class:`~.config.FCMAEConfig`.
 
     Raises:
         ValueError: if the name is unknown or an option is out of range.
         BackendUnavailableError: if the backend named cannot run here.
     """
-    if isinstance(name, EncoderConfig):
-        encoder = name
-    else:
-        encoder = encoder_config(name, patch_size=patch_size, in_chans=in_chans, drop_path_rate=drop_path_rate)
-    size = (img_size, img_size) if isinstance(img_size, int) else (img_size[0], img_size[1])
+    encoder = encoder_config(name, patch_size=patch_size, in_chans=in_chans, drop_path_rate=drop_path_rate)
+    size = (img_size, img_size) if isinstance(img_size, int) else img_size
     config = FCMAEConfig(encoder, size, mask_ratio, decoder_depth, decoder_dim, norm_pix_loss, grn_scope)
     keep_count(config.grid_size[0] * config.grid_size[1], mask_ratio)
     if backend != "auto":

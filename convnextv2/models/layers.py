@@ -11,10 +11,9 @@ EPS = 1e-6
 
 
 class DropPath(nn.Module):
-    """Stochastic depth, drawn per image from torch's generator and scaled so that the expectation is kept.
+    """Stochastic depth: in training the branch of an image is dropped with probability ``rate``.
 
-    Args:
-        rate: probability that the branch of an image is dropped, in training mode only.
+    Drawn per image from torch's generator and scaled so that the expectation is kept.
     """
 
     def __init__(self, rate: float = 0.0) -> None:

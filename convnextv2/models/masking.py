@@ -36,15 +36,10 @@ def random_mask(
 ) -> Tensor:
     """Mask with the same number of visible patches in every image, uniformly drawn.
 
-    Args:
-        batch_size: B.
-        num_patches: L.
-        mask_ratio: share to mask, see :func:`keep_count`.
-        generator: source of randomness; its device decides where the numbers are drawn.
-        device: where the mask goes.
+    The device of ``generator`` decides where the numbers are drawn; ``device`` is where the mask goes.
 
     Returns:
-        ``[B, L]`` float32: 1 = masked, 0 = visible.
+        ``[batch_size, num_patches]`` float32: 1 = masked, 0 = visible.
 
     Raises:
         ValueError: as :func:`keep_count`.

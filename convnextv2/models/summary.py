@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 from dataclasses import dataclass
@@ -18,11 +19,9 @@ from convnextv2.models.fcmae import FCMAE
 
 @dataclass(frozen=True)
 class Layer:
-    """A row of the table.
+    """A row of the table: a module, its type and its size.
 
     Args:
-        name: the module's.
-        kind: its type.
         shape: of its output for one image, channels last: (H, W, C), or (N, C) for N visible cells.
         parameters: all below it.
         multiply_adds: all below it: of convolutions, at every tap, and linear layers; normalisation is not counted.
@@ -60,18 +59,16 @@ def layers(
     for name, module in model.named_modules():  # from the outside in
         if name and _is_row(module, leaves) and not any(name.startswith(f"{outer}.") for outer in watched):
             watched[name] = module
-    handles = [module.register_forward_hook(note(name)) for name, module in watched.items()]
-    try:
-        with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=_TAPS) as counter:
-            if isinstance(model, FCMAE):
-                readable = copy.copy(model)
-                readable.backend = "reference"  # whose operations are torch's own
-                readable(images, mask_ratio=mask_ratio)
-            else:
-                model(images)
-    finally:
-        for handle in handles:
-            handle.remove()
+    counter = FlopCounterMode(display=False, custom_mapping=_TAPS)
+    with contextlib.ExitStack() as hooks, torch.no_grad(), counter:
+        for name, module in watched.items():
+            hooks.enter_context(module.register_forward_hook(note(name)))
+        if isinstance(model, FCMAE):
+            readable = copy.copy(model)
+            readable.backend = "reference"  # whose operations are torch's own
+            readable(images, mask_ratio=mask_ratio)
+        else:
+            model(images)
     rows: list[Layer] = []
     for name, shape in outputs.items():  # in the order in which they were called
         module, place = watched[name], f"{type(model).__name__}.{name}"
