@@ -29,10 +29,8 @@ def morton_coordinates(side: int) -> list[tuple[int, int]]:
     if side < 1 or side > MAX_SIDE or side & (side - 1):
         raise ValueError(f"side must be a power of two between 1 and {MAX_SIDE}, got {side}")
     cells = [(0, 0)]
-    step = 1
-    while step < side:
-        cells = [(y + dy * step, x + dx * step) for dy in (0, 1) for dx in (0, 1) for y, x in cells]
-        step *= 2
+    for bit in range(side.bit_length() - 1):
+        cells = [(y + (dy << bit), x + (dx << bit)) for dy in (0, 1) for dx in (0, 1) for y, x in cells]
     return cells
 
 
@@ -76,10 +74,8 @@ class _PatchIndex:
     """The visible patches of a batch: shared by the active sets of all stages, so that tables are built once."""
 
     def __init__(self, flat_P: Tensor, batch_size: int, grid_size: tuple[int, int], counts: tuple[int, ...]) -> None:
-        self.flat_P = flat_P
-        self.batch_size = batch_size
-        self.grid_size = grid_size
-        self.counts = counts
+        self.flat_P, self.counts = flat_P, counts
+        self.batch_size, self.grid_size = batch_size, grid_size
         self.workspace = Workspace()
         self.backend_cache: dict[Any, Any] = {}
         self._tables: dict[Any, Tensor] = {}
@@ -331,11 +327,8 @@ class ActiveSet:
         visible = images.contiguous().view(-1, self.side * kx).index_select(0, row.flatten())
         # The bits of y and x become axes of their own; interleaving them is Z-order.
         bits = visible.reshape(self.num_patches, channels, *(2,) * levels, ky, *(2,) * levels, kx)
-        y_axes = range(2, 2 + levels)
-        x_axes = range(3 + levels, 3 + 2 * levels)
-        interleaved = [axis for pair in zip(y_axes, x_axes, strict=True) for axis in pair]
-        order = (0, *interleaved, 1, 2 + levels, 3 + 2 * levels)
-        return bits.permute(order).reshape(self.num_cells, channels * ky * kx)
+        interleaved = [axis for y_axis in range(2, 2 + levels) for axis in (y_axis, y_axis + levels + 1)]
+        return bits.permute(0, *interleaved, 1, 2 + levels, 3 + 2 * levels).reshape(self.num_cells, channels * ky * kx)
 
     def check_rows(self, x: Tensor) -> None:
         """Raise ValueError unless ``x`` is ``[N, C]`` with this set's N."""

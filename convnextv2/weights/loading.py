@@ -95,27 +95,17 @@ def init_classifier(model: ConvNeXtV2, checkpoint: Checkpoint | str | Path) -> L
     The whole encoder must be there. The final norm and the head may be missing and then keep their initial values; a
     head with another number of classes, a decoder and a mask token are dropped.
 
-    Returns:
-        What was loaded, dropped and left new.
-
     Raises:
         CheckpointError: if the file cannot be read, or is of another variant: both are named.
     """
     checkpoint = as_checkpoint(checkpoint)
     weights = _read_for(model.encoder_config, checkpoint)
     target = model.state_dict()
-    state = dict(target)
-    loaded, dropped = [], []
-    for name, tensor in weights:
-        if name in target and target[name].shape == tensor.shape:
-            state[name] = tensor
-            loaded.append(name)
-        else:
-            dropped.append(name)
+    loaded = {name: own for name, own in weights if name in target and target[name].shape == own.shape}
+    dropped = tuple(name for name, _ in weights if name not in loaded)
     assert all(name.split(".")[0] in (*DECODER_PARTS, "head") for name in dropped)
-    load_strict(model, state, checkpoint.path)
-    new = tuple(name for name in target if name not in loaded)
-    return LoadReport(checkpoint.path, tuple(loaded), tuple(dropped), new)
+    load_strict(model, {**target, **loaded}, checkpoint.path)
+    return LoadReport(checkpoint.path, tuple(loaded), dropped, tuple(name for name in target if name not in loaded))
 
 
 def init_fcmae(model: FCMAE, checkpoint: Checkpoint | str | Path) -> str:
@@ -131,8 +121,7 @@ def init_fcmae(model: FCMAE, checkpoint: Checkpoint | str | Path) -> str:
     """
     checkpoint = as_checkpoint(checkpoint)
     weights = _read_for(model.config.encoder, checkpoint)
-    state = model.state_dict()
-    decoder = weights.decoder
+    state, decoder = model.state_dict(), weights.decoder
     whole = bool(decoder) and all(name in state and state[name].shape == value.shape for name, value in decoder.items())
     taken = write_layout(weights if whole else replace(weights, decoder={}), "fcmae")
     load_strict(model, {**state, **taken}, checkpoint.path)

@@ -98,11 +98,9 @@ def _encoder_config(weights: Mapping[str, Tensor]) -> EncoderConfig:
     dims = (stem[0], *(shape(f"downsample_layers.{i}.1.weight", 4)[0] for i in range(1, NUM_STAGES)))
     depths = tuple(_count(weights, f"stages.{i}.") for i in range(NUM_STAGES))
     kernel_size = shape("stages.0.0.dwconv.weight", 4)[-1]
-    four = tuple[int, int, int, int]
+    patch_size = stem[-1] * 2 ** (NUM_STAGES - 1)
     try:
-        return EncoderConfig(
-            cast(four, depths), cast(four, dims), stem[1], stem[-1] * 2 ** (NUM_STAGES - 1), kernel_size
-        )
+        return EncoderConfig(cast(Any, depths), cast(Any, dims), stem[1], patch_size, kernel_size)
     except ValueError as error:
         raise CheckpointError(f"the weights are of no network that we have: {error}") from error
 
@@ -157,13 +155,11 @@ def read_weights(state_dict: Mapping[str, Tensor]) -> Weights:
     layout = detect_layout(state_dict)
     found, names = _translate(state_dict, get_layout(layout))
     _check_values(found, names)
-    groups: dict[str, dict[str, Tensor]] = {"encoder": {}, "decoder": {}, "head": {}}
-    widened = False
-    for name, tensor in found.items():
-        if tensor.dtype in (torch.float16, torch.bfloat16):
-            tensor, widened = tensor.float(), True
-        groups[part_of(name)][name] = tensor
-    encoder, decoder, head = groups.values()
+    narrow = {name for name, tensor in found.items() if tensor.dtype in (torch.float16, torch.bfloat16)}
+    encoder, decoder, head = (
+        {name: found[name].float() if name in narrow else found[name] for name in found if part_of(name) == part}
+        for part in ("encoder", "decoder", "head")
+    )
     config = _encoder_config(encoder)
     _check(encoder, _expected(Encoder, config), names)
     if decoder:
@@ -175,7 +171,7 @@ def read_weights(state_dict: Mapping[str, Tensor]) -> Weights:
             raise CheckpointError("incomplete: head.bias without head.weight")
         whole = _expected(ConvNeXtV2, ClassifierConfig(config, classes))
         _check(head, {name: value for name, value in whole.items() if name not in encoder}, names)
-    return Weights(layout, config, encoder, decoder, head, names, widened)
+    return Weights(layout, config, encoder, decoder, head, names, bool(narrow))
 
 
 def infer_config(state_dict: Mapping[str, Tensor]) -> Config:
