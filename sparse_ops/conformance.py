@@ -20,6 +20,8 @@ from sparse_ops.oracle import dense_depthwise, plain_mlp
 from sparse_ops.pointwise import MLPWeights, widened
 from sparse_ops.registry import get_backend
 
+_Tensors = Mapping[str, Tensor]
+
 
 @dataclass(frozen=True)
 class Deviation:
@@ -51,11 +53,7 @@ def _error(x: Tensor, oracle: Tensor) -> float:
 
 
 def _compare(
-    what: str,
-    results: Mapping[str, Tensor],
-    plain: Mapping[str, Tensor],
-    oracle: Mapping[str, Tensor],
-    floors: Mapping[str, float],
+    what: str, results: _Tensors, plain: _Tensors, oracle: _Tensors, floors: Mapping[str, float]
 ) -> dict[str, Deviation]:
     found: dict[str, Deviation] = {}
     for name, expected in oracle.items():
