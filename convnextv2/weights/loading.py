@@ -51,7 +51,6 @@ def load_model(
         path: as :func:`load_checkpoint`. Files of other projects work where their weights make a whole network: a
             classifier, or a masked autoencoder with its decoder.
         backend: backend of a masked autoencoder's sparse convolution.
-        device: where the network goes.
 
     Raises:
         CheckpointError: if the file cannot be read, does not fit, or holds an encoder alone.
@@ -109,12 +108,9 @@ def init_classifier(model: ConvNeXtV2, checkpoint: Checkpoint | str | Path) -> L
 
 
 def init_fcmae(model: FCMAE, checkpoint: Checkpoint | str | Path) -> str:
-    """Start a masked autoencoder from the weights of a checkpoint of any layout.
+    """Start a masked autoencoder from the weights of a checkpoint of any layout; what was loaded and is new, in words.
 
     The whole encoder must be there. The decoder is taken where there is one of the same shape.
-
-    Returns:
-        What was loaded and what is new, in words.
 
     Raises:
         CheckpointError: if the file cannot be read, or is of another variant: both are named.

@@ -61,21 +61,19 @@ def _some(names: Iterable[str]) -> str:
 def _translate(state_dict: Mapping[str, Tensor], layout: Layout) -> tuple[dict[str, Tensor], dict[str, str]]:
     numbers = (int(number) for name in state_dict for number in re.findall(r"\.(\d{1,3})(?=\.)", name))
     known = {layout.name_of(name): name for name in known_names(max(numbers, default=0) + 1)}
-    found: dict[str, Tensor] = {}
     names: dict[str, str] = {}
     unknown = []
-    for source_name, tensor in state_dict.items():
+    for source_name in state_dict:
         name = known.get(layout.spelt(source_name))
-        if name is None or name in found:
+        if name is None or name in names:
             unknown.append(source_name)
         else:
-            found[name] = layout.read(name, source_name, tensor)
             names[name] = source_name
     if unknown:
         v1 = any(re.search(r"\.(\d+)\.(gamma|layer_scale_parameter)$", name) for name in unknown)
         hint = "; layer scale makes this a ConvNeXt V1, which has no GRN" if v1 else ""
         raise CheckpointError(f"{len(unknown)} tensors do not belong to a ConvNeXt V2 ({_some(unknown)}){hint}")
-    return found, names
+    return {name: layout.read(name, source, state_dict[source]) for name, source in names.items()}, names
 
 
 def _count(names: Iterable[str], prefix: str) -> int:
@@ -175,11 +173,7 @@ def read_weights(state_dict: Mapping[str, Tensor]) -> Weights:
 
 
 def infer_config(state_dict: Mapping[str, Tensor]) -> Config:
-    """Configuration read from the weights of any layout.
-
-    Returns:
-        An FCMAEConfig if there is a decoder (image size and mask ratio are not in the weights: 7×7 patches and 0.6), a
-        ClassifierConfig if there is a final norm, else an EncoderConfig.
+    """:func:`weights_config` of the weights of any layout.
 
     Raises:
         CheckpointError: as :func:`read_weights`.
@@ -188,7 +182,8 @@ def infer_config(state_dict: Mapping[str, Tensor]) -> Config:
 
 
 def weights_config(weights: Weights) -> Config:
-    """As :func:`infer_config`, for weights that were read."""
+    """Configuration of a network with these: an FCMAEConfig if there is a decoder (image size and mask ratio are
+    not in the weights: 7×7 patches and 0.6), a ClassifierConfig if there is a final norm, else an EncoderConfig."""
     if weights.decoder:
         return _decoder_config(weights.config, weights.decoder)
     return ClassifierConfig(weights.config, weights.num_classes or 0) if weights.head else weights.config
