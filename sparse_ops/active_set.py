@@ -7,8 +7,9 @@ Shape letters used here and in the backends:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ from torch import Tensor
 from sparse_ops.workspace import Workspace
 
 MAX_SIDE = 64
+
+_Make = TypeVar("_Make", bound=Callable[..., Tensor])
 
 
 def morton_coordinates(side: int) -> list[tuple[int, int]]:
@@ -26,10 +29,8 @@ def morton_coordinates(side: int) -> list[tuple[int, int]]:
     if side < 1 or side > MAX_SIDE or side & (side - 1):
         raise ValueError(f"side must be a power of two between 1 and {MAX_SIDE}, got {side}")
     cells = [(0, 0)]
-    step = 1
-    while step < side:
-        cells = [(y + dy * step, x + dx * step) for dy in (0, 1) for dx in (0, 1) for y, x in cells]
-        step *= 2
+    for bit in range(side.bit_length() - 1):
+        cells = [(y + (dy << bit), x + (dx << bit)) for dy in (0, 1) for dx in (0, 1) for y, x in cells]
     return cells
 
 
@@ -40,36 +41,51 @@ def _morton_table(side: int, device: torch.device) -> Tensor:
     return torch.stack([((place >> (2 * bit + odd) & 1) << bit).sum(1) for odd in (1, 0)], dim=1)
 
 
+def _kept(make: _Make) -> _Make:
+    """The table that a method makes, once for its arguments. Not a cached_property, whose lock (Python < 3.12)
+    torch.compile does not trace."""
+
+    @wraps(make)
+    def kept(self: Any, *arguments: int) -> Tensor:
+        key = (make.__name__, *arguments)
+        if key not in self._tables:
+            self._tables[key] = make(self, *arguments)
+        return self._tables[key]
+
+    return cast(_Make, kept)
+
+
+def _around(
+    coordinates_M3: Tensor, size: tuple[int, int, int], reached: int, nothing: int, dtype: torch.dtype
+) -> Tensor:
+    """``[M, (2·reached + 1)²]``: which of M places (image, y, x) of ``[B, H, W]`` is around each, else ``nothing``."""
+    batch, height, width = size
+    device = coordinates_M3.device
+    shape = batch, height + 2 * reached, width + 2 * reached
+    index = torch.full(shape, nothing, dtype=dtype, device=device)
+    image, y, x = coordinates_M3.unbind(1)
+    index[image, y + reached, x + reached] = torch.arange(len(coordinates_M3), dtype=dtype, device=device)
+    step = torch.arange(2 * reached + 1, device=device)
+    table = index[image[:, None, None], y[:, None, None] + step[:, None], x[:, None, None] + step]
+    return table.flatten(1)
+
+
 class _PatchIndex:
     """The visible patches of a batch: shared by the active sets of all stages, so that tables are built once."""
 
     def __init__(self, flat_P: Tensor, batch_size: int, grid_size: tuple[int, int], counts: tuple[int, ...]) -> None:
-        self.flat_P = flat_P
-        self.batch_size = batch_size
-        self.grid_size = grid_size
-        self.counts = counts
+        self.flat_P, self.counts = flat_P, counts
+        self.batch_size, self.grid_size = batch_size, grid_size
         self.workspace = Workspace()
         self.backend_cache: dict[Any, Any] = {}
-        self._tables: dict[int, Tensor] = {}
+        self._tables: dict[Any, Tensor] = {}
         gh, gw = grid_size
         within = flat_P % (gh * gw)
         self.coordinates_P3 = torch.stack((flat_P // (gh * gw), within // gw, within % gw), dim=1)
 
-    def neighbours(self, reach: int) -> Tensor:
-        if reach not in self._tables:
-            gh, gw = self.grid_size
-            image, py, px = self.coordinates_P3.unbind(1)
-            index = torch.full(
-                (self.batch_size, gh + 2 * reach, gw + 2 * reach), -1, dtype=torch.int32, device=self.flat_P.device
-            )
-            own = torch.arange(self.flat_P.numel(), dtype=torch.int32, device=self.flat_P.device)
-            index[image, py + reach, px + reach] = own
-            offset = torch.arange(2 * reach + 1, device=self.flat_P.device)
-            table = index[
-                image[:, None, None], py[:, None, None] + offset[:, None], px[:, None, None] + offset[None, :]
-            ]
-            self._tables[reach] = table.flatten(1).contiguous()
-        return self._tables[reach]
+    @_kept
+    def neighbours(self, reached: int) -> Tensor:
+        return _around(self.coordinates_P3, (self.batch_size, *self.grid_size), reached, -1, torch.int32)
 
 
 class ActiveSet:
@@ -87,12 +103,6 @@ class ActiveSet:
         self._patches = patches
         self.side = side
         self._tables: dict[Any, Tensor] = {}
-
-    def _cached(self, name: Any, make: Callable[[], Tensor]) -> Tensor:
-        """``make()``, once. Not a cached_property, whose lock (Python < 3.12) torch.compile does not trace."""
-        if name not in self._tables:
-            self._tables[name] = make()
-        return self._tables[name]
 
     @classmethod
     def from_mask(
@@ -131,12 +141,9 @@ class ActiveSet:
                 raise ValueError(f"keep={keep} is not between 0 and {num_patches}")
             order = torch.argsort(masked.to(torch.uint8), dim=1, stable=True)[:, :keep]
             first = torch.arange(batch_size, device=mask.device)[:, None] * num_patches
-            flat = (order + first).flatten()
-            counts = (keep,) * batch_size
-        else:
-            flat = (~masked).flatten().nonzero().flatten()
-            counts = tuple((~masked).sum(1).tolist())
-        return cls(_PatchIndex(flat, batch_size, (gh, gw), counts), side)
+            return cls(_PatchIndex((order + first).flatten(), batch_size, (gh, gw), (keep,) * batch_size), side)
+        counts = tuple((~masked).sum(1).tolist())
+        return cls(_PatchIndex((~masked).flatten().nonzero().flatten(), batch_size, (gh, gw), counts), side)
 
     @classmethod
     def full(
@@ -217,30 +224,24 @@ class ActiveSet:
         return self._patches.coordinates_P3
 
     @property
+    @_kept
     def row_offsets(self) -> Tensor:
         """``[B + 1]`` int64: image b owns rows ``row_offsets[b]`` to ``row_offsets[b + 1]``."""
-        return self._cached("row_offsets", self._row_offsets)
-
-    def _row_offsets(self) -> Tensor:
         count = self.uniform_count
         if count is not None:
             return torch.arange(self.batch_size + 1, device=self.device) * count
         return torch.tensor((0, *self.cell_counts), device=self.device).cumsum(0)
 
     @property
+    @_kept
     def image_index(self) -> Tensor:
         """``[N]`` int64: the image each row belongs to."""
-        return self._cached("image_index", self._image_index)
-
-    def _image_index(self) -> Tensor:
         return self.patch_coordinates[:, 0].repeat_interleave(self.side * self.side, output_size=self.num_cells)
 
     @property
+    @_kept
     def coordinates(self) -> Tensor:
         """``[N, 3]`` int64: image, row y and column x of each active cell on the dense map."""
-        return self._cached("coordinates", self._coordinates)
-
-    def _coordinates(self) -> Tensor:
         within = _morton_table(self.side, self.device)
         corner = self.patch_coordinates[:, None, 1:] * self.side
         yx = (corner + within[None]).flatten(0, 1)
@@ -253,6 +254,7 @@ class ActiveSet:
         """
         return self._patches.neighbours(reach(kernel_size, self.side))
 
+    @_kept
     def tile_neighbours(self, kernel_size: int, tile: int) -> Tensor:
         """The same for tiles of ``tile × tile`` cells, a power of two, where patches are larger than that.
 
@@ -261,9 +263,6 @@ class ActiveSet:
         """
         if self.side <= tile:
             return self.patch_neighbours(kernel_size)
-        return self._cached(("tiles", kernel_size, tile), lambda: self._tile_neighbours(kernel_size, tile))
-
-    def _tile_neighbours(self, kernel_size: int, tile: int) -> Tensor:
         across, reached = self.side // tile, reach(kernel_size, tile)
         step = torch.arange(-reached, reached + 1, device=self.device)
         y, x = (own[:, None] + step for own in _morton_table(across, self.device).unbind(1))  # [m², 2R + 1]
@@ -277,23 +276,14 @@ class ActiveSet:
         found = torch.where(source < 0, -1, source * across**2 + place.flatten())
         return found.view(-1, (2 * reached + 1) ** 2).int()
 
+    @_kept
     def cell_neighbours(self, kernel_size: int) -> Tensor:
         """``[N, K²]`` int64: the row under each tap, row-major over the kernel, and N where there is none.
 
         Large (``N·K²·8`` bytes): for the readable reference, not for fast backends.
         """
-        return self._cached(kernel_size, lambda: self._cell_neighbours(kernel_size))
-
-    def _cell_neighbours(self, kernel_size: int) -> Tensor:
-        reach_cells = kernel_size // 2
-        height, width = self.map_size
-        image, y, x = self.coordinates.unbind(1)
-        shape = self.batch_size, height + 2 * reach_cells, width + 2 * reach_cells
-        index = torch.full(shape, self.num_cells, device=self.device)
-        index[image, y + reach_cells, x + reach_cells] = torch.arange(self.num_cells, device=self.device)
-        tap = torch.arange(kernel_size, device=self.device)
-        table = index[image[:, None, None], y[:, None, None] + tap[:, None], x[:, None, None] + tap[None, :]]
-        return table.flatten(1)
+        size = (self.batch_size, *self.map_size)
+        return _around(self.coordinates, size, kernel_size // 2, self.num_cells, torch.int64)
 
     def densify(self, x: Tensor, fill: Tensor | float = 0.0) -> Tensor:
         """Rows ``[N, C]`` placed on a dense map ``[B, H, W, C]``; other cells hold ``fill`` (a number or ``[C]``)."""
@@ -337,11 +327,8 @@ class ActiveSet:
         visible = images.contiguous().view(-1, self.side * kx).index_select(0, row.flatten())
         # The bits of y and x become axes of their own; interleaving them is Z-order.
         bits = visible.reshape(self.num_patches, channels, *(2,) * levels, ky, *(2,) * levels, kx)
-        y_axes = range(2, 2 + levels)
-        x_axes = range(3 + levels, 3 + 2 * levels)
-        interleaved = [axis for pair in zip(y_axes, x_axes, strict=True) for axis in pair]
-        order = (0, *interleaved, 1, 2 + levels, 3 + 2 * levels)
-        return bits.permute(order).reshape(self.num_cells, channels * ky * kx)
+        interleaved = [axis for y_axis in range(2, 2 + levels) for axis in (y_axis, y_axis + levels + 1)]
+        return bits.permute(0, *interleaved, 1, 2 + levels, 3 + 2 * levels).reshape(self.num_cells, channels * ky * kx)
 
     def check_rows(self, x: Tensor) -> None:
         """Raise ValueError unless ``x`` is ``[N, C]`` with this set's N."""
@@ -349,10 +336,9 @@ class ActiveSet:
             raise ValueError(f"expected features [{self.num_cells}, C] for this active set, got {tuple(x.shape)}")
 
     def __repr__(self) -> str:
-        counts: int | Sequence[int] = self._patches.counts
         return (
             f"ActiveSet(batch={self.batch_size}, grid={self.grid_size}, side={self.side}, "
-            f"visible={counts}, cells={self.num_cells}, device={self.device})"
+            f"visible={self._patches.counts}, cells={self.num_cells}, device={self.device})"
         )
 
 

@@ -20,6 +20,8 @@ from sparse_ops.oracle import dense_depthwise, plain_mlp
 from sparse_ops.pointwise import MLPWeights, widened
 from sparse_ops.registry import get_backend
 
+_Tensors = Mapping[str, Tensor]
+
 
 @dataclass(frozen=True)
 class Deviation:
@@ -46,28 +48,22 @@ def _largest(x: Tensor) -> float:
 
 def _error(x: Tensor, oracle: Tensor) -> float:
     """Largest absolute difference; infinite where ``x`` is not finite."""
-    if x.shape != oracle.shape:
-        raise AssertionError(f"expected shape {tuple(oracle.shape)}, got {tuple(x.shape)}")
     difference = x.detach().cpu().double() - oracle
     return _largest(torch.where(difference.isfinite(), difference, torch.inf))
 
 
 def _compare(
-    what: str,
-    results: Mapping[str, Tensor],
-    plain: Mapping[str, Tensor],
-    oracle: Mapping[str, Tensor],
-    floors: Mapping[str, float],
+    what: str, results: _Tensors, plain: _Tensors, oracle: _Tensors, floors: Mapping[str, float]
 ) -> dict[str, Deviation]:
     found: dict[str, Deviation] = {}
     for name, expected in oracle.items():
         if not bool(expected.isfinite().all()):
             raise AssertionError(f"{what}: the oracle itself is not finite for {name}")
-        try:
-            error = _error(results[name], expected)
-        except AssertionError as mismatch:
-            raise AssertionError(f"{what}: {name}: {mismatch}") from None
-        found[name] = Deviation(error, _error(plain[name], expected), floors[name], _largest(expected))
+        shape = tuple(results[name].shape)
+        if shape != tuple(expected.shape):
+            raise AssertionError(f"{what}: {name}: expected shape {tuple(expected.shape)}, got {shape}")
+        error, plain_error = _error(results[name], expected), _error(plain[name], expected)
+        found[name] = Deviation(error, plain_error, floors[name], _largest(expected))
     wrong = [
         f"{name}: error {d.error:.3g} > 2 × {d.plain_error:.3g} + {d.floor:.3g} (values up to {d.scale:.3g})"
         for name, d in found.items()
@@ -85,10 +81,6 @@ def _run(function: Callable[..., Tensor], leaves: Mapping[str, Tensor | None], g
     wanted = {k: v for k, v in inputs.items() if v is not None}
     grads = torch.autograd.grad(out, list(wanted.values()), grad)
     return {"output": out.detach(), **{f"grad of {k}": g for k, g in zip(wanted, grads, strict=True)}}
-
-
-def _double(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.cpu().double() for name, value in values.items()}
 
 
 def check_conformance(
@@ -113,7 +105,8 @@ def check_conformance(
     backend = get_backend(backend) if isinstance(backend, str) else backend
     visible, side = case.visible, case.side
     values = case.values(dtype, device)
-    grad = values.pop("grad")
+    exact = {name: value.cpu().double() for name, value in values.items()}
+    grad, exact_grad = values.pop("grad"), exact.pop("grad")
     leaves: dict[str, Tensor | None] = {"bias": None, **values}
     active = ActiveSet.from_mask((~visible).to(device, torch.float32), side=side)
 
@@ -123,10 +116,9 @@ def check_conformance(
     def dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return dense_depthwise(x, weight, bias, visible, side)
 
-    exact: dict[str, Tensor | None] = {"bias": None, **_double(values)}
-    absolute = {name: None if value is None else value.abs() for name, value in exact.items()}
-    oracle = _run(dense, exact, grad.cpu().double())
-    terms = _run(dense, absolute, grad.cpu().double().abs())
+    absolute = {name: value.abs() for name, value in exact.items()}
+    oracle = _run(dense, {"bias": None, **exact}, exact_grad)
+    terms = _run(dense, {"bias": None, **absolute}, exact_grad.abs())
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         plain = _run(dense, leaves, grad)
     accumulator, storage = torch.finfo(widened(grad).dtype).eps, torch.finfo(dtype).eps
@@ -156,7 +148,8 @@ def check_mlp_conformance(
     if not backend.fuses_mlp(torch.device(device), dtype, dtype):
         raise ValueError(f"backend {backend.name!r} does not fuse the MLP for {dtype} on {torch.device(device).type}")
     values = case.values(dtype, device)
-    grad = values.pop("grad")
+    exact = {name: value.cpu().double() for name, value in values.items()}
+    grad, exact_grad = values.pop("grad"), exact.pop("grad")
     offsets = case.row_offsets
 
     def fused(x: Tensor, **weights: Tensor) -> Tensor:
@@ -168,7 +161,7 @@ def check_mlp_conformance(
     def plain(x: Tensor, **weights: Tensor) -> Tensor:
         return plain_mlp(x, MLPWeights(**weights), offsets)
 
-    oracle = _run(plain, _double(values), grad.cpu().double())
+    oracle = _run(plain, exact, exact_grad)
     ordinary, reverse = _run(plain, values, grad), _run(reversed_plain, values, grad)
     for name, value in reverse.items():
         if _error(value, oracle[name]) > _error(ordinary[name], oracle[name]):

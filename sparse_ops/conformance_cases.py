@@ -29,17 +29,12 @@ def in_layout(x: Tensor, layout: Layout) -> Tensor:
 
 @dataclass(frozen=True)
 class ConformanceCase:
-    """One set of shapes for :func:`check_conformance`.
+    """One set of shapes for :func:`check_conformance`; a backend that rejects the kernel size skips the case.
 
     Args:
-        name: what the case is about.
         images: the masks, one text an image, see :func:`visible_from_text`.
-        channels: C.
         side: cells a patch side.
-        kernel_size: K; a backend that rejects it skips the case.
-        bias: whether there is one.
         layout: of x, weight, bias and the incoming gradient in memory.
-        seed: of the values.
     """
 
     name: str
@@ -69,11 +64,8 @@ class ConformanceCase:
         shapes = {"x": (cells, channels), "weight": (channels, 1, kernel, kernel), "grad": (cells, channels)}
         if self.bias:
             shapes["bias"] = (channels,)
-        made = {}
-        for name, shape in shapes.items():
-            value = torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype)
-            made[name] = in_layout(value, self.layout)
-        return made
+        normal = {name: torch.randn(own, generator=generator, dtype=torch.float64) for name, own in shapes.items()}
+        return {name: in_layout(value.to(device, dtype), self.layout) for name, value in normal.items()}
 
 
 CASES: tuple[ConformanceCase, ...] = (
@@ -135,14 +127,11 @@ class MLPCase:
     """One set of shapes for :func:`check_mlp_conformance`.
 
     Args:
-        name: what the case is about.
         counts: rows of each image.
         channels: C; the hidden layer has 4·C.
-        scope: whether GRN norms are taken over each image or over the batch.
         dead_channel: makes one hidden channel exactly zero everywhere, so that its norm is 0.
         tails: spreads the arguments of GELU from -30 to 30.
         layout: of x, the weights, the offsets and the incoming gradient in memory.
-        seed: of the values.
     """
 
     name: str
@@ -186,8 +175,7 @@ class MLPCase:
         if self.tails:
             values["b1"] = torch.linspace(-30, 30, 4 * dim, dtype=torch.float64)
         if self.dead_channel:
-            values["w1"][1] = 0
-            values["b1"][1] = 0
+            values["w1"][1] = values["b1"][1] = 0
         return {name: in_layout(value.to(device, dtype), self.layout) for name, value in values.items()}
 
 

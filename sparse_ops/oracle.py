@@ -42,7 +42,18 @@ def cell_coordinates(visible: Tensor, side: int) -> list[tuple[int, int, int]]:
 
 
 def dense_depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, visible: Tensor, side: int) -> Tensor:
-    """Densify, convolve, gather in the dtype of ``x``."""
+    """Depthwise convolution over the visible cells through a dense map, in the dtype of ``x``. Differentiable.
+
+    Args:
+        x: ``[N, C]``, rows in the order of :func:`cell_coordinates`.
+        weight: ``[C, 1, K, K]``.
+        bias: ``[C]`` or None.
+        visible: ``[B, gh, gw]``, True = visible.
+        side: cells a patch side.
+
+    Returns:
+        ``[N, C]``.
+    """
     batch, height, width = visible.shape[0], visible.shape[1] * side, visible.shape[2] * side
     cells = cell_coordinates(visible, side)
     flat = torch.tensor([(b * height + y) * width + x_ for b, y, x_ in cells], dtype=torch.long, device=x.device)
@@ -53,18 +64,7 @@ def dense_depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, visible: Ten
 
 
 def oracle_depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, visible: Tensor, side: int) -> Tensor:
-    """Depthwise convolution over the visible cells in float64, through a dense map. Differentiable.
-
-    Args:
-        x: ``[N, C]``, rows ordered by image, patch (row-major) and Z-order inside the patch.
-        weight: ``[C, 1, K, K]``.
-        bias: ``[C]`` or None.
-        visible: ``[B, gh, gw]``, True = visible.
-        side: cells a patch side.
-
-    Returns:
-        ``[N, C]`` float64.
-    """
+    """:func:`dense_depthwise` in float64, whatever the dtype of ``x``."""
     wide_bias = None if bias is None else bias.double()
     return dense_depthwise(x.double(), weight.double(), wide_bias, visible, side)
 
@@ -97,8 +97,6 @@ class MaskedDenseGrid(DenseGrid):
 
     Args:
         visible: ``[B, gh, gw]``, True = visible.
-        side: cells a patch side at this stage.
-        grn_scope: see :class:`sparse_ops.Grid`.
         dtype: of the mask that features are multiplied by; that of the features saves a conversion.
     """
 
@@ -106,9 +104,7 @@ class MaskedDenseGrid(DenseGrid):
         self, visible: Tensor, side: int = 8, grn_scope: GRNScope = "image", dtype: torch.dtype = torch.float32
     ) -> None:
         super().__init__(visible.shape[0], grn_scope)
-        self.visible = visible
-        self.side = side
-        self.dtype = dtype
+        self.visible, self.side, self.dtype = visible, side, dtype
         batch, gh, gw = visible.shape
         mask = visible.to(dtype)[:, :, None, :, None].expand(batch, gh, side, gw, side)
         self.mask = mask.reshape(batch, gh * side, gw * side, 1)

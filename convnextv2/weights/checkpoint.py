@@ -8,6 +8,7 @@ Ours are ``.safetensors`` with the configuration as JSON in the header, or ``.pt
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import pickle
@@ -31,8 +32,6 @@ SUFFIXES = (".safetensors", ".pth", ".pt")
 
 NESTING = ("model_ema", "state_dict_ema", "ema", "model", "state_dict", "model_state_dict", "module")
 """Where training scripts put the weights, best first: an averaged copy (EMA) is preferred to the raw weights."""
-
-_AVERAGING_COUNTERS = ("n_averaged",)
 
 
 class CheckpointError(ValueError):
@@ -82,7 +81,7 @@ def save_checkpoint(
         path: ends in ``.safetensors`` (the configuration goes into the header), ``.pth`` or ``.pt``.
         model: a network, or a state dict.
         config: its architecture; None for weights in a foreign layout.
-        metadata: JSON values to keep beside the weights.
+        metadata: JSON values.
 
     Raises:
         ValueError: if the suffix is another one.
@@ -126,21 +125,15 @@ def resolve_path(path: str | os.PathLike[str]) -> Path:
     given = Path(path)
     if given.is_file():
         return given
-    if given.is_dir():
-        candidates = [
-            folder / f"{name}{suffix}"
-            for folder in (given / "checkpoints", given)
-            for name in ("best", "last")
-            for suffix in SUFFIXES
-        ]
-        found = next((candidate for candidate in candidates if candidate.is_file()), None)
-        if found is not None:
-            return found
-        raise CheckpointError(
-            f"{given}: no checkpoint in this folder; looked for checkpoints/best.safetensors and "
-            "checkpoints/last.safetensors. Name the file itself"
-        )
-    raise CheckpointError(f"{given}: no such file or folder")
+    if not given.is_dir():
+        raise CheckpointError(f"{given}: no such file or folder")
+    for folder, name, suffix in itertools.product((given / "checkpoints", given), ("best", "last"), SUFFIXES):
+        if (folder / f"{name}{suffix}").is_file():
+            return folder / f"{name}{suffix}"
+    raise CheckpointError(
+        f"{given}: no checkpoint in this folder; looked for checkpoints/best.safetensors and "
+        "checkpoints/last.safetensors. Name the file itself"
+    )
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -163,6 +156,11 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return state, content
 
 
+_DAMAGED = (RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError, OSError, SafetensorError)
+"""What torch.load raises for damaged files depends on where the damage is. An OSError without a file name comes from a
+seek beyond the end; torch 2.15 reads .safetensors, too."""
+
+
 def _read_pickle(path: Path) -> Any:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
@@ -175,18 +173,7 @@ def _read_pickle(path: Path) -> Any:
             f"{path}: {doubt}holds Python objects beside tensors, which could run code, so it was not opened; in a "
             "place where you trust it, save its state dict alone"
         ) from error
-    except (
-        RuntimeError,
-        EOFError,
-        ValueError,
-        LookupError,
-        AttributeError,
-        TypeError,
-        OSError,
-        SafetensorError,  # torch 2.15 reads .safetensors, too
-    ) as error:
-        # What torch.load raises for damaged files depends on where the damage is; an OSError without a file name
-        # comes from a seek beyond the end.
+    except _DAMAGED as error:
         if isinstance(error, OSError) and error.filename is not None:
             raise
         raise CheckpointError(
@@ -223,9 +210,9 @@ def _find_state(content: Any, path: Path) -> tuple[Mapping[str, Any], str | None
             break
         content, name = content[key], key
     if not _is_state_dict(content):
-        what = (
-            f"keys {', '.join(map(str, list(content)[:5]))}" if isinstance(content, Mapping) else type(content).__name__
-        )
+        what = type(content).__name__
+        if isinstance(content, Mapping):
+            what = f"keys {', '.join(map(str, list(content)[:5]))}"
         raise CheckpointError(
             f"{path}: holds no weights (found {what}); expected a state dict, or one under {', '.join(NESTING)}"
         )
@@ -238,7 +225,7 @@ def clean_state_dict(state: Mapping[str, Any]) -> dict[str, Tensor]:
     Raises:
         CheckpointError: if a value is not a tensor.
     """
-    result = {name.replace("_orig_mod.", ""): value for name, value in state.items() if name not in _AVERAGING_COUNTERS}
+    result = {name.replace("_orig_mod.", ""): value for name, value in state.items() if name != "n_averaged"}
     while result and all(name.startswith("module.") for name in result):
         result = {name.removeprefix("module.").replace("_orig_mod.", ""): value for name, value in result.items()}
     for name, value in result.items():

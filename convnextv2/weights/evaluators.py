@@ -71,8 +71,7 @@ def official_sparse_features(state_dict: Mapping[str, Tensor], images: Tensor, v
             return x @ get(f"{name}.kernel") + get(f"{name}.bias")
         return F.linear(x, get(f"{name}.linear.weight"), get(f"{name}.linear.bias"))
 
-    side = 8
-    coordinates, index = _cells(visible, side)
+    coordinates, index = _cells(visible, 8)
     stem = get("downsample_layers.0.0.weight")
     embedded = F.conv2d(images, stem, get("downsample_layers.0.0.bias"), stride=stem.shape[-1])
     image, y, x_ = coordinates.unbind(1)
@@ -80,9 +79,8 @@ def official_sparse_features(state_dict: Mapping[str, Tensor], images: Tensor, v
 
     for stage in range(4):
         if stage:
-            side //= 2
             x = norm(x, f"downsample_layers.{stage}.0.ln")
-            fine, (coordinates, index) = index, _cells(visible, side)
+            fine, (coordinates, index) = index, _cells(visible, 8 >> stage)
             corner = coordinates * torch.tensor([1, 2, 2])
             kernel = get(f"downsample_layers.{stage}.1.kernel")
             x = sum(
@@ -96,8 +94,7 @@ def official_sparse_features(state_dict: Mapping[str, Tensor], images: Tensor, v
             width = math.isqrt(kernel.shape[0])
             h = get(f"{name}.dwconv.bias")
             for tap in range(kernel.shape[0]):
-                rows = _rows_at(coordinates + _offset(tap, width, width // 2), index)
-                h = h + kernel[tap] * _take(x, rows)
+                h = h + kernel[tap] * _take(x, _rows_at(coordinates + _offset(tap, width, width // 2), index))
             h = F.gelu(linear(norm(h, f"{name}.norm.ln"), f"{name}.pwconv1"))
             energy = h.new_zeros(images.shape[0], h.shape[1]).index_add(0, coordinates[:, 0], h * h)
             response = energy.sqrt()

@@ -51,7 +51,6 @@ def load_model(
         path: as :func:`load_checkpoint`. Files of other projects work where their weights make a whole network: a
             classifier, or a masked autoencoder with its decoder.
         backend: backend of a masked autoencoder's sparse convolution.
-        device: where the network goes.
 
     Raises:
         CheckpointError: if the file cannot be read, does not fit, or holds an encoder alone.
@@ -95,44 +94,30 @@ def init_classifier(model: ConvNeXtV2, checkpoint: Checkpoint | str | Path) -> L
     The whole encoder must be there. The final norm and the head may be missing and then keep their initial values; a
     head with another number of classes, a decoder and a mask token are dropped.
 
-    Returns:
-        What was loaded, dropped and left new.
-
     Raises:
         CheckpointError: if the file cannot be read, or is of another variant: both are named.
     """
     checkpoint = as_checkpoint(checkpoint)
     weights = _read_for(model.encoder_config, checkpoint)
     target = model.state_dict()
-    state = dict(target)
-    loaded, dropped = [], []
-    for name, tensor in weights:
-        if name in target and target[name].shape == tensor.shape:
-            state[name] = tensor
-            loaded.append(name)
-        else:
-            dropped.append(name)
+    loaded = {name: own for name, own in weights if name in target and target[name].shape == own.shape}
+    dropped = tuple(name for name, _ in weights if name not in loaded)
     assert all(name.split(".")[0] in (*DECODER_PARTS, "head") for name in dropped)
-    load_strict(model, state, checkpoint.path)
-    new = tuple(name for name in target if name not in loaded)
-    return LoadReport(checkpoint.path, tuple(loaded), tuple(dropped), new)
+    load_strict(model, {**target, **loaded}, checkpoint.path)
+    return LoadReport(checkpoint.path, tuple(loaded), dropped, tuple(name for name in target if name not in loaded))
 
 
 def init_fcmae(model: FCMAE, checkpoint: Checkpoint | str | Path) -> str:
-    """Start a masked autoencoder from the weights of a checkpoint of any layout.
+    """Start a masked autoencoder from the weights of a checkpoint of any layout; what was loaded and is new, in words.
 
     The whole encoder must be there. The decoder is taken where there is one of the same shape.
-
-    Returns:
-        What was loaded and what is new, in words.
 
     Raises:
         CheckpointError: if the file cannot be read, or is of another variant: both are named.
     """
     checkpoint = as_checkpoint(checkpoint)
     weights = _read_for(model.config.encoder, checkpoint)
-    state = model.state_dict()
-    decoder = weights.decoder
+    state, decoder = model.state_dict(), weights.decoder
     whole = bool(decoder) and all(name in state and state[name].shape == value.shape for name, value in decoder.items())
     taken = write_layout(weights if whole else replace(weights, decoder={}), "fcmae")
     load_strict(model, {**state, **taken}, checkpoint.path)

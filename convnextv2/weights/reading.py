@@ -61,21 +61,19 @@ def _some(names: Iterable[str]) -> str:
 def _translate(state_dict: Mapping[str, Tensor], layout: Layout) -> tuple[dict[str, Tensor], dict[str, str]]:
     numbers = (int(number) for name in state_dict for number in re.findall(r"\.(\d{1,3})(?=\.)", name))
     known = {layout.name_of(name): name for name in known_names(max(numbers, default=0) + 1)}
-    found: dict[str, Tensor] = {}
     names: dict[str, str] = {}
     unknown = []
-    for source_name, tensor in state_dict.items():
+    for source_name in state_dict:
         name = known.get(layout.spelt(source_name))
-        if name is None or name in found:
+        if name is None or name in names:
             unknown.append(source_name)
         else:
-            found[name] = layout.read(name, source_name, tensor)
             names[name] = source_name
     if unknown:
         v1 = any(re.search(r"\.(\d+)\.(gamma|layer_scale_parameter)$", name) for name in unknown)
         hint = "; layer scale makes this a ConvNeXt V1, which has no GRN" if v1 else ""
         raise CheckpointError(f"{len(unknown)} tensors do not belong to a ConvNeXt V2 ({_some(unknown)}){hint}")
-    return found, names
+    return {name: layout.read(name, source, state_dict[source]) for name, source in names.items()}, names
 
 
 def _count(names: Iterable[str], prefix: str) -> int:
@@ -98,11 +96,9 @@ def _encoder_config(weights: Mapping[str, Tensor]) -> EncoderConfig:
     dims = (stem[0], *(shape(f"downsample_layers.{i}.1.weight", 4)[0] for i in range(1, NUM_STAGES)))
     depths = tuple(_count(weights, f"stages.{i}.") for i in range(NUM_STAGES))
     kernel_size = shape("stages.0.0.dwconv.weight", 4)[-1]
-    four = tuple[int, int, int, int]
+    patch_size = stem[-1] * 2 ** (NUM_STAGES - 1)
     try:
-        return EncoderConfig(
-            cast(four, depths), cast(four, dims), stem[1], stem[-1] * 2 ** (NUM_STAGES - 1), kernel_size
-        )
+        return EncoderConfig(cast(Any, depths), cast(Any, dims), stem[1], patch_size, kernel_size)
     except ValueError as error:
         raise CheckpointError(f"the weights are of no network that we have: {error}") from error
 
@@ -157,13 +153,11 @@ def read_weights(state_dict: Mapping[str, Tensor]) -> Weights:
     layout = detect_layout(state_dict)
     found, names = _translate(state_dict, get_layout(layout))
     _check_values(found, names)
-    groups: dict[str, dict[str, Tensor]] = {"encoder": {}, "decoder": {}, "head": {}}
-    widened = False
-    for name, tensor in found.items():
-        if tensor.dtype in (torch.float16, torch.bfloat16):
-            tensor, widened = tensor.float(), True
-        groups[part_of(name)][name] = tensor
-    encoder, decoder, head = groups.values()
+    narrow = {name for name, tensor in found.items() if tensor.dtype in (torch.float16, torch.bfloat16)}
+    encoder, decoder, head = (
+        {name: found[name].float() if name in narrow else found[name] for name in found if part_of(name) == part}
+        for part in ("encoder", "decoder", "head")
+    )
     config = _encoder_config(encoder)
     _check(encoder, _expected(Encoder, config), names)
     if decoder:
@@ -175,15 +169,11 @@ def read_weights(state_dict: Mapping[str, Tensor]) -> Weights:
             raise CheckpointError("incomplete: head.bias without head.weight")
         whole = _expected(ConvNeXtV2, ClassifierConfig(config, classes))
         _check(head, {name: value for name, value in whole.items() if name not in encoder}, names)
-    return Weights(layout, config, encoder, decoder, head, names, widened)
+    return Weights(layout, config, encoder, decoder, head, names, bool(narrow))
 
 
 def infer_config(state_dict: Mapping[str, Tensor]) -> Config:
-    """Configuration read from the weights of any layout.
-
-    Returns:
-        An FCMAEConfig if there is a decoder (image size and mask ratio are not in the weights: 7×7 patches and 0.6), a
-        ClassifierConfig if there is a final norm, else an EncoderConfig.
+    """:func:`weights_config` of the weights of any layout.
 
     Raises:
         CheckpointError: as :func:`read_weights`.
@@ -192,7 +182,8 @@ def infer_config(state_dict: Mapping[str, Tensor]) -> Config:
 
 
 def weights_config(weights: Weights) -> Config:
-    """As :func:`infer_config`, for weights that were read."""
+    """Configuration of a network with these: an FCMAEConfig if there is a decoder (image size and mask ratio are
+    not in the weights: 7×7 patches and 0.6), a ClassifierConfig if there is a final norm, else an EncoderConfig."""
     if weights.decoder:
         return _decoder_config(weights.config, weights.decoder)
     return ClassifierConfig(weights.config, weights.num_classes or 0) if weights.head else weights.config

@@ -7,7 +7,7 @@ the weights as they are.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -47,7 +47,7 @@ class Verification:
     @property
     def largest(self) -> float:
         """The largest of the errors; NaN where a comparison gave NaN."""
-        return _largest([error for error in (self.masked, self.unmasked, self.foreign) if error is not None])
+        return _largest(error for error in (self.masked, self.unmasked, self.foreign) if error is not None)
 
     @property
     def passed(self) -> bool:
@@ -62,8 +62,8 @@ class Verification:
         )
 
 
-def _largest(errors: list[float]) -> float:
-    return math.nan if any(math.isnan(error) for error in errors) else max(errors)
+def _largest(errors: Iterable[float]) -> float:
+    return torch.tensor([*errors], dtype=torch.float64).max().item()  # NaN where one is, unlike max()
 
 
 def _encoder(weights: Mapping[str, Tensor], config: EncoderConfig) -> Encoder:
@@ -84,13 +84,9 @@ def _relative(actual: Tensor, expected: Tensor) -> float:
 def verify_conversion(source: Mapping[str, Tensor], written: Mapping[str, Tensor], seed: int = 0) -> Verification:
     """Run the sparse encoder and the dense network of a conversion on random images and masks.
 
-    The sparse side runs the source, the dense side what is about to be written; where only the layout that is written
-    has a sparse network of its own, the other way round. A layout's own networks run in place of, or beside, ours.
-
-    Args:
-        source: state dict as it was read.
-        written: state dict as it will be written.
-        seed: of images and mask.
+    The sparse side runs the source as it was read, the dense side what is about to be written; where only the layout
+    that is written has a sparse network of its own, the other way round. A layout's own networks run in place of, or
+    beside, ours.
 
     Raises:
         CheckpointError: if either is not a whole encoder.

@@ -77,19 +77,13 @@ _TABLE: tuple[tuple[str, float, tuple[tuple[Kind, int, float, float], ...]], ...
 )
 
 
-def _published() -> dict[str, PublishedCheckpoint]:
-    files = [PublishedCheckpoint(f"convnextv2_{name}", "fcmae", 224, size) for name, size, _ in _TABLE]
-    for kind in ("1k", "22k"):
-        files += [
-            PublishedCheckpoint(f"convnextv2_{name}", own, resolution, size, flops, top1)
-            for name, size, rows in _TABLE
-            for own, resolution, flops, top1 in rows
-            if own == kind
-        ]
-    return {file.name: file for file in files}
+_FILES = [PublishedCheckpoint(f"convnextv2_{name}", "fcmae", 224, size) for name, size, _ in _TABLE] + [
+    PublishedCheckpoint(f"convnextv2_{name}", kind, resolution, size, flops, top1)
+    for name, size, rows in _TABLE
+    for kind, resolution, flops, top1 in rows
+]
 
-
-PUBLISHED = _published()
+PUBLISHED = {file.name: file for file in sorted(_FILES, key=lambda file: ("fcmae", "1k", "22k").index(file.kind))}
 """The 26 published checkpoints by name."""
 
 
@@ -108,13 +102,6 @@ def fetch(name: str, progress: bool = True) -> Path:
     """The file of a published checkpoint, downloaded into torch's hub cache unless it is there.
 
     The licence of the weights (:data:`LICENCE`) is logged as a warning with each download.
-
-    Args:
-        name: a name in :data:`PUBLISHED`.
-        progress: show a progress bar.
-
-    Returns:
-        Path for :func:`convnextv2.weights.checkpoint.load_checkpoint`.
 
     Raises:
         ValueError: if there is no such checkpoint.

@@ -52,11 +52,10 @@ def detect_layout(state_dict: Mapping[str, Tensor]) -> str:
     Raises:
         CheckpointError: if it is none of ConvNeXt V2's.
     """
-    names = state_dict.keys()
     for layout in LAYOUTS.values():
-        if layout.recognises(names):
+        if layout.recognises(state_dict.keys()):
             return layout.name
     raise CheckpointError(
         f"not the weights of a ConvNeXt V2: none of the layouts {', '.join(LAYOUTS)} has names like "
-        f"{', '.join(sorted(names)[:3])}"
+        f"{', '.join(sorted(state_dict)[:3])}"
     )

@@ -42,12 +42,7 @@ def _import_error() -> str | None:
 class Coordinates:
     """The coordinate map of an active set: built once for a stage and a batch, kept on the active set.
 
-    All stages of a batch share one coordinate manager, which also keeps the kernel maps.
-
-    Args:
-        active: the cells.
-        manager: ``MinkowskiEngine.CoordinateManager``.
-        key: the coordinate map of the cells.
+    All stages of a batch share one ``MinkowskiEngine.CoordinateManager``, which also keeps the kernel maps.
     """
 
     def __init__(self, active: ActiveSet, manager: Any, key: Any) -> None:
@@ -80,7 +75,10 @@ class Coordinates:
         kept: dict[int, Coordinates] = active.backend_cache.setdefault("minkowski", {})
         if active.side not in kept:
             finer = kept.get(active.side * 2)
-            kept[active.side] = cls._insert(active) if finer is None else finer._down(active)
+            if finer is None:
+                kept[active.side] = cls._insert(active)
+            else:
+                kept[active.side] = Coordinates(active, finer.manager, finer.manager.stride(finer.key, 2))
         return kept[active.side]
 
     @classmethod
@@ -91,9 +89,6 @@ class Coordinates:
         # Batch index first, contiguous, int32: anything else is read wrongly or not at all.
         key, _ = manager.insert_and_map(active.coordinates.to(torch.int32).contiguous(), [1, 1], "")
         return cls(active, manager, key)
-
-    def _down(self, coarser: ActiveSet) -> Coordinates:
-        return Coordinates(coarser, self.manager, self.manager.stride(self.key, 2))
 
     def to_engine(self, rows: Tensor) -> Tensor:
         """Rows ``[N, C]`` in the active set's order, in the engine's."""
@@ -119,12 +114,8 @@ class Coordinates:
 class MinkowskiGrid(SparseGrid):
     """A sparse grid whose features are ``MinkowskiEngine.SparseTensor``, between :meth:`stem` and :meth:`plain`.
 
-    Cells are in the engine's order. Computes in float32 or float64; under autocast the whole of it is kept in float32.
-
-    Args:
-        active: the active set, not empty.
-        backend: the backend.
-        grn_scope: see :class:`~sparse_ops.grid.Grid`.
+    Cells are in the engine's order; the active set must not be empty. Computes in float32 or float64; under autocast
+    the whole of it is kept in float32.
     """
 
     def __init__(self, active: ActiveSet, backend: Backend, grn_scope: GRNScope = "image") -> None:
@@ -143,9 +134,8 @@ class MinkowskiGrid(SparseGrid):
             rows = rows.float()
         layers.check_dtype(rows.dtype)
         engine, place = layers.minkowski_engine(), self.coordinates
-        return engine.SparseTensor(
-            place.to_engine(rows), coordinate_map_key=place.key, coordinate_manager=place.manager
-        )
+        features = place.to_engine(rows)
+        return engine.SparseTensor(features, coordinate_map_key=place.key, coordinate_manager=place.manager)
 
     def plain(self, x: Any) -> Tensor:
         return self.coordinates.to_rows(x.F)
@@ -157,8 +147,7 @@ class MinkowskiGrid(SparseGrid):
     def depthwise(self, layer: nn.Conv2d, x: Any) -> Any:
         weight, bias = conv_weights(layer)
         with self._full_precision():
-            kernel_TC = weight.transpose(2, 3).flatten(1).t()
-            return layers.depthwise_conv(x, kernel_TC, bias, weight.shape[-1])
+            return layers.depthwise_conv(x, weight.transpose(2, 3).flatten(1).t(), bias, weight.shape[-1])
 
     def downsample(self, layer: nn.Conv2d, x: Any) -> Any:
         weight, bias = conv_weights(layer)

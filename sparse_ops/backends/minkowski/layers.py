@@ -56,8 +56,9 @@ def minkowski_engine() -> Any:
             del os.environ["OMP_NUM_THREADS"]
 
 
-def _cached(manager: Any, key: Any, make: Any, *arguments: Any) -> Any:
+def _cached(sparse: SparseTensor, make: Any, *arguments: Any) -> Any:
     """``make(manager, key, *arguments)``, computed once for a coordinate map; lives as long as the manager does."""
+    manager, key = sparse.coordinate_manager, sparse.coordinate_map_key
     tables = manager.__dict__.setdefault("_sparse_ops_tables", {})
     stride, name = key.get_key()
     entry = (make.__name__, tuple(stride), name, *arguments)
@@ -86,12 +87,6 @@ def image_index(manager: Any, key: Any) -> tuple[Tensor, int]:
     return image_N, int(image_N.max()) + 1 if len(image_N) else 0
 
 
-def _chunks(x_NC: Tensor, table_NT: Tensor) -> int:
-    """Cells to gather the neighbours of at a time."""
-    budget = CHUNK_BYTES["cuda" if x_NC.is_cuda else "cpu"]
-    return max(1, budget // max(1, table_NT.shape[1] * x_NC.shape[1] * x_NC.element_size()))
-
-
 def _gathered(x_NC: Tensor, table_NT: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Slices of the cells, and what lies under their taps: ``[n, T, C]``, zeros where there is nothing.
 
@@ -99,7 +94,8 @@ def _gathered(x_NC: Tensor, table_NT: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """
     (cells, channels), taps = x_NC.shape, table_NT.shape[1]
     padded = torch.cat((x_NC, x_NC.new_zeros(1, channels)))
-    size = min(_chunks(x_NC, table_NT), cells)
+    budget = CHUNK_BYTES["cuda" if x_NC.is_cuda else "cpu"]
+    size = min(max(1, budget // max(1, taps * channels * x_NC.element_size())), cells)
     memory = x_NC.new_empty(size * taps, channels)
     for start in range(0, cells, size):
         index = table_NT[start : start + size].view(-1)
@@ -172,21 +168,19 @@ def depthwise_conv(
 
     Args:
         sparse: features ``[N, C]``, float32 or float64.
-        kernel: ``[T, C]`` in MinkowskiEngine's tap order.
+        kernel: ``[T, C]`` in MinkowskiEngine's tap order; K is odd.
         bias: ``[1, C]``, ``[C]`` or None.
-        kernel_size: K, odd.
-        dilation: cells between two taps.
 
     Raises:
         TypeError: if the features are of another dtype.
         ValueError: if the channels or the number of taps do not fit.
     """
-    manager, features = sparse.coordinate_manager, sparse.F
+    features = sparse.F
     check_dtype(features.dtype)
-    expected = (kernel_size**manager.D, features.shape[1])
+    expected = (kernel_size**sparse.D, features.shape[1])
     if tuple(kernel.shape) != expected:
         raise ValueError(f"expected a kernel {list(expected)} for these features, got {list(kernel.shape)}")
-    table = _cached(manager, sparse.coordinate_map_key, neighbour_table, kernel_size, dilation)
+    table = _cached(sparse, neighbour_table, kernel_size, dilation)
     out = _Depthwise.apply(features.contiguous(), kernel.contiguous(), table)
     return with_features(sparse, out if bias is None else out + bias)
 
@@ -198,7 +192,6 @@ def strided_conv(sparse: SparseTensor, kernel: Tensor, bias: Tensor | None, stri
         sparse: features ``[N, Cin]``, float32 or float64.
         kernel: ``[stride², Cin, Cout]`` in MinkowskiEngine's tap order.
         bias: ``[1, Cout]``, ``[Cout]`` or None.
-        stride: of the convolution.
         out_key: the coordinate map of the result.
     """
     engine, manager = minkowski_engine(), sparse.coordinate_manager
@@ -220,36 +213,22 @@ def grn(sparse: SparseTensor, gamma: Tensor, beta: Tensor, scope: GRNScope, eps:
         sparse: features ``[N, D]``.
         gamma, beta: ``[D]`` or ``[1, D]``.
         scope: norms over the cells of each image, or of the whole batch as in the official sparse pre-training.
-        eps: added to the mean of the norms.
     """
-    x_ND, manager = sparse.F, sparse.coordinate_manager
+    x_ND = sparse.F
     if scope == "batch":
         factor = grn_scale(x_ND.square().sum(0, keepdim=True), gamma.flatten(), eps)
     else:
-        image_N, images = _cached(manager, sparse.coordinate_map_key, image_index)
+        image_N, images = _cached(sparse, image_index)
         energy_GD = x_ND.new_zeros(images, x_ND.shape[1]).index_add(0, image_N, x_ND.square())
         factor = grn_scale(energy_GD, gamma.flatten(), eps).index_select(0, image_N)
     return with_features(sparse, x_ND * factor + beta.flatten())
 
 
-def scale_images(sparse: SparseTensor, factor: Tensor) -> SparseTensor:
-    """Multiply the cells of image b by ``factor[b]``; ``factor`` is ``[B, C]`` or ``[B, 1]``."""
-    image_N, _ = _cached(sparse.coordinate_manager, sparse.coordinate_map_key, image_index)
-    return with_features(sparse, sparse.F * factor.index_select(0, image_N))
-
-
 class MinkowskiDepthwiseConvolution(nn.Module):
-    """Depthwise convolution of stride 1 on a sparse tensor.
+    """Depthwise convolution on a sparse tensor of ``dimension`` spatial dimensions, 2 for images.
 
-    Parameters: ``kernel`` ``[T, C]`` in MinkowskiEngine's tap order, ``bias`` ``[1, C]``, as in official checkpoints.
-
-    Args:
-        in_channels: C.
-        kernel_size: K, odd; T is ``K ** dimension``.
-        stride: 1; the parameter is there for callers that name it.
-        dilation: cells between two taps.
-        bias: whether there is one.
-        dimension: spatial dimensions, 2 for images.
+    Parameters: ``kernel`` ``[T, C]`` in MinkowskiEngine's tap order, T = ``K ** dimension``, and ``bias`` ``[1, C]``,
+    as in official checkpoints. ``stride`` is there for callers that name it.
 
     Raises:
         ValueError: for a stride other than 1, an even kernel, or no dimension.
@@ -273,10 +252,8 @@ class MinkowskiDepthwiseConvolution(nn.Module):
             raise ValueError(f"kernel_size must be odd, got {kernel_size}")
         if dimension < 1:
             raise ValueError(f"dimension must be given, 2 for images; got {dimension}")
-        self.in_channels = in_channels
-        self.kernel_size = kernel_size
-        self.dilation = dilation
-        self.dimension = dimension
+        self.in_channels, self.kernel_size = in_channels, kernel_size
+        self.dilation, self.dimension = dilation, dimension
         self.kernel = nn.Parameter(torch.empty(kernel_size**dimension, in_channels))
         self.bias = nn.Parameter(torch.zeros(1, in_channels)) if bias else None
         nn.init.trunc_normal_(self.kernel, std=0.02)
@@ -303,14 +280,10 @@ class MinkowskiLayerNorm(nn.Module):
 
 
 class MinkowskiGRN(nn.Module):
-    """Global response normalisation of a sparse tensor; parameters ``gamma`` and ``beta`` ``[1, D]``.
-
-    Args:
-        dim: D.
-        scope: "batch" takes norms over all cells, as the official sparse network does; "image" over those of an image.
+    """:func:`grn` with the parameters ``gamma`` and ``beta`` ``[1, D]``.
 
     Raises:
-        ValueError: for another scope.
+        ValueError: for another scope than "batch" and "image".
     """
 
     def __init__(self, dim: int, scope: GRNScope = "batch") -> None:
@@ -331,23 +304,22 @@ class MinkowskiGRN(nn.Module):
 class MinkowskiDropPath(nn.Module):
     """Stochastic depth, drawn per image from torch's generator, in training mode only.
 
-    Args:
-        drop_prob: probability that the branch of an image is dropped.
-        scale_by_keep: divide by the probability of keeping it, so that the expectation is kept.
+    ``scale_by_keep`` divides by the probability of keeping the branch of an image, so that the expectation is kept.
     """
 
     def __init__(self, drop_prob: float = 0.0, scale_by_keep: bool = True) -> None:
         super().__init__()
-        self.drop_prob = drop_prob
-        self.scale_by_keep = scale_by_keep
+        self.drop_prob, self.scale_by_keep = drop_prob, scale_by_keep
 
     def forward(self, sparse: SparseTensor) -> SparseTensor:
         if self.drop_prob == 0.0 or not self.training:
             return sparse
-        _, images = _cached(sparse.coordinate_manager, sparse.coordinate_map_key, image_index)
+        image_N, images = _cached(sparse, image_index)
         keep = 1 - self.drop_prob
         factor = sparse.F.new_empty(images, 1).bernoulli_(keep)
-        return scale_images(sparse, factor.div_(keep) if self.scale_by_keep and keep > 0 else factor)
+        if self.scale_by_keep and keep > 0:
+            factor /= keep
+        return with_features(sparse, sparse.F * factor.index_select(0, image_N))
 
     def extra_repr(self) -> str:
         return f"drop_prob={self.drop_prob:.3f}"
@@ -368,8 +340,7 @@ def provide_official_names() -> tuple[str, ...]:
         ImportError: as :func:`minkowski_engine`.
     """
     engine = minkowski_engine()
-    added = tuple(layer.__name__ for layer in OFFICIAL_LAYERS if not hasattr(engine, layer.__name__))
-    for layer in OFFICIAL_LAYERS:
-        if layer.__name__ in added:
-            setattr(engine, layer.__name__, layer)
-    return added
+    added = [layer for layer in OFFICIAL_LAYERS if not hasattr(engine, layer.__name__)]
+    for layer in added:
+        setattr(engine, layer.__name__, layer)
+    return tuple(layer.__name__ for layer in added)
