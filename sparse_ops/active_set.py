@@ -64,7 +64,7 @@ def _around(
     shape = batch, height + 2 * reached, width + 2 * reached
     index = torch.full(shape, nothing, dtype=dtype, device=device)
     image, y, x = coordinates_M3.unbind(1)
-    index[image, y + reached, x + reached] = torch.arange(len(coordinates_M3), dtype=dtype, device=device)
+    index[image, y + reached, x + reached] = torch.arange(coordinates_M3.shape[0], dtype=dtype, device=device)
     step = torch.arange(2 * reached + 1, device=device)
     table = index[image[:, None, None], y[:, None, None] + step[:, None], x[:, None, None] + step]
     return table.flatten(1)
