@@ -10,6 +10,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("convnextv2", "sparse_ops")
 MOST_LINES = 11_800
+"""10,804 before there were runs from Python, kinds of sources, layouts as objects and prediction in the package. Only lower
+it: the aim is to be below that again."""
 BANNER = re.compile(r"^[ \t]*(?:#|//)[^\n]*[-=*#]{8,}\s*$", re.M)
 SOURCES = sorted(
     file
