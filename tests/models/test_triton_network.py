@@ -149,7 +149,7 @@ import sys
 import torch, triton
 from triton.backends.compiler import GPUTarget
 from convnextv2 import FCMAE, EncoderConfig, FCMAEConfig
-from sparse_ops.backends import triton as kernels
+from sparse_ops.backends.triton import backend as kernels
 
 class Driver:
     "What Triton asks of a GPU's driver before it compiles."

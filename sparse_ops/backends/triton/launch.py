@@ -61,4 +61,4 @@ def launch(kernel: Any, grid: Any, *args: Any, **constants: Any) -> None:
 @cache
 def kernels_of(half: str) -> Any:
     """The module of kernels of a ``half`` of the block, which imports triton."""
-    return importlib.import_module(f"sparse_ops.backends.triton.{half}kernels_of")
+    return importlib.import_module(f"sparse_ops.backends.triton.{half}_kernels")
