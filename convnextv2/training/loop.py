@@ -37,6 +37,7 @@ class EpochResult:
     images: int
 
 
+@dataclass
 class Loop:
     """Steps of training: schedule, forward, backward, clip, update; a loss that is not finite ends the run.
 
@@ -51,39 +52,30 @@ class Loop:
         after_update: called with the number of updates made so far after each.
         on_loss: called for every batch with the number of updates made before it and its loss in this process, as soon
             as that is read: at once on a processor, every :data:`LOSS_CHECK_EVERY` batches on a GPU.
+        step: updates made so far.
     """
 
-    def __init__(
-        self,
-        accelerator: Accelerator,
-        model: nn.Module,
-        optimizer: Any,
-        schedule: Any,
-        folder: RunFolder,
-        stop: StopSignals,
-        clip_grad: float | None = None,
-        after_update: Callable[[int], None] | None = None,
-        on_loss: OnLoss | None = None,
-    ) -> None:
-        self.accelerator = accelerator
-        self.model = model
-        self.optimizer = optimizer
-        self.schedule = schedule
-        self.folder = folder
-        self.stop = stop
-        self.clip_grad = clip_grad
-        self.after_update = after_update
-        self.on_loss = on_loss
-        self.step = 0
-        self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self._check_every = 1 if accelerator.device.type == "cpu" else LOSS_CHECK_EVERY
+    accelerator: Accelerator
+    model: nn.Module
+    optimizer: Any
+    schedule: Any
+    folder: RunFolder
+    stop: StopSignals
+    clip_grad: float | None = None
+    after_update: Callable[[int], None] | None = None
+    on_loss: OnLoss | None = None
+    step: int = 0
+
+    def __post_init__(self) -> None:
+        self._trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self._check_every = 1 if self.accelerator.device.type == "cpu" else LOSS_CHECK_EVERY
 
     def epoch(self, done: int, batches: Any, loss_of: Callable[[Any], tuple[Tensor, int]]) -> EpochResult:
         """Train on every batch once.
 
         Args:
             done: epochs finished before.
-            batches: sized iterable, perhaps in a progress bar with a ``note`` method.
+            batches: sized iterable, perhaps in a progress bar with tqdm's ``set_postfix_str``.
             loss_of: from a batch to its loss and its number of images.
 
         Raises:
@@ -115,8 +107,8 @@ class Loop:
                 total += self._sum(pending, done, lr)
                 count += len(pending)
                 pending = []
-                if hasattr(batches, "note"):
-                    batches.note(f"loss {total / count:.4f}")
+                if hasattr(batches, "set_postfix_str"):
+                    batches.set_postfix_str(f"loss {total / count:.4f}", refresh=False)
         if pending:
             total += self._sum(pending, done, lr)
             count += len(pending)

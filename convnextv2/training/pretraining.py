@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,13 +13,12 @@ from torch import Tensor, nn
 from convnextv2.data.build import build_pretrain_dataset
 from convnextv2.data.datasets import ImageDataset
 from convnextv2.data.loading import derived_seed
-from convnextv2.models.encoder import Encoder
 from convnextv2.models.fcmae import FCMAE, create_fcmae
 from convnextv2.training.loop import OnLoss
 from convnextv2.training.optim import parameter_groups
 from convnextv2.training.options import RunOptions
 from convnextv2.training.recipe import option
-from convnextv2.training.reporting import Log, ProgressBar, every
+from convnextv2.training.reporting import Log, Progress
 from convnextv2.training.result import RunResult
 from convnextv2.training.run import run_task
 from convnextv2.training.run_folder import RunFolder
@@ -85,11 +85,7 @@ class PretrainResult(RunResult):
 
 
 def pretrain(
-    options: PretrainOptions,
-    *,
-    log: Log | None = None,
-    progress: ProgressBar | None = None,
-    on_loss: OnLoss | None = None,
+    options: PretrainOptions, *, log: Log | None = None, progress: Progress | None = None, on_loss: OnLoss | None = None
 ) -> PretrainResult:
     """Run, or resume, a pre-training; arguments and what is raised as :func:`~convnextv2.training.run.run_task`."""
     return run_task(PretrainTask(options), PretrainResult, log=log, progress=progress, on_loss=on_loss)
@@ -103,6 +99,10 @@ class PretrainTask(Task[PretrainOptions]):
     def resolve(self, saved: dict[str, Any] | None) -> None:
         with torch.device("meta"):  # wrong options are to be told before a large folder is read
             self.model()
+        every, epochs = self.options.reconstruct_every, self.options.epochs
+        if every != 0:
+            step = every or max(1, math.ceil(epochs / 5))
+            self.picture_epochs = [*range(step, epochs, step), epochs]
 
     def data(self) -> Sequence[ImageDataset]:
         o = self.options
@@ -111,19 +111,19 @@ class PretrainTask(Task[PretrainOptions]):
         return [self._data]
 
     def model(self) -> FCMAE:
+        o = self.options
         return create_fcmae(
-            self.options.encoder(),
-            img_size=self.options.size,
-            backend=self.options.backend,
-            grn_scope=self.options.grn_scope,  # type: ignore[arg-type]  # one of the choices, and checked again
-            mask_ratio=self.options.mask_ratio,
-            decoder_depth=self.options.decoder_depth,
-            decoder_dim=self.options.decoder_dim,
-            norm_pix_loss=self.options.norm_pix_loss,
+            o.encoder(),
+            img_size=o.size,
+            backend=o.backend,
+            grn_scope=o.grn_scope,  # type: ignore[arg-type]  # one of the choices, and checked again
+            mask_ratio=o.mask_ratio,
+            decoder_depth=o.decoder_depth,
+            decoder_dim=o.decoder_dim,
+            norm_pix_loss=o.norm_pix_loss,
         )
 
-    def initialise(self, model: nn.Module, resumed: bool) -> str:
-        assert isinstance(model, FCMAE)
+    def initialise(self, model: FCMAE, resumed: bool) -> str:
         return "" if resumed or self.options.init is None else init_fcmae(model, str(self.options.init))
 
     def notice(self, lr: float) -> str:
@@ -146,29 +146,17 @@ class PretrainTask(Task[PretrainOptions]):
     def loss(self, model: nn.Module, batch: Tensor) -> tuple[Tensor, int]:
         return model(batch, generator=self._masks, return_pred=False).loss, len(batch)
 
-    def encoder(self, model: nn.Module) -> Encoder:
-        assert isinstance(model, FCMAE)
-        return model.encoder
-
     def metadata(self, outcome: Outcome | None) -> dict[str, Any]:
         return {"epochs": self.options.epochs, "seed": self.options.seed}
 
     def line(self, row: dict[str, Any]) -> str:
         return f"{super().line(row)}, feature diversity {row['feature_diversity']:.3f}"
 
-    def picture_epochs(self) -> set[int]:
-        return every(self.options.reconstruct_every, self.options.epochs)
-
-    def pictures(self, folder: RunFolder, model: nn.Module, examples: Tensor, epoch: int, best: Outcome | None) -> None:
+    def pictures(self, folder: RunFolder, model: FCMAE, examples: Tensor, epoch: int, best: Outcome | None) -> None:
         from convnextv2.training.pictures import save_reconstructions
 
-        assert isinstance(model, FCMAE)
-        if epoch in self.picture_epochs():
-            save_reconstructions(
-                folder.path / "reconstructions" / f"epoch_{epoch:04d}.png",
-                model,
-                examples,
-                generator=torch.Generator(examples.device).manual_seed(PICTURE_SEED),
-                mean=self._data.mean,
-                std=self._data.std,
-            )
+        if epoch in self.picture_epochs:
+            path = folder.path / "reconstructions" / f"epoch_{epoch:04d}.png"
+            generator = torch.Generator(examples.device).manual_seed(PICTURE_SEED)
+            mean, std = self._data.mean, self._data.std
+            save_reconstructions(path, model, examples, generator=generator, mean=mean, std=std)

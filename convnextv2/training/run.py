@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -14,11 +15,12 @@ from convnextv2.data.loading import EpochSampler, derived_seed, make_loader
 from convnextv2.files import append_jsonl, write_json
 from convnextv2.models.config import config_to_dict
 from convnextv2.models.diversity import feature_diversity
+from convnextv2.models.encoder import Encoder
 from convnextv2.training.device import fitting_batch_size, make_accelerator
 from convnextv2.training.loop import EpochResult, Loop, OnLoss
 from convnextv2.training.optim import create_optimizer, create_schedule, scaled_lr
 from convnextv2.training.recipe import write_recipe
-from convnextv2.training.reporting import Log, Occasionally, ProgressBar, logger, reporters, say_skipped
+from convnextv2.training.reporting import Log, Progress, logger, reporters, say_skipped
 from convnextv2.training.result import Metrics, RunResult
 from convnextv2.training.run_folder import RunFolder, check_same_model
 from convnextv2.training.signals import StopSignals
@@ -29,6 +31,8 @@ from convnextv2.weights.loading import load_strict
 R = TypeVar("R", bound=RunResult)
 MODEL_STREAM = 2
 PROBE_IMAGES = 16
+PICTURE_SECONDS = 15.0
+"""Least time between pictures, which may take longer than a short epoch."""
 
 
 def run_task(
@@ -36,7 +40,7 @@ def run_task(
     kind: type[R],
     *,
     log: Log | None = None,
-    progress: ProgressBar | None = None,
+    progress: Progress | None = None,
     on_loss: OnLoss | None = None,
 ) -> R:
     """Run, or resume, the training that ``task`` and its options describe.
@@ -77,7 +81,7 @@ class Run:
     Arguments and what is raised as :func:`run_task`.
     """
 
-    def __init__(self, task: Task[Any], log: Log, progress: ProgressBar) -> None:
+    def __init__(self, task: Task[Any], log: Log, progress: Progress) -> None:
         from accelerate.utils import set_seed
 
         task.options.check()
@@ -101,7 +105,7 @@ class Run:
         self.start = 0
         self.best: dict[str, float] | None = None
         self._best_outcome: Outcome | None = None
-        self._due = Occasionally()
+        self._drawn = -math.inf
         self._set_up()
 
     def say(self, line: str) -> None:
@@ -158,17 +162,8 @@ class Run:
             accelerator.init_trackers(self.task.name)
         ema, model = self._ema, self.model
         average: Callable[[int], None] | None = None if ema is None else lambda step: ema.update(model, step=step)
-        self.loop = Loop(
-            accelerator,
-            self.wrapped,
-            self._optimizer,
-            self._schedule,
-            self.folder,
-            stop,
-            options.clip_grad,
-            average,
-            on_loss if self.main else None,
-        )
+        prepared = accelerator, self.wrapped, self._optimizer, self._schedule
+        self.loop = Loop(*prepared, self.folder, stop, options.clip_grad, average, on_loss if self.main else None)
         if self.saved is not None:
             self.folder.load_state(accelerator)
             self.start, self.loop.step, self.best = self.saved["epoch"], self.saved["step"], self.saved.get("best")
@@ -207,20 +202,21 @@ class Run:
             "epoch": epoch + 1,
             "step": self.loop.step,
             self.task.loss_name: result.loss,
-            **({} if outcome is None else outcome.numbers()),
+            **({} if outcome is None else outcome.numbers),
             "lr": result.lr,
             "seconds": round(result.seconds, 3),
             "images_per_s": round(result.images / result.seconds, 1),
         }
-        encoder = self.task.encoder(self._kept)
-        if encoder is not None:
+        encoder = getattr(self._kept, "encoder", self._kept)
+        if isinstance(encoder, Encoder):
             row["feature_diversity"] = feature_diversity(encoder, self._examples)
-        better = outcome is not None and (self.best is None or outcome.beats(self.best))
-        if outcome is not None and better:
-            self.best = {**outcome.record(), "epoch": epoch + 1}
-            self._best_outcome = outcome
         self._outcome: Outcome | None = outcome
-        return row, better
+        rank = self.task.rank
+        if outcome is None or not (self.best is None or rank(outcome.record) > rank(self.best)):
+            return row, False
+        self.best = {**outcome.record, "epoch": epoch + 1}
+        self._best_outcome = outcome
+        return row, True
 
     def save(self, row: dict[str, Any], better: bool) -> None:
         """Write the row, the weights, and the state to resume from."""
@@ -246,8 +242,10 @@ class Run:
         """The loss curve and the pictures of the task, if they are due."""
         from convnextv2.training.pictures import save_loss_curve
 
-        certain = {*self.task.picture_epochs(), self.options.epochs}
-        if self.main and self._due(epoch in certain):
+        now = time.monotonic()
+        certain = epoch in (*self.task.picture_epochs, self.options.epochs)
+        if self.main and (certain or now - self._drawn >= PICTURE_SECONDS):
+            self._drawn = now
             save_loss_curve(self.folder.path / "loss.png", self.folder.metrics())
             self.task.pictures(self.folder, self.model, self._examples, epoch, self._best_outcome)
 
