@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 PRETRAINED_HEAD_SCALE = 0.001
+Mix = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 
 
@@ -78,12 +79,6 @@ class FinetuneOptions(RunOptions):
             raise ValueError(f"--val-fraction must be between 0 and 1, got {self.val_fraction}")
         if not 0 < self.layer_decay <= 1:
             raise ValueError(f"--layer-decay must be in (0, 1], got {self.layer_decay}")
-
-    def augmentation(self) -> Augmentation:
-        """The training part's augmentation."""
-        return Augmentation(
-            self.crop_scale, self.hflip, self.color_jitter, self.auto_augment or None, self.random_erasing
-        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,21 +167,17 @@ class ClassifierTask(Task[FinetuneOptions]):
         check_image_size(self.options.size, self.options.encoder().patch_size)
 
     def data(self) -> Sequence[ImageDataset]:
-        mean, std = self._statistics
-        self._train, val = build_finetune_datasets(
-            self.options.data,
-            self.options.size,
-            self.options.encoder().in_chans,
-            val_fraction=self.options.val_fraction,
-            seed=self.options.seed,
-            augmentation=self.options.augmentation(),
-            mean=mean,
-            std=std,
+        o, (mean, std) = self.options, self._statistics
+        augmentation = Augmentation(o.crop_scale, o.hflip, o.color_jitter, o.auto_augment or None, o.random_erasing)
+        images = o.data, o.size, o.encoder().in_chans
+        training, validation = build_finetune_datasets(
+            *images, val_fraction=o.val_fraction, seed=o.seed, augmentation=augmentation, mean=mean, std=std
         )
-        self._classes = self._train.classes
-        self._mix = _mixup(self.options, len(self._classes))
-        self._loss = _loss(self.options, self._mix is not None)
-        return [self._train, val]
+        self._classes = training.classes
+        self.files = {"class_indices.json": {str(i): name for i, name in enumerate(self._classes)}}
+        self.progress = {"mean": training.mean, "std": training.std}
+        self._mix, self._loss = _mixup_and_loss(o, len(self._classes))
+        return [training, validation]
 
     def model(self) -> ConvNeXtV2:
         scale = self.options.head_init_scale
@@ -208,16 +199,9 @@ class ClassifierTask(Task[FinetuneOptions]):
         return size - size % 2
 
     def groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        return parameter_groups(
-            model,
-            self.options.weight_decay,
-            depths=self.options.encoder().depths,
-            layer_decay=self.options.layer_decay,
-            layer_decay_type=self.options.layer_decay_type,  # type: ignore[arg-type]  # one of the choices, and checked again
-        )
-
-    def files(self) -> dict[str, Any]:
-        return {"class_indices.json": {str(i): name for i, name in enumerate(self._classes)}}
+        o = self.options
+        decay: dict[str, Any] = {"layer_decay": o.layer_decay, "layer_decay_type": o.layer_decay_type}
+        return parameter_groups(model, o.weight_decay, depths=o.encoder().depths, **decay)
 
     def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, int]:
         images, labels = batch
@@ -235,9 +219,6 @@ class ClassifierTask(Task[FinetuneOptions]):
     def metadata(self, outcome: Outcome | None) -> dict[str, Any]:
         assert outcome is not None
         return {"val_top1": outcome.record["top1"], "ema": self.ema_decay > 0}
-
-    def progress(self) -> dict[str, Any]:
-        return {"mean": self._train.mean, "std": self._train.std}
 
     def line(self, row: dict[str, Any]) -> str:
         top5 = f", top-5 {row['val_top5']:.2f} %" if "val_top5" in row else ""
@@ -268,20 +249,15 @@ class ProbeTask(ClassifierTask):
         model.eval()
 
 
-def _mixup(options: FinetuneOptions, num_classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None:
-    if not (options.mixup or options.cutmix):
-        return None
+def _mixup_and_loss(options: FinetuneOptions, num_classes: int) -> tuple[Mix | None, nn.Module]:
     from timm.data.mixup import Mixup
-
-    return Mixup(options.mixup, options.cutmix, label_smoothing=options.smoothing, num_classes=num_classes)
-
-
-def _loss(options: FinetuneOptions, soft_targets: bool) -> nn.Module:
     from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 
-    if soft_targets:
-        return SoftTargetCrossEntropy()
-    return LabelSmoothingCrossEntropy(options.smoothing) if options.smoothing else nn.CrossEntropyLoss()
+    smoothing = options.smoothing
+    if options.mixup or options.cutmix:
+        mix = Mixup(options.mixup, options.cutmix, label_smoothing=smoothing, num_classes=num_classes)
+        return mix, SoftTargetCrossEntropy()
+    return None, LabelSmoothingCrossEntropy(smoothing) if smoothing else nn.CrossEntropyLoss()
 
 
 @torch.no_grad()

@@ -93,11 +93,8 @@ def parameter_groups(
             top = num_layers(depths, layer_decay_type) + 1
             above = top - layer_number(name, depths, layer_decay_type)
         decayed = decays(name, parameter, official_weight_decay)
-        group = groups.setdefault(
-            (above, decayed),
-            {"params": [], "weight_decay": weight_decay if decayed else 0.0, "lr_scale": layer_decay**above},
-        )
-        group["params"].append(parameter)
+        new = {"params": [], "weight_decay": weight_decay if decayed else 0.0, "lr_scale": layer_decay**above}
+        groups.setdefault((above, decayed), new)["params"].append(parameter)
     if not groups:
         raise ValueError("no parameter of the model is trainable")
     return [groups[key] for key in sorted(groups, reverse=True)]
@@ -106,13 +103,7 @@ def parameter_groups(
 def create_optimizer(
     groups: list[dict[str, Any]], lr: float, betas: tuple[float, float], name: str = "adamw"
 ) -> torch.optim.Optimizer:
-    """An optimizer of timm's over parameter groups.
-
-    Args:
-        groups: from :func:`parameter_groups`.
-        lr: peak learning rate.
-        betas: of AdamW and its relatives.
-        name: as timm calls it.
+    """timm's optimizer ``name`` over the groups of :func:`parameter_groups`, with the peak rate ``lr``.
 
     Raises:
         ValueError: if timm knows no such optimizer.

@@ -1,5 +1,7 @@
 """Options of every run."""
 
+# ruff: noqa: RUF009  # option() makes a field
+
 from __future__ import annotations
 
 import importlib.util
@@ -14,19 +16,16 @@ from convnextv2.training.recipe import image_size, option
 
 PRECISIONS = ("auto", "no", "bf16", "fp16")
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
-TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow", "trackio": "trackio"}
+TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
+"""Named as their packages."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
     """Options of every run; paths may be given as such, and a size in pixels as one number for a square."""
 
-    data: str | Path = option(  # noqa: RUF009  # makes a field
-        "", "folder of images, or 'digits' for the embedded handwritten digits"
-    )
-    output: str | Path = option(  # noqa: RUF009  # makes a field
-        "", "folder of the run; must be new or empty, but with --resume or --overwrite"
-    )
+    data: str | Path = option("", "folder of images, or 'digits' for the embedded handwritten digits")
+    output: str | Path = option("", "folder of the run; must be new or empty, but with --resume or --overwrite")
     model: str | None = option("convnextv2_atto", "convnextv2_atto, femto, pico, nano, tiny, base, large or huge")
     epochs: int = option(20, "passes over the data")
     batch_size: int = option(64, "images a step and process; no more than there are images is taken")
@@ -59,7 +58,7 @@ class RunOptions:
         None, "blocks of the four stages, for a custom size (with --dims)"
     )
     dims: tuple[int, int, int, int] | None = option(None, "channels of the four stages, for a custom size")
-    init: str | Path | None = option(  # noqa: RUF009  # makes a field
+    init: str | Path | None = option(
         None, "checkpoint (file or run folder) to take initial weights from; see also --resume"
     )
     resume: bool = option(False, "continue the run in --output, with its own recipe but for what is given here")
@@ -114,8 +113,8 @@ class RunOptions:
         if self.tracker is not None:
             if self.tracker not in TRACKERS:
                 raise ValueError(f"--tracker must be one of {', '.join(TRACKERS)}, got {self.tracker!r}")
-            if importlib.util.find_spec(TRACKERS[self.tracker]) is None:
-                raise ValueError(f"--tracker {self.tracker} is not installed: pip install {TRACKERS[self.tracker]}")
+            if importlib.util.find_spec(self.tracker) is None:
+                raise ValueError(f"--tracker {self.tracker} is not installed: pip install {self.tracker}")
 
     def encoder(self) -> EncoderConfig:
         """The encoder that model, sizes and drop path name.

@@ -112,16 +112,8 @@ class PretrainTask(Task[PretrainOptions]):
 
     def model(self) -> FCMAE:
         o = self.options
-        return create_fcmae(
-            o.encoder(),
-            img_size=o.size,
-            backend=o.backend,
-            grn_scope=o.grn_scope,  # type: ignore[arg-type]  # one of the choices, and checked again
-            mask_ratio=o.mask_ratio,
-            decoder_depth=o.decoder_depth,
-            decoder_dim=o.decoder_dim,
-            norm_pix_loss=o.norm_pix_loss,
-        )
+        shared = ("backend", "grn_scope", "mask_ratio", "decoder_depth", "decoder_dim", "norm_pix_loss")
+        return create_fcmae(o.encoder(), img_size=o.size, **{name: getattr(o, name) for name in shared})
 
     def initialise(self, model: FCMAE, resumed: bool) -> str:
         return "" if resumed or self.options.init is None else init_fcmae(model, str(self.options.init))
@@ -153,10 +145,10 @@ class PretrainTask(Task[PretrainOptions]):
         return f"{super().line(row)}, feature diversity {row['feature_diversity']:.3f}"
 
     def pictures(self, folder: RunFolder, model: FCMAE, examples: Tensor, epoch: int, best: Outcome | None) -> None:
-        from convnextv2.training.pictures import save_reconstructions
+        from convnextv2.training.pictures import reconstruction_panels, save_reconstructions
 
         if epoch in self.picture_epochs:
-            path = folder.path / "reconstructions" / f"epoch_{epoch:04d}.png"
             generator = torch.Generator(examples.device).manual_seed(PICTURE_SEED)
             mean, std = self._data.mean, self._data.std
-            save_reconstructions(path, model, examples, generator=generator, mean=mean, std=std)
+            panels = reconstruction_panels(model, examples[:8], None, generator, mean=mean, std=std)
+            save_reconstructions(folder.path / "reconstructions" / f"epoch_{epoch:04d}.png", *panels)

@@ -17,7 +17,7 @@ from convnextv2.models.config import config_to_dict
 from convnextv2.models.diversity import feature_diversity
 from convnextv2.models.encoder import Encoder
 from convnextv2.training.device import fitting_batch_size, make_accelerator
-from convnextv2.training.loop import EpochResult, Loop, OnLoss
+from convnextv2.training.loop import Loop, OnLoss
 from convnextv2.training.optim import create_optimizer, create_schedule, scaled_lr
 from convnextv2.training.recipe import write_recipe
 from convnextv2.training.reporting import Log, Progress, logger, reporters, say_skipped
@@ -64,11 +64,10 @@ def run_task(
     """
     run = Run(task, *reporters(log, progress))
     run.open_folder()
-    with StopSignals() as stop:
+    with StopSignals(run.folder.path) as stop:
         run.begin(stop, on_loss)
         for epoch in range(run.start, run.options.epochs):
-            result = run.train(epoch)
-            row, better = run.measure(epoch, result)
+            row, better = run.measure(epoch, *run.train(epoch))
             run.save(row, better)
             run.draw(row["epoch"])
             run.say(f"epoch {row['epoch']}/{run.options.epochs}: {task.line(row)}")
@@ -125,11 +124,9 @@ class Run:
             self.say(notice)
         raw_optimizer = create_optimizer(task.groups(self.model), self._lr, options.betas, options.optimizer)
         self._sampler = EpochSampler(len(training), options.seed)
-        samplers = [self._sampler, *(None for _ in self.parts[1:])]
-        loaders = [
-            make_loader(part, options.batch_size, options.workers, sampler)
-            for part, sampler in zip(self.parts, samplers, strict=True)
-        ]
+        batches = options.batch_size, options.workers
+        loaders = [make_loader(training, *batches, self._sampler)]
+        loaders += [make_loader(part, *batches) for part in self.parts[1:]]
         self.wrapped, self._optimizer, self._loader, *self._others = self.accelerator.prepare(
             self.model, raw_optimizer, *loaders
         )
@@ -151,7 +148,7 @@ class Run:
         if self.main:
             self.folder.prepare(self.saved)
             write_recipe(self.folder.path / "config.yaml", self.options)
-            for name, content in self.task.files().items():
+            for name, content in self.task.files.items():
                 write_json(self.folder.path / name, content)
         accelerator.wait_for_everyone()
 
@@ -163,7 +160,7 @@ class Run:
         ema, model = self._ema, self.model
         average: Callable[[int], None] | None = None if ema is None else lambda step: ema.update(model, step=step)
         prepared = accelerator, self.wrapped, self._optimizer, self._schedule
-        self.loop = Loop(*prepared, self.folder, stop, options.clip_grad, average, on_loss if self.main else None)
+        self.loop = Loop(*prepared, stop, options.clip_grad, average, on_loss if self.main else None)
         if self.saved is not None:
             self.folder.load_state(accelerator)
             self.start, self.loop.step, self.best = self.saved["epoch"], self.saved["step"], self.saved.get("best")
@@ -175,7 +172,7 @@ class Run:
             f"mixed precision: {accelerator.mixed_precision}"
         )
 
-    def train(self, epoch: int) -> EpochResult:
+    def train(self, epoch: int) -> tuple[float, dict[str, float]]:
         """One pass over the training part; everything drawn in it follows from the seed, the epoch and the process."""
         from accelerate.utils import set_seed
 
@@ -194,19 +191,12 @@ class Run:
         """The network that is evaluated and saved."""
         return self.model if self._ema is None else self._ema.module
 
-    def measure(self, epoch: int, result: EpochResult) -> tuple[dict[str, Any], bool]:
+    def measure(self, epoch: int, loss: float, pace: dict[str, float]) -> tuple[dict[str, Any], bool]:
         """The row of the epoch, and whether it is the best so far."""
         evaluated = self.wrapped if self._ema is None else self._ema.module
         outcome = self.task.evaluate(self.accelerator, evaluated, self._others)
-        row: dict[str, Any] = {
-            "epoch": epoch + 1,
-            "step": self.loop.step,
-            self.task.loss_name: result.loss,
-            **({} if outcome is None else outcome.numbers),
-            "lr": result.lr,
-            "seconds": round(result.seconds, 3),
-            "images_per_s": round(result.images / result.seconds, 1),
-        }
+        found = {} if outcome is None else outcome.numbers
+        row = {"epoch": epoch + 1, "step": self.loop.step, self.task.loss_name: loss, **found, **pace}
         encoder = getattr(self._kept, "encoder", self._kept)
         if isinstance(encoder, Encoder):
             row["feature_diversity"] = feature_diversity(encoder, self._examples)
@@ -223,20 +213,15 @@ class Run:
         config, training = self.model.config, self.parts[0]
         if self.main:
             append_jsonl(self.folder.metrics_path, row)
-            metadata = {
-                "mean": list(training.mean),
-                "std": list(training.std),
-                "img_size": list(self.options.size),
-                "epoch": row["epoch"],
-                **self.task.metadata(self._outcome),
-            }
+            images = {"mean": list(training.mean), "std": list(training.std), "img_size": list(self.options.size)}
+            metadata = {**images, "epoch": row["epoch"], **self.task.metadata(self._outcome)}
             for name in ("last", "best") if better else ("last",):
                 save_checkpoint(self.folder.checkpoint(name), self._kept, config, metadata)
         if self.options.tracker is not None:
             self.accelerator.log(row, step=row["epoch"])
         best = {} if self.best is None else {"best": self.best}
         state = {"epoch": row["epoch"], "step": row["step"], **best, "config": config_to_dict(config)}
-        self.folder.save_state(self.accelerator, {**state, **self.task.progress()})
+        self.folder.save_state(self.accelerator, {**state, **self.task.progress})
 
     def draw(self, epoch: int) -> None:
         """The loss curve and the pictures of the task, if they are due."""

@@ -56,6 +56,8 @@ class Task(ABC, Generic[O]):
 
     def __init__(self, options: O) -> None:
         self.options = options
+        self.files: dict[str, Any] = {}  # JSON files that belong into the folder of the run: name and content
+        self.progress: dict[str, Any] = {}  # what a resumed run has to know; resolve() gets it back
 
     def resolve(self, saved: dict[str, Any] | None) -> None:
         """Fill open options and refuse wrong ones, before the data is read; ``saved`` is a resumed run's progress."""
@@ -85,10 +87,6 @@ class Task(ABC, Generic[O]):
         """Parameters to train, as :func:`~convnextv2.training.optim.parameter_groups` makes them."""
         return parameter_groups(model, self.options.weight_decay)
 
-    def files(self) -> dict[str, Any]:
-        """JSON files that belong into the folder of the run: name and content."""
-        return {}
-
     def describe(self, model: nn.Module) -> str:
         """What is trained, for the line that a run begins with."""
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -112,10 +110,6 @@ class Task(ABC, Generic[O]):
 
     def metadata(self, outcome: Outcome | None) -> dict[str, Any]:
         """What a checkpoint says beside normalisation, image size and epoch."""
-        return {}
-
-    def progress(self) -> dict[str, Any]:
-        """What a resumed run has to know; :meth:`resolve` gets it back."""
         return {}
 
     def line(self, row: dict[str, Any]) -> str:
