@@ -122,11 +122,8 @@ def linear_probe(
 def resolve(options: FinetuneOptions) -> tuple[FinetuneOptions, Checkpoint | None, Statistics | None]:
     """Fill what was left open from the checkpoint of ``init``, or from the defaults.
 
-    Returns:
-        Options, the checkpoint, and the mean and standard deviation it was trained with.
-
-    Raises:
-        CheckpointError: if the checkpoint cannot be read.
+    Returns options, the checkpoint, and the mean and standard deviation it was trained with; raises CheckpointError if
+    it cannot be read.
     """
     found: dict[str, Any] = {"model": "convnextv2_atto", "patch_size": 32, "in_chans": 3, "img_size": (224, 224)}
     checkpoint, statistics = None, None
@@ -199,9 +196,10 @@ class ClassifierTask(Task[FinetuneOptions]):
         return size - size % 2
 
     def groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        o = self.options
-        decay: dict[str, Any] = {"layer_decay": o.layer_decay, "layer_decay_type": o.layer_decay_type}
-        return parameter_groups(model, o.weight_decay, depths=o.encoder().depths, **decay)
+        o, depths = self.options, self.options.encoder().depths
+        return parameter_groups(
+            model, o.weight_decay, depths=depths, layer_decay=o.layer_decay, layer_decay_type=o.layer_decay_type
+        )
 
     def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, int]:
         images, labels = batch
@@ -211,14 +209,12 @@ class ClassifierTask(Task[FinetuneOptions]):
         return self._loss(model(images).float(), labels), size
 
     def evaluate(self, accelerator: Accelerator, model: nn.Module, loaders: Sequence[Any]) -> Outcome:
-        return evaluate(accelerator, model, loaders[0], len(self._classes))
+        outcome = evaluate(accelerator, model, loaders[0], len(self._classes))
+        self.metadata = {"val_top1": outcome.record["top1"], "ema": self.ema_decay > 0}
+        return outcome
 
     def rank(self, record: dict[str, float]) -> tuple[float, float]:
         return record["top1"], -record["loss"]
-
-    def metadata(self, outcome: Outcome | None) -> dict[str, Any]:
-        assert outcome is not None
-        return {"val_top1": outcome.record["top1"], "ema": self.ema_decay > 0}
 
     def line(self, row: dict[str, Any]) -> str:
         top5 = f", top-5 {row['val_top5']:.2f} %" if "val_top5" in row else ""

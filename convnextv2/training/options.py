@@ -117,11 +117,7 @@ class RunOptions:
                 raise ValueError(f"--tracker {self.tracker} is not installed: pip install {self.tracker}")
 
     def encoder(self) -> EncoderConfig:
-        """The encoder that model, sizes and drop path name.
-
-        Raises:
-            ValueError: if the name is unknown or an option is out of range.
-        """
+        """The encoder of these options; ValueError if the name is unknown or a value is out of range."""
         shape = {"drop_path_rate": self.drop_path, "in_chans": self.in_chans, "patch_size": self.patch_size}
         if (self.depths is None) != (self.dims is None):
             raise ValueError("--depths and --dims describe a custom size together; give both or neither")

@@ -25,10 +25,7 @@ if TYPE_CHECKING:
 MASKED_COLOUR = (0.47, 0.52, 0.62)
 """Slate: told apart from the grays of a gray image."""
 
-_DPI = 100
-_GAP = 8
-_HEADING = 34
-_LEAST_CELL = 200
+_DPI, _GAP, _HEADING, _LEAST_CELL = 100, 8, 34, 200
 
 
 @torch.no_grad()

@@ -30,7 +30,6 @@ from sparse_ops.registry import registry
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-STEEP_LR = 1e-2
 MASK_STREAM, PICTURE_SEED = 1, 0
 
 
@@ -95,10 +94,12 @@ class PretrainTask(Task[PretrainOptions]):
     """A masked autoencoder, unlabelled images, and the reconstruction loss of masked patches."""
 
     name = "pretrain"
+    steep_lr = 1e-2, "published for large batches: --blr 1.5e-4"
 
     def resolve(self, saved: dict[str, Any] | None) -> None:
         with torch.device("meta"):  # wrong options are to be told before a large folder is read
             self.model()
+        self.metadata = {"epochs": self.options.epochs, "seed": self.options.seed}
         every, epochs = self.options.reconstruct_every, self.options.epochs
         if every != 0:
             step = every or max(1, math.ceil(epochs / 5))
@@ -118,11 +119,6 @@ class PretrainTask(Task[PretrainOptions]):
     def initialise(self, model: FCMAE, resumed: bool) -> str:
         return "" if resumed or self.options.init is None else init_fcmae(model, str(self.options.init))
 
-    def notice(self, lr: float) -> str:
-        if lr <= STEEP_LR:
-            return ""
-        return f"notice: the learning rate {lr:.2e} is steep; published for large batches: --blr 1.5e-4"
-
     def groups(self, model: nn.Module) -> list[dict[str, Any]]:
         o = self.options
         return parameter_groups(model, o.weight_decay, official_weight_decay=o.official_weight_decay)
@@ -137,9 +133,6 @@ class PretrainTask(Task[PretrainOptions]):
 
     def loss(self, model: nn.Module, batch: Tensor) -> tuple[Tensor, int]:
         return model(batch, generator=self._masks, return_pred=False).loss, len(batch)
-
-    def metadata(self, outcome: Outcome | None) -> dict[str, Any]:
-        return {"epochs": self.options.epochs, "seed": self.options.seed}
 
     def line(self, row: dict[str, Any]) -> str:
         return f"{super().line(row)}, feature diversity {row['feature_diversity']:.3f}"

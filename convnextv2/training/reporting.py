@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable
 from typing import Any
-
-from convnextv2.data.sources import describe_skipped
 
 Log = Callable[[str], None]
 Progress = Callable[[Iterable[Any], int, str], Iterable[Any]]
@@ -35,10 +32,3 @@ def bar(items: Iterable[Any], total: int | None, description: str) -> Any:
     from tqdm.auto import tqdm
 
     return tqdm(items, description, total, leave=False, dynamic_ncols=True)
-
-
-def say_skipped(skipped: Sequence[tuple[Path, str]], log: Log) -> None:
-    """Tell how many files were left out, and why, naming the first ones; in one line."""
-    if skipped:
-        heading, *named = describe_skipped(skipped)
-        log(f"{heading} {'; '.join(named)}")

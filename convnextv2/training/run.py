@@ -12,6 +12,7 @@ import safetensors.torch
 from torch import Tensor, nn
 
 from convnextv2.data.loading import EpochSampler, derived_seed, make_loader
+from convnextv2.data.sources import describe_skipped
 from convnextv2.files import append_jsonl, write_json
 from convnextv2.models.config import config_to_dict
 from convnextv2.models.diversity import feature_diversity
@@ -20,7 +21,7 @@ from convnextv2.training.device import fitting_batch_size, make_accelerator
 from convnextv2.training.loop import Loop, OnLoss
 from convnextv2.training.optim import create_optimizer, create_schedule, scaled_lr
 from convnextv2.training.recipe import write_recipe
-from convnextv2.training.reporting import Log, Progress, logger, reporters, say_skipped
+from convnextv2.training.reporting import Log, Progress, logger, reporters
 from convnextv2.training.result import Metrics, RunResult
 from convnextv2.training.run_folder import RunFolder, check_same_model
 from convnextv2.training.signals import StopSignals
@@ -75,10 +76,7 @@ def run_task(
 
 
 class Run:
-    """A run, set up: data, network, optimizer and schedule on their device. No file is written yet.
-
-    Arguments and what is raised as :func:`run_task`.
-    """
+    """A run, set up: data, network, optimizer and schedule on their device. No file is written yet."""
 
     def __init__(self, task: Task[Any], log: Log, progress: Progress) -> None:
         from accelerate.utils import set_seed
@@ -98,7 +96,8 @@ class Run:
         self.main = self.accelerator.is_main_process
         for part in self.parts:
             self.say(f"data: {part.description}")
-            say_skipped(part.skipped, self.say)
+            if skipped := describe_skipped(part.skipped):
+                self.say(f"{skipped[0]} {'; '.join(skipped[1:])}")
         if first_weights:
             self.say(first_weights)
         self.start = 0
@@ -120,8 +119,9 @@ class Run:
         task.options = self.options = options = replace(task.options, batch_size=task.fit_batch(size))
         self._effective_batch = options.batch_size * options.accum * self.accelerator.num_processes
         self._lr = scaled_lr(options.blr, self._effective_batch, options.lr)
-        if notice := task.notice(self._lr):
-            self.say(notice)
+        steep, advice = task.steep_lr
+        if self._lr > steep:
+            self.say(f"notice: the learning rate {self._lr:.2e} is steep; {advice}")
         raw_optimizer = create_optimizer(task.groups(self.model), self._lr, options.betas, options.optimizer)
         self._sampler = EpochSampler(len(training), options.seed)
         batches = options.batch_size, options.workers
@@ -200,7 +200,6 @@ class Run:
         encoder = getattr(self._kept, "encoder", self._kept)
         if isinstance(encoder, Encoder):
             row["feature_diversity"] = feature_diversity(encoder, self._examples)
-        self._outcome: Outcome | None = outcome
         rank = self.task.rank
         if outcome is None or not (self.best is None or rank(outcome.record) > rank(self.best)):
             return row, False
@@ -214,7 +213,7 @@ class Run:
         if self.main:
             append_jsonl(self.folder.metrics_path, row)
             images = {"mean": list(training.mean), "std": list(training.std), "img_size": list(self.options.size)}
-            metadata = {**images, "epoch": row["epoch"], **self.task.metadata(self._outcome)}
+            metadata = {**images, "epoch": row["epoch"], **self.task.metadata}
             for name in ("last", "best") if better else ("last",):
                 save_checkpoint(self.folder.checkpoint(name), self._kept, config, metadata)
         if self.options.tracker is not None:

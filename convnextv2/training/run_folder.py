@@ -112,8 +112,7 @@ class RunFolder:
     def save_state(self, accelerator: Accelerator, progress: dict[str, Any]) -> None:
         """Save everything a resumed run needs, swapped in by rename: the old state or the new one is complete always.
 
-        Raises:
-            OSError: if it cannot be written.
+        Raises OSError if it cannot be written.
         """
         if accelerator.is_main_process and self._new.exists():
             shutil.rmtree(self._new)
@@ -134,11 +133,7 @@ class RunFolder:
         accelerator.wait_for_everyone()
 
     def load_state(self, accelerator: Accelerator) -> None:
-        """Load what :meth:`save_state` wrote.
-
-        Raises:
-            CheckpointError: if it is damaged or does not fit.
-        """
+        """Load what :meth:`save_state` wrote; CheckpointError if it is damaged or does not fit."""
         try:
             accelerator.load_state(str(self.state))
         except (OSError, ValueError, RuntimeError, KeyError, EOFError, SafetensorError) as error:
@@ -158,7 +153,6 @@ def _row(line: str) -> dict[str, Any] | None:
 
 def check_same_model(progress: dict[str, Any], config: Any, output: str | Path) -> None:
     """Raise ValueError unless the run to be resumed trains a network of this configuration."""
-    saved, wanted = progress["config"], json.loads(json.dumps(config_to_dict(config)))
 
     def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         found: dict[str, Any] = {}
@@ -166,7 +160,7 @@ def check_same_model(progress: dict[str, Any], config: Any, output: str | Path) 
             found |= flat(value, f"{key}.") if isinstance(value, dict) else {prefix + key: value}
         return found
 
-    before, now = flat(saved), flat(wanted)
+    before, now = flat(progress["config"]), flat(json.loads(json.dumps(config_to_dict(config))))
     different = [
         f"{k} {before.get(k)} there, {now.get(k)} here" for k in {**before, **now} if before.get(k) != now.get(k)
     ]

@@ -18,11 +18,7 @@ class RunStoppedError(Exception):
 
 
 class StopSignals:
-    """Turns SIGINT and SIGTERM into a request to stop a run between two steps; a second one acts at once.
-
-    Args:
-        output: folder of the run, for the message.
-    """
+    """Turns SIGINT and SIGTERM into a request to stop the run in ``output`` between two steps; a second acts now."""
 
     def __init__(self, output: Path) -> None:
         self._output = output

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -48,6 +49,8 @@ class Task(ABC, Generic[O]):
     """Of the project in a tracker."""
     loss_name = "loss"
     """Of the training loss in ``metrics.jsonl``."""
+    steep_lr: tuple[float, str] = math.inf, ""
+    """Peak learning rate above which the user is told that it is steep, and what else to try."""
     ema_decay = 0.0
     """Above 0 the weights are averaged with this decay, and the average is evaluated and saved."""
     ema_warmup = True
@@ -56,6 +59,7 @@ class Task(ABC, Generic[O]):
 
     def __init__(self, options: O) -> None:
         self.options = options
+        self.metadata: dict[str, Any] = {}  # what a checkpoint says beside normalisation, image size and epoch
         self.files: dict[str, Any] = {}  # JSON files that belong into the folder of the run: name and content
         self.progress: dict[str, Any] = {}  # what a resumed run has to know; resolve() gets it back
 
@@ -78,10 +82,6 @@ class Task(ABC, Generic[O]):
     def fit_batch(self, size: int) -> int:
         """The batch size, lowered to one that the task can take."""
         return size
-
-    def notice(self, lr: float) -> str:
-        """A warning about the peak learning rate, or nothing."""
-        return ""
 
     def groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """Parameters to train, as :func:`~convnextv2.training.optim.parameter_groups` makes them."""
@@ -107,10 +107,6 @@ class Task(ABC, Generic[O]):
     def rank(self, record: dict[str, float]) -> Any:
         """What orders the records of evaluations, the best last."""
         return tuple(record.values())
-
-    def metadata(self, outcome: Outcome | None) -> dict[str, Any]:
-        """What a checkpoint says beside normalisation, image size and epoch."""
-        return {}
 
     def line(self, row: dict[str, Any]) -> str:
         """The row of an epoch in words."""
