@@ -152,12 +152,9 @@ class ClassifierTask(Task[FinetuneOptions]):
 
     def resolve(self, saved: dict[str, Any] | None) -> None:
         o = self.options
-        self._checkpoint: Checkpoint | None = None
-        statistics: Statistics | None
-        if saved is None:
-            self.options, self._checkpoint, statistics = resolve(o)
-        else:
-            self.options = replace(resolve(replace(o, init=None))[0], init=o.init)
+        found, self._checkpoint, statistics = resolve(o if saved is None else replace(o, init=None))
+        self.options = replace(found, init=o.init)
+        if saved is not None:
             statistics = tuple(saved["mean"]), tuple(saved["std"])
         self._statistics = statistics or (None, None)
         self.ema_decay, self.ema_warmup = o.ema_decay, o.ema_warmup

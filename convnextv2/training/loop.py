@@ -20,6 +20,7 @@ LOSS_CHECK_EVERY = 20
 """Batches between two looks at the losses on a GPU, where each look waits for it."""
 
 OnLoss = Callable[[int, float], None]
+LossOf = Callable[[Any], tuple[Tensor, int]]
 
 
 class DivergedError(ValueError):
@@ -55,9 +56,7 @@ class Loop:
         self._trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self._check_every = 1 if self.accelerator.device.type == "cpu" else LOSS_CHECK_EVERY
 
-    def epoch(
-        self, done: int, batches: Any, loss_of: Callable[[Any], tuple[Tensor, int]]
-    ) -> tuple[float, dict[str, float]]:
+    def epoch(self, done: int, batches: Any, loss_of: LossOf) -> tuple[float, dict[str, float]]:
         """Train on every batch once.
 
         Args:
@@ -68,9 +67,7 @@ class Loop:
         Returns:
             Mean loss, and for the row of the epoch the last learning rate and the pace, over all processes.
 
-        Raises:
-            DivergedError: if a loss or a weight is not finite.
-            RunStoppedError: if a signal came.
+        Raises DivergedError if a loss or a weight is not finite, RunStoppedError if a signal came.
         """
         start = time.perf_counter()
         total, count, images, lr = 0.0, 0, 0, 0.0

@@ -16,8 +16,7 @@ from convnextv2.training.recipe import image_size, option
 
 PRECISIONS = ("auto", "no", "bf16", "fp16")
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
-TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
-"""Named as their packages."""
+TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")  # named as their packages
 
 
 @dataclass(frozen=True, kw_only=True)

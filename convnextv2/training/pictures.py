@@ -137,8 +137,7 @@ def save_loss_curve(path: str | os.PathLike[str], metrics: Sequence[Mapping[str,
     for values, label, colour in zip(losses, ("training", "training", "validation"), ("C0", "C0", "C1"), strict=True):
         if np.isfinite(values).any():
             axes.plot(epochs, values, color=colour, label=f"{label} loss", marker=marker, markersize=3)
-    axes.set_xlabel("epoch")
-    axes.set_ylabel("loss")
+    axes.set(xlabel="epoch", ylabel="loss")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     handles = axes.get_lines()
@@ -182,10 +181,9 @@ def save_confusion_matrix(
     names = [name if len(name) <= 24 else f"{name[:23]}…" for name in (str(classes[i]) for i in ticks)]
     axes.set_xticks(ticks, names, rotation=90 if k > 5 else 30, ha="center" if k > 5 else "right", parse_math=False)
     axes.set_yticks(ticks, names, parse_math=False)
-    axes.set_xlabel("predicted class")
-    axes.set_ylabel("true class")
     correct, images = int(np.trace(counts)), int(counts.sum())
-    axes.set_title(f"{correct} of {images} right ({correct / max(1, images):.1%})")
+    title = f"{correct} of {images} right ({correct / max(1, images):.1%})"
+    axes.set(xlabel="predicted class", ylabel="true class", title=title)
     if k <= 20:
         for (row, column), count in np.ndenumerate(counts):
             if count:

@@ -11,10 +11,7 @@ from torch import nn
 
 
 class Metrics(list[dict[str, Any]]):
-    """The rows of ``metrics.jsonl``: a list of mappings, one an epoch, that shows itself as a table.
-
-    ``pandas.DataFrame(metrics)`` takes it as it is.
-    """
+    """The rows of ``metrics.jsonl``, a mapping an epoch: shows itself as a table; ``pandas.DataFrame`` takes it."""
 
     def _cells(self) -> list[list[str]]:
         names = dict.fromkeys(name for row in self for name in row)

@@ -32,8 +32,7 @@ from convnextv2.weights.loading import load_strict
 R = TypeVar("R", bound=RunResult)
 MODEL_STREAM = 2
 PROBE_IMAGES = 16
-PICTURE_SECONDS = 15.0
-"""Least time between pictures, which may take longer than a short epoch."""
+PICTURE_SECONDS = 15.0  # least time between pictures, which may take longer than a short epoch
 
 
 def run_task(
@@ -127,9 +126,8 @@ class Run:
         batches = options.batch_size, options.workers
         loaders = [make_loader(training, *batches, self._sampler)]
         loaders += [make_loader(part, *batches) for part in self.parts[1:]]
-        self.wrapped, self._optimizer, self._loader, *self._others = self.accelerator.prepare(
-            self.model, raw_optimizer, *loaders
-        )
+        prepared = self.accelerator.prepare(self.model, raw_optimizer, *loaders)
+        self.wrapped, self._optimizer, self._loader, *self._others = prepared
         updates = math.ceil(len(self._loader) / options.accum)
         self._schedule = create_schedule(raw_optimizer, updates, options.epochs, options.warmup_epochs, options.min_lr)
         if options.compile is not None:
@@ -143,14 +141,13 @@ class Run:
 
     def open_folder(self) -> None:
         """Make or restore the folder of the run."""
-        accelerator = self.accelerator
-        accelerator.wait_for_everyone()
+        self.accelerator.wait_for_everyone()
         if self.main:
             self.folder.prepare(self.saved)
             write_recipe(self.folder.path / "config.yaml", self.options)
             for name, content in self.task.files.items():
                 write_json(self.folder.path / name, content)
-        accelerator.wait_for_everyone()
+        self.accelerator.wait_for_everyone()
 
     def begin(self, stop: StopSignals, on_loss: OnLoss | None) -> None:
         """Start the trackers, and load the state of a run to be resumed."""
@@ -203,8 +200,7 @@ class Run:
         rank = self.task.rank
         if outcome is None or not (self.best is None or rank(outcome.record) > rank(self.best)):
             return row, False
-        self.best = {**outcome.record, "epoch": epoch + 1}
-        self._best_outcome = outcome
+        self.best, self._best_outcome = {**outcome.record, "epoch": epoch + 1}, outcome
         return row, True
 
     def save(self, row: dict[str, Any], better: bool) -> None:
@@ -237,8 +233,7 @@ class Run:
         """Close the trackers, and read back what the run stands for."""
         if self.options.tracker is not None:
             self.accelerator.end_training()
-        name = "last" if self.best is None else "best"
-        path = self.folder.checkpoint(name)
+        path = self.folder.checkpoint("last" if self.best is None else "best")
         model = self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
         load_strict(model, safetensors.torch.load_file(path), path)
         return kind(
