@@ -9,18 +9,17 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn
 
 import torch
 from safetensors import SafetensorError
 
 from convnextv2.data.sources import describe_skipped
 from convnextv2.training import recipe
-from convnextv2.training.reporting import Bar
+from convnextv2.training.reporting import bar
 from sparse_ops.registry import BackendUnavailableError
-
-T = TypeVar("T")
 
 TRACEBACK_VARIABLE = "CONVNEXTV2_TRACEBACK"
 """Set this environment variable to 1 to see the traceback of an error that is otherwise told in one line."""
@@ -95,40 +94,36 @@ def say_skipped(skipped: Sequence[tuple[Path, str]], shown: int = 5) -> None:
         warn(f"  {line}" if number else line)
 
 
-class Progress(Bar[T]):
-    """Iterate with a progress bar on a terminal, and with a plain line every ``seconds`` where stderr is piped.
+@dataclass
+class Progress:
+    """Iterate with a plain line every ``seconds``, and one behind the last item: for where no terminal shows a bar."""
 
-    Args:
-        items: what to iterate over.
-        total: number of items; None takes ``len(items)`` where it has one.
-        description: what is going on.
-        seconds: least time between two plain lines; the last item always gets one.
-    """
+    items: Iterable[Any]
+    total: int | None
+    description: str
+    seconds: float = 10.0
+    note: str = ""
 
-    def __init__(
-        self, items: Iterable[T], total: int | None = None, description: str = "", seconds: float = 10.0
-    ) -> None:
-        super().__init__(items, len(items) if total is None and isinstance(items, Sized) else total, description)
-        self._seconds = seconds
+    def set_postfix_str(self, text: str, refresh: bool = True) -> None:
+        """Text to show behind the count, as tqdm's bars take it."""
+        self.note = text
 
-    def __iter__(self) -> Iterator[T]:
-        return super().__iter__() if sys.stderr.isatty() else self._lines()
-
-    def _lines(self) -> Iterator[T]:
+    def __iter__(self) -> Iterator[Any]:
         start = last = time.monotonic()
-        for count, item in enumerate(self._items, 1):
+        for count, item in enumerate(self.items, 1):
             yield item
             now = time.monotonic()
-            if now - last >= self._seconds or count == self._total:
+            if now - last >= self.seconds or count == self.total:
                 last = now
-                of = "" if self._total is None else f"/{self._total}"
-                note = f", {self._note}" if self._note else ""
-                warn(f"{self._description}: {count}{of} in {now - start:.0f} s{note}")
+                of = "" if self.total is None else f"/{self.total}"
+                note = f", {self.note}" if self.note else ""
+                warn(f"{self.description}: {count}{of} in {now - start:.0f} s{note}")
 
 
-def progress(items: Iterable[T], total: int | None = None, description: str = "") -> Progress[T]:
-    """A :class:`Progress` over ``items``."""
-    return Progress(items, total, description)
+def progress(items: Iterable[Any], total: int | None = None, description: str = "") -> Iterable[Any]:
+    """``items`` with a bar on a terminal, with plain lines elsewhere; ``total`` None takes their ``len``, if any."""
+    total = len(items) if total is None and isinstance(items, Sized) else total
+    return (bar if sys.stderr.isatty() else Progress)(items, total, description)
 
 
 def image_size(text: str) -> tuple[int, int]:

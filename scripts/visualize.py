@@ -18,7 +18,7 @@ from convnextv2.data import DataError, build_predict_dataset
 from convnextv2.data.transforms import preprocessing_from_metadata
 from convnextv2.models.config import check_image_size
 from convnextv2.models.masking import parse_mask
-from convnextv2.training.pictures import save_reconstructions
+from convnextv2.training.pictures import reconstruction_panels, save_reconstructions
 from convnextv2.weights.checkpoint import CheckpointError, load_checkpoint
 from convnextv2.weights.loading import load_model
 
@@ -61,17 +61,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     _cli.say_skipped([*dataset.skipped, *unreadable])
     if not images:
         raise DataError(f"none of the {len(dataset)} files given is a readable image")
-    save_reconstructions(
-        options.output,
+    panels = reconstruction_panels(
         model,
         torch.stack(images),
         None if mask is None else mask.expand(len(images), *mask.shape),
         torch.Generator().manual_seed(options.seed),
         mean=mean,
         std=std,
-        max_images=options.max_images,
         mask_ratio=options.mask_ratio,
     )
+    save_reconstructions(options.output, *panels)
     _cli.say(f"{len(images)} reconstructions: {options.output}")
 
 

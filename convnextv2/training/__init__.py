@@ -1,8 +1,7 @@
 """Runs: pre-training, fine-tuning, linear probes, and the skeleton for other tasks."""
 
-from convnextv2.training.finetuning import FinetuneOptions, FinetuneResult, finetune
+from convnextv2.training.finetuning import FinetuneOptions, FinetuneResult, finetune, linear_probe
 from convnextv2.training.pretraining import PretrainOptions, PretrainResult, pretrain
-from convnextv2.training.probing import linear_probe
 from convnextv2.training.result import Metrics, RunResult
 from convnextv2.training.run import run_task
 from convnextv2.training.signals import RunStoppedError

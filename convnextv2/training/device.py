@@ -14,11 +14,7 @@ if TYPE_CHECKING:
 
 
 def make_accelerator(options: RunOptions) -> Accelerator:
-    """accelerate's entry for the device, precision, accumulation and tracker asked for.
-
-    Raises:
-        ValueError: if the device or precision cannot be used here.
-    """
+    """accelerate's entry for what the options ask for; ValueError if device or precision cannot be used here."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
@@ -59,11 +55,7 @@ def mixed_precision(options: RunOptions) -> str:
 
 
 def fitting_batch_size(options: RunOptions, images: int, processes: int, log: Log) -> int:
-    """The batch size, lowered where the data set cannot fill one batch; says so.
-
-    Raises:
-        ValueError: if there are fewer images than processes.
-    """
+    """The batch size, lowered aloud where the data cannot fill one; ValueError if images are fewer than processes."""
     if images < processes:
         raise ValueError(f"{images} images cannot be shared among {processes} processes; run fewer")
     size = min(options.batch_size, images // processes)

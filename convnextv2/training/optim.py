@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
-LayerDecayType = Literal["single", "group"]
-LAYER_DECAY_TYPES: tuple[LayerDecayType, ...] = ("single", "group")
+LAYER_DECAY_TYPES = ("single", "group")
 
 
-def num_layers(depths: Sequence[int], layer_decay_type: LayerDecayType = "single") -> int:
+def num_layers(depths: Sequence[int], layer_decay_type: str = "single") -> int:
     """Largest layer number of the encoder; final norm and head come one above it.
 
     ``group`` counts stages 0 and 1 as one layer each, stage 2 in threes and stage 3 as one, with 0 for the stem: 12 for
@@ -22,7 +21,7 @@ def num_layers(depths: Sequence[int], layer_decay_type: LayerDecayType = "single
     return sum(depths) if layer_decay_type == "single" else 3 + math.ceil(depths[2] / 3)
 
 
-def layer_number(name: str, depths: Sequence[int], layer_decay_type: LayerDecayType = "single") -> int:
+def layer_number(name: str, depths: Sequence[int], layer_decay_type: str = "single") -> int:
     """Layer that a parameter of :class:`~convnextv2.ConvNeXtV2` belongs to, as the official code counts.
 
     ``single``: every block is a layer, 1 … sum(depths); the downsampling before a stage goes with its first block.
@@ -65,7 +64,7 @@ def parameter_groups(
     *,
     depths: Sequence[int] = (),
     layer_decay: float = 1.0,
-    layer_decay_type: LayerDecayType = "single",
+    layer_decay_type: str = "single",
     official_weight_decay: bool = False,
 ) -> list[dict[str, Any]]:
     """Trainable parameters grouped by weight decay and learning rate.
@@ -85,19 +84,14 @@ def parameter_groups(
     if not 0 < layer_decay <= 1:
         raise ValueError(f"layer_decay must be in (0, 1], got {layer_decay}; 1 gives every layer the same rate")
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
+    layers = depths, layer_decay_type
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        above = 0
-        if layer_decay != 1:
-            top = num_layers(depths, layer_decay_type) + 1
-            above = top - layer_number(name, depths, layer_decay_type)
+        above = 0 if layer_decay == 1 else num_layers(*layers) + 1 - layer_number(name, *layers)
         decayed = decays(name, parameter, official_weight_decay)
-        group = groups.setdefault(
-            (above, decayed),
-            {"params": [], "weight_decay": weight_decay if decayed else 0.0, "lr_scale": layer_decay**above},
-        )
-        group["params"].append(parameter)
+        new = {"params": [], "weight_decay": weight_decay if decayed else 0.0, "lr_scale": layer_decay**above}
+        groups.setdefault((above, decayed), new)["params"].append(parameter)
     if not groups:
         raise ValueError("no parameter of the model is trainable")
     return [groups[key] for key in sorted(groups, reverse=True)]
@@ -106,17 +100,7 @@ def parameter_groups(
 def create_optimizer(
     groups: list[dict[str, Any]], lr: float, betas: tuple[float, float], name: str = "adamw"
 ) -> torch.optim.Optimizer:
-    """An optimizer of timm's over parameter groups.
-
-    Args:
-        groups: from :func:`parameter_groups`.
-        lr: peak learning rate.
-        betas: of AdamW and its relatives.
-        name: as timm calls it.
-
-    Raises:
-        ValueError: if timm knows no such optimizer.
-    """
+    """timm's optimizer ``name`` over the groups of :func:`parameter_groups`; ValueError if timm knows no such one."""
     from timm.optim import create_optimizer_v2, list_optimizers
 
     known = [str(each) for each in list_optimizers()]

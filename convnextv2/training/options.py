@@ -1,5 +1,7 @@
 """Options of every run."""
 
+# ruff: noqa: RUF009  # option() makes a field
+
 from __future__ import annotations
 
 import importlib.util
@@ -14,19 +16,15 @@ from convnextv2.training.recipe import image_size, option
 
 PRECISIONS = ("auto", "no", "bf16", "fp16")
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
-TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow", "trackio": "trackio"}
+TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")  # named as their packages
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
     """Options of every run; paths may be given as such, and a size in pixels as one number for a square."""
 
-    data: str | Path = option(  # noqa: RUF009  # makes a field
-        "", "folder of images, or 'digits' for the embedded handwritten digits"
-    )
-    output: str | Path = option(  # noqa: RUF009  # makes a field
-        "", "folder of the run; must be new or empty, but with --resume or --overwrite"
-    )
+    data: str | Path = option("", "folder of images, or 'digits' for the embedded handwritten digits")
+    output: str | Path = option("", "folder of the run; must be new or empty, but with --resume or --overwrite")
     model: str | None = option("convnextv2_atto", "convnextv2_atto, femto, pico, nano, tiny, base, large or huge")
     epochs: int = option(20, "passes over the data")
     batch_size: int = option(64, "images a step and process; no more than there are images is taken")
@@ -59,7 +57,7 @@ class RunOptions:
         None, "blocks of the four stages, for a custom size (with --dims)"
     )
     dims: tuple[int, int, int, int] | None = option(None, "channels of the four stages, for a custom size")
-    init: str | Path | None = option(  # noqa: RUF009  # makes a field
+    init: str | Path | None = option(
         None, "checkpoint (file or run folder) to take initial weights from; see also --resume"
     )
     resume: bool = option(False, "continue the run in --output, with its own recipe but for what is given here")
@@ -114,15 +112,11 @@ class RunOptions:
         if self.tracker is not None:
             if self.tracker not in TRACKERS:
                 raise ValueError(f"--tracker must be one of {', '.join(TRACKERS)}, got {self.tracker!r}")
-            if importlib.util.find_spec(TRACKERS[self.tracker]) is None:
-                raise ValueError(f"--tracker {self.tracker} is not installed: pip install {TRACKERS[self.tracker]}")
+            if importlib.util.find_spec(self.tracker) is None:
+                raise ValueError(f"--tracker {self.tracker} is not installed: pip install {self.tracker}")
 
     def encoder(self) -> EncoderConfig:
-        """The encoder that model, sizes and drop path name.
-
-        Raises:
-            ValueError: if the name is unknown or an option is out of range.
-        """
+        """The encoder of these options; ValueError if the name is unknown or a value is out of range."""
         shape = {"drop_path_rate": self.drop_path, "in_chans": self.in_chans, "patch_size": self.patch_size}
         if (self.depths is None) != (self.dims is None):
             raise ValueError("--depths and --dims describe a custom size together; give both or neither")

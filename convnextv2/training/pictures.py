@@ -25,11 +25,7 @@ if TYPE_CHECKING:
 MASKED_COLOUR = (0.47, 0.52, 0.62)
 """Slate: told apart from the grays of a gray image."""
 
-COLUMNS = ("original", "masked", "prediction", "prediction + visible")
-_DPI = 100
-_GAP = 8
-_HEADING = 34
-_LEAST_CELL = 200
+_DPI, _GAP, _HEADING, _LEAST_CELL = 100, 8, 34, 200
 
 
 @torch.no_grad()
@@ -79,34 +75,6 @@ def reconstruction_panels(
     return torch.stack((original, masked, prediction, pasted), dim=1), output.mask.cpu()
 
 
-def save_reconstructions(
-    path: str | os.PathLike[str],
-    model: FCMAE,
-    images: Tensor,
-    mask: Tensor | None = None,
-    generator: torch.Generator | None = None,
-    *,
-    mean: Sequence[float],
-    std: Sequence[float],
-    max_images: int = 8,
-    mask_ratio: float | None = None,
-) -> None:
-    """A row per image: original, masked, prediction, and prediction with the visible patches pasted back.
-
-    Arguments as :func:`reconstruction_panels`; of more than ``max_images`` images the first ones are shown.
-
-    Raises:
-        ValueError: if shapes do not fit.
-        OSError: if the file cannot be written.
-    """
-    shown = images[:max_images]
-    panels, used = reconstruction_panels(
-        model, shown, None if mask is None else mask[:max_images], generator, mean=mean, std=std, mask_ratio=mask_ratio
-    )
-    titles = (COLUMNS[0], f"{COLUMNS[1]} ({used.mean():.0%})", *COLUMNS[2:])
-    _save(path, _panel_figure(panels, titles))
-
-
 def _true_colours(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """``[B, C, H, W]`` normalised to ``[B, 3, H, W]`` in [0, 1]; values beyond are clamped, never wrapped."""
     shape = (1, -1, 1, 1)
@@ -115,10 +83,15 @@ def _true_colours(images: Tensor, mean: Sequence[float], std: Sequence[float]) -
     return values.nan_to_num(0.0).clamp(0, 1)
 
 
-def _panel_figure(panels: Tensor, titles: Sequence[str]) -> Figure:
-    """Pictures ``[rows, columns, 3, H, W]`` at a whole number of screen pixels a pixel, so that nothing is blurred."""
+def save_reconstructions(path: str | os.PathLike[str], panels: Tensor, mask: Tensor) -> None:
+    """A row per image: original, masked, prediction, and prediction with the visible patches pasted back.
+
+    ``panels`` and ``mask`` are those of :func:`reconstruction_panels`; each pixel gets a whole number of the screen's,
+    so that nothing is blurred. Raises OSError if the file cannot be written.
+    """
     from matplotlib.figure import Figure
 
+    titles = "original", f"masked ({mask.mean():.0%})", "prediction", "prediction + visible"
     rows, columns, _, height, width = panels.shape
     scale = max(1, math.ceil(_LEAST_CELL / width))
     cell_h, cell_w = height * scale, width * scale
@@ -133,7 +106,7 @@ def _panel_figure(panels: Tensor, titles: Sequence[str]) -> Figure:
             axes = figure.add_axes((left / total_w, bottom / total_h, cell_w / total_w, cell_h / total_h))
             axes.imshow(panels[row, column].permute(1, 2, 0).numpy(), interpolation="nearest", aspect="auto")
             axes.set_axis_off()
-    return figure
+    _save(path, figure)
 
 
 def save_loss_curve(path: str | os.PathLike[str], metrics: Sequence[Mapping[str, Any]]) -> None:
@@ -151,36 +124,29 @@ def save_loss_curve(path: str | os.PathLike[str], metrics: Sequence[Mapping[str,
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    curves = {name: _series(metrics, name) for name in ("loss", "train_loss", "val_loss", "val_top1")}
-    curves = {name: points for name, points in curves.items() if np.isfinite(points[:, 1]).any()}
-    if not any(name != "val_top1" for name in curves):
+    epochs = [row.get("epoch", number) for number, row in enumerate(metrics)]
+    top1, *losses = (
+        np.array([row.get(name) for row in metrics], dtype=np.float64)  # NaN for None
+        for name in ("val_top1", "loss", "train_loss", "val_loss")
+    )
+    if not any(np.isfinite(values).any() for values in losses):
         raise ValueError(f"no loss to draw in {len(metrics)} epochs; expected 'loss', 'train_loss' or 'val_loss'")
     figure = Figure(figsize=(8, 4.5), dpi=_DPI, layout="constrained")
     axes = figure.subplots()
-    labels = {"loss": "training loss", "train_loss": "training loss", "val_loss": "validation loss"}
-    colours = {"loss": "C0", "train_loss": "C0", "val_loss": "C1"}
     marker = "o" if len(metrics) <= 30 else None
-    for name, label in labels.items():
-        if name in curves:
-            axes.plot(*curves[name].T, color=colours[name], label=label, marker=marker, markersize=3)
-    axes.set_xlabel("epoch")
-    axes.set_ylabel("loss")
+    for values, label, colour in zip(losses, ("training", "training", "validation"), ("C0", "C0", "C1"), strict=True):
+        if np.isfinite(values).any():
+            axes.plot(epochs, values, color=colour, label=f"{label} loss", marker=marker, markersize=3)
+    axes.set(xlabel="epoch", ylabel="loss")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     handles = axes.get_lines()
-    if "val_top1" in curves:
+    if np.isfinite(top1).any():
         right = axes.twinx()
-        handles += right.plot(*curves["val_top1"].T, "--", color="C2", label="validation top-1", marker=marker, ms=3)
+        handles += right.plot(epochs, top1, "--", color="C2", label="validation top-1", marker=marker, ms=3)
         right.set_ylabel("top-1 accuracy, %")
     figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False)
     _save(path, figure)
-
-
-def _series(metrics: Sequence[Mapping[str, Any]], name: str) -> NDArray[np.float64]:
-    """``[n, 2]``: epoch and value, NaN where there is none."""
-    values = [(row.get("epoch", number), row.get(name)) for number, row in enumerate(metrics)]
-    points = [(float(x), math.nan if y is None else float(y)) for x, y in values]
-    return np.array(points, dtype=np.float64).reshape(-1, 2)
 
 
 def save_confusion_matrix(
@@ -208,17 +174,16 @@ def save_confusion_matrix(
     side = min(16.0, max(4.5, 2.5 + 0.45 * k))
     figure = Figure(figsize=(side + 1, side), dpi=_DPI, layout="constrained")
     axes = figure.subplots()
-    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    figure.colorbar(image, ax=axes, label="share of the true class", shrink=0.8)
+    shown = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    figure.colorbar(shown, ax=axes, label="share of the true class", shrink=0.8)
     step = math.ceil(k / 40)
     ticks = list(range(0, k, step))
     names = [name if len(name) <= 24 else f"{name[:23]}…" for name in (str(classes[i]) for i in ticks)]
     axes.set_xticks(ticks, names, rotation=90 if k > 5 else 30, ha="center" if k > 5 else "right", parse_math=False)
     axes.set_yticks(ticks, names, parse_math=False)
-    axes.set_xlabel("predicted class")
-    axes.set_ylabel("true class")
-    correct = int(np.trace(counts))
-    axes.set_title(f"{correct} of {int(counts.sum())} right ({correct / max(1, int(counts.sum())):.1%})")
+    correct, images = int(np.trace(counts)), int(counts.sum())
+    title = f"{correct} of {images} right ({correct / max(1, images):.1%})"
+    axes.set(xlabel="predicted class", ylabel="true class", title=title)
     if k <= 20:
         for (row, column), count in np.ndenumerate(counts):
             if count:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,13 +13,12 @@ from torch import Tensor, nn
 from convnextv2.data.build import build_pretrain_dataset
 from convnextv2.data.datasets import ImageDataset
 from convnextv2.data.loading import derived_seed
-from convnextv2.models.encoder import Encoder
 from convnextv2.models.fcmae import FCMAE, create_fcmae
 from convnextv2.training.loop import OnLoss
 from convnextv2.training.optim import parameter_groups
 from convnextv2.training.options import RunOptions
 from convnextv2.training.recipe import option
-from convnextv2.training.reporting import Log, ProgressBar, every
+from convnextv2.training.reporting import Log, Progress
 from convnextv2.training.result import RunResult
 from convnextv2.training.run import run_task
 from convnextv2.training.run_folder import RunFolder
@@ -30,7 +30,6 @@ from sparse_ops.registry import registry
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-STEEP_LR = 1e-2
 MASK_STREAM, PICTURE_SEED = 1, 0
 
 
@@ -85,11 +84,7 @@ class PretrainResult(RunResult):
 
 
 def pretrain(
-    options: PretrainOptions,
-    *,
-    log: Log | None = None,
-    progress: ProgressBar | None = None,
-    on_loss: OnLoss | None = None,
+    options: PretrainOptions, *, log: Log | None = None, progress: Progress | None = None, on_loss: OnLoss | None = None
 ) -> PretrainResult:
     """Run, or resume, a pre-training; arguments and what is raised as :func:`~convnextv2.training.run.run_task`."""
     return run_task(PretrainTask(options), PretrainResult, log=log, progress=progress, on_loss=on_loss)
@@ -99,10 +94,16 @@ class PretrainTask(Task[PretrainOptions]):
     """A masked autoencoder, unlabelled images, and the reconstruction loss of masked patches."""
 
     name = "pretrain"
+    steep_lr = 1e-2, "published for large batches: --blr 1.5e-4"
 
     def resolve(self, saved: dict[str, Any] | None) -> None:
         with torch.device("meta"):  # wrong options are to be told before a large folder is read
             self.model()
+        self.metadata = {"epochs": self.options.epochs, "seed": self.options.seed}
+        every, epochs = self.options.reconstruct_every, self.options.epochs
+        if every != 0:
+            step = every or max(1, math.ceil(epochs / 5))
+            self.picture_epochs = [*range(step, epochs, step), epochs]
 
     def data(self) -> Sequence[ImageDataset]:
         o = self.options
@@ -111,25 +112,12 @@ class PretrainTask(Task[PretrainOptions]):
         return [self._data]
 
     def model(self) -> FCMAE:
-        return create_fcmae(
-            self.options.encoder(),
-            img_size=self.options.size,
-            backend=self.options.backend,
-            grn_scope=self.options.grn_scope,  # type: ignore[arg-type]  # one of the choices, and checked again
-            mask_ratio=self.options.mask_ratio,
-            decoder_depth=self.options.decoder_depth,
-            decoder_dim=self.options.decoder_dim,
-            norm_pix_loss=self.options.norm_pix_loss,
-        )
+        o = self.options
+        shared = ("backend", "grn_scope", "mask_ratio", "decoder_depth", "decoder_dim", "norm_pix_loss")
+        return create_fcmae(o.encoder(), img_size=o.size, **{name: getattr(o, name) for name in shared})
 
-    def initialise(self, model: nn.Module, resumed: bool) -> str:
-        assert isinstance(model, FCMAE)
+    def initialise(self, model: FCMAE, resumed: bool) -> str:
         return "" if resumed or self.options.init is None else init_fcmae(model, str(self.options.init))
-
-    def notice(self, lr: float) -> str:
-        if lr <= STEEP_LR:
-            return ""
-        return f"notice: the learning rate {lr:.2e} is steep; published for large batches: --blr 1.5e-4"
 
     def groups(self, model: nn.Module) -> list[dict[str, Any]]:
         o = self.options
@@ -146,29 +134,14 @@ class PretrainTask(Task[PretrainOptions]):
     def loss(self, model: nn.Module, batch: Tensor) -> tuple[Tensor, int]:
         return model(batch, generator=self._masks, return_pred=False).loss, len(batch)
 
-    def encoder(self, model: nn.Module) -> Encoder:
-        assert isinstance(model, FCMAE)
-        return model.encoder
-
-    def metadata(self, outcome: Outcome | None) -> dict[str, Any]:
-        return {"epochs": self.options.epochs, "seed": self.options.seed}
-
     def line(self, row: dict[str, Any]) -> str:
         return f"{super().line(row)}, feature diversity {row['feature_diversity']:.3f}"
 
-    def picture_epochs(self) -> set[int]:
-        return every(self.options.reconstruct_every, self.options.epochs)
+    def pictures(self, folder: RunFolder, model: FCMAE, examples: Tensor, epoch: int, best: Outcome | None) -> None:
+        from convnextv2.training.pictures import reconstruction_panels, save_reconstructions
 
-    def pictures(self, folder: RunFolder, model: nn.Module, examples: Tensor, epoch: int, best: Outcome | None) -> None:
-        from convnextv2.training.pictures import save_reconstructions
-
-        assert isinstance(model, FCMAE)
-        if epoch in self.picture_epochs():
-            save_reconstructions(
-                folder.path / "reconstructions" / f"epoch_{epoch:04d}.png",
-                model,
-                examples,
-                generator=torch.Generator(examples.device).manual_seed(PICTURE_SEED),
-                mean=self._data.mean,
-                std=self._data.std,
-            )
+        if epoch in self.picture_epochs:
+            generator = torch.Generator(examples.device).manual_seed(PICTURE_SEED)
+            mean, std = self._data.mean, self._data.std
+            panels = reconstruction_panels(model, examples[:8], None, generator, mean=mean, std=std)
+            save_reconstructions(folder.path / "reconstructions" / f"epoch_{epoch:04d}.png", *panels)

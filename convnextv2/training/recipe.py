@@ -6,7 +6,7 @@ the defaults.
 
 from __future__ import annotations
 
-import itertools
+import argparse
 import re
 import types
 from collections.abc import Sequence
@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml  # type: ignore[import-untyped]  # its stubs are a package of their own
+
+from convnextv2.files import atomic_path
 
 T = TypeVar("T")
 NOT_IN_RECIPE = ("resume", "overwrite")
@@ -49,7 +51,7 @@ def parse_options(cls: type[T], argv: Sequence[str] | None, description: str = "
     """Options of the dataclass ``cls`` from the command line.
 
     Args:
-        cls: fields made by :func:`option`; those called ``img_size`` take :func:`image_size`.
+        cls: of :class:`~convnextv2.training.options.RunOptions`, with fields made by :func:`option`.
         argv: arguments; None takes those of the process.
         description: head of ``--help``.
 
@@ -58,30 +60,27 @@ def parse_options(cls: type[T], argv: Sequence[str] | None, description: str = "
         OSError: if a recipe cannot be read.
         SystemExit: after ``--help``.
     """
-    import sys
-
-    from jsonargparse import ArgumentError
-
-    arguments = _recipes_first(list(sys.argv[1:] if argv is None else argv))
+    recipes = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    recipes.add_argument("--config", action="append", default=[], type=Path)
     parser = _parser(cls, description)
-    for item, value in itertools.pairwise(["", *arguments]):
-        if item == "--config" or value.startswith("--config="):
-            _check_recipe(Path(value.removeprefix("--config=")))
     try:
+        given, rest = recipes.parse_known_args(argv)
+        for path in given.config:
+            _check_recipe(path)
+        # What is parsed later wins, and the command line is to win.
+        arguments = [*(f"--config={path}" for path in given.config), *rest]
         values = parser.parse_args(arguments)
         own = Path(values.output or "") / "config.yaml"
         if values.resume and values.output and own.is_file():
             values = parser.parse_args([f"--config={own}", *arguments])
-    except ArgumentError as error:
+    except argparse.ArgumentError as error:
         raise ValueError(" ".join(str(error).split())) from error
     values = values.as_dict()
-    return cls(**{f.name: _tuples(values[f.name]) for f in fields(cls)})  # type: ignore[arg-type]
+    return cls(**{f.name: values[f.name] for f in fields(cls)})  # type: ignore[arg-type]
 
 
 def write_recipe(path: Path, options: Any) -> None:
     """Write resolved options as a recipe that ``--config`` reads back."""
-    from convnextv2.files import atomic_path
-
     values = {key: _plain(value) for key, value in asdict(options).items() if key not in NOT_IN_RECIPE}
     with atomic_path(path) as temporary:
         temporary.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
@@ -98,24 +97,6 @@ def _check_recipe(path: Path) -> None:
 
 def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _recipes_first(arguments: list[str]) -> list[str]:
-    """``--config`` moved to the front: what is parsed later wins, and the command line is to win."""
-    recipes, rest = [], []
-    items = iter(arguments)
-    for item in items:
-        if item == "--config":
-            recipes += [item, *([value] if (value := next(items, None)) is not None else [])]
-        elif item.startswith("--config="):
-            recipes.append(item)
-        else:
-            rest.append(item)
-    return [*recipes, *rest]
 
 
 def _parser(cls: type, description: str) -> Any:

@@ -11,14 +11,11 @@ from torch import nn
 
 
 class Metrics(list[dict[str, Any]]):
-    """The rows of ``metrics.jsonl``: a list of mappings, one an epoch, that shows itself as a table.
-
-    ``pandas.DataFrame(metrics)`` takes it as it is.
-    """
+    """The rows of ``metrics.jsonl``, a mapping an epoch: shows itself as a table; ``pandas.DataFrame`` takes it."""
 
     def _cells(self) -> list[list[str]]:
-        names = list(dict.fromkeys(name for row in self for name in row))
-        return [names, *([_text(row.get(name)) for name in names] for row in self)]
+        names = dict.fromkeys(name for row in self for name in row)
+        return [[*names], *([_text(row.get(name)) for name in names] for row in self)]
 
     def __repr__(self) -> str:
         cells = self._cells()
@@ -26,12 +23,12 @@ class Metrics(list[dict[str, Any]]):
         return "\n".join("  ".join(map(str.rjust, line, widths)) for line in cells)
 
     def _repr_html_(self) -> str:
-        head, *body = ["".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in line) for tag, line in self._tagged()]
-        rows = "".join(f"<tr>{line}</tr>" for line in body)
-        return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+        def line(cells: list[str], tag: str) -> str:
+            return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
 
-    def _tagged(self) -> list[tuple[str, list[str]]]:
-        return [("td" if number else "th", line) for number, line in enumerate(self._cells())]
+        names, *rows = self._cells()
+        body = "".join(line(row, "td") for row in rows)
+        return f"<table><thead>{line(names, 'th')}</thead><tbody>{body}</tbody></table>"
 
 
 def _text(value: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -11,14 +12,16 @@ import safetensors.torch
 from torch import Tensor, nn
 
 from convnextv2.data.loading import EpochSampler, derived_seed, make_loader
+from convnextv2.data.sources import describe_skipped
 from convnextv2.files import append_jsonl, write_json
 from convnextv2.models.config import config_to_dict
 from convnextv2.models.diversity import feature_diversity
+from convnextv2.models.encoder import Encoder
 from convnextv2.training.device import fitting_batch_size, make_accelerator
-from convnextv2.training.loop import EpochResult, Loop, OnLoss
+from convnextv2.training.loop import Loop, OnLoss
 from convnextv2.training.optim import create_optimizer, create_schedule, scaled_lr
 from convnextv2.training.recipe import write_recipe
-from convnextv2.training.reporting import Log, Occasionally, ProgressBar, logger, reporters, say_skipped
+from convnextv2.training.reporting import Log, Progress, logger, reporters
 from convnextv2.training.result import Metrics, RunResult
 from convnextv2.training.run_folder import RunFolder, check_same_model
 from convnextv2.training.signals import StopSignals
@@ -29,6 +32,7 @@ from convnextv2.weights.loading import load_strict
 R = TypeVar("R", bound=RunResult)
 MODEL_STREAM = 2
 PROBE_IMAGES = 16
+PICTURE_SECONDS = 15.0  # least time between pictures, which may take longer than a short epoch
 
 
 def run_task(
@@ -36,7 +40,7 @@ def run_task(
     kind: type[R],
     *,
     log: Log | None = None,
-    progress: ProgressBar | None = None,
+    progress: Progress | None = None,
     on_loss: OnLoss | None = None,
 ) -> R:
     """Run, or resume, the training that ``task`` and its options describe.
@@ -60,11 +64,10 @@ def run_task(
     """
     run = Run(task, *reporters(log, progress))
     run.open_folder()
-    with StopSignals() as stop:
+    with StopSignals(run.folder.path) as stop:
         run.begin(stop, on_loss)
         for epoch in range(run.start, run.options.epochs):
-            result = run.train(epoch)
-            row, better = run.measure(epoch, result)
+            row, better = run.measure(epoch, *run.train(epoch))
             run.save(row, better)
             run.draw(row["epoch"])
             run.say(f"epoch {row['epoch']}/{run.options.epochs}: {task.line(row)}")
@@ -72,12 +75,9 @@ def run_task(
 
 
 class Run:
-    """A run, set up: data, network, optimizer and schedule on their device. No file is written yet.
+    """A run, set up: data, network, optimizer and schedule on their device. No file is written yet."""
 
-    Arguments and what is raised as :func:`run_task`.
-    """
-
-    def __init__(self, task: Task[Any], log: Log, progress: ProgressBar) -> None:
+    def __init__(self, task: Task[Any], log: Log, progress: Progress) -> None:
         from accelerate.utils import set_seed
 
         task.options.check()
@@ -95,13 +95,14 @@ class Run:
         self.main = self.accelerator.is_main_process
         for part in self.parts:
             self.say(f"data: {part.description}")
-            say_skipped(part.skipped, self.say)
+            if skipped := describe_skipped(part.skipped):
+                self.say(f"{skipped[0]} {'; '.join(skipped[1:])}")
         if first_weights:
             self.say(first_weights)
         self.start = 0
         self.best: dict[str, float] | None = None
         self._best_outcome: Outcome | None = None
-        self._due = Occasionally()
+        self._drawn = -math.inf
         self._set_up()
 
     def say(self, line: str) -> None:
@@ -117,18 +118,16 @@ class Run:
         task.options = self.options = options = replace(task.options, batch_size=task.fit_batch(size))
         self._effective_batch = options.batch_size * options.accum * self.accelerator.num_processes
         self._lr = scaled_lr(options.blr, self._effective_batch, options.lr)
-        if notice := task.notice(self._lr):
-            self.say(notice)
+        steep, advice = task.steep_lr
+        if self._lr > steep:
+            self.say(f"notice: the learning rate {self._lr:.2e} is steep; {advice}")
         raw_optimizer = create_optimizer(task.groups(self.model), self._lr, options.betas, options.optimizer)
         self._sampler = EpochSampler(len(training), options.seed)
-        samplers = [self._sampler, *(None for _ in self.parts[1:])]
-        loaders = [
-            make_loader(part, options.batch_size, options.workers, sampler)
-            for part, sampler in zip(self.parts, samplers, strict=True)
-        ]
-        self.wrapped, self._optimizer, self._loader, *self._others = self.accelerator.prepare(
-            self.model, raw_optimizer, *loaders
-        )
+        batches = options.batch_size, options.workers
+        loaders = [make_loader(training, *batches, self._sampler)]
+        loaders += [make_loader(part, *batches) for part in self.parts[1:]]
+        prepared = self.accelerator.prepare(self.model, raw_optimizer, *loaders)
+        self.wrapped, self._optimizer, self._loader, *self._others = prepared
         updates = math.ceil(len(self._loader) / options.accum)
         self._schedule = create_schedule(raw_optimizer, updates, options.epochs, options.warmup_epochs, options.min_lr)
         if options.compile is not None:
@@ -142,14 +141,13 @@ class Run:
 
     def open_folder(self) -> None:
         """Make or restore the folder of the run."""
-        accelerator = self.accelerator
-        accelerator.wait_for_everyone()
+        self.accelerator.wait_for_everyone()
         if self.main:
             self.folder.prepare(self.saved)
             write_recipe(self.folder.path / "config.yaml", self.options)
-            for name, content in self.task.files().items():
+            for name, content in self.task.files.items():
                 write_json(self.folder.path / name, content)
-        accelerator.wait_for_everyone()
+        self.accelerator.wait_for_everyone()
 
     def begin(self, stop: StopSignals, on_loss: OnLoss | None) -> None:
         """Start the trackers, and load the state of a run to be resumed."""
@@ -158,17 +156,8 @@ class Run:
             accelerator.init_trackers(self.task.name)
         ema, model = self._ema, self.model
         average: Callable[[int], None] | None = None if ema is None else lambda step: ema.update(model, step=step)
-        self.loop = Loop(
-            accelerator,
-            self.wrapped,
-            self._optimizer,
-            self._schedule,
-            self.folder,
-            stop,
-            options.clip_grad,
-            average,
-            on_loss if self.main else None,
-        )
+        prepared = accelerator, self.wrapped, self._optimizer, self._schedule
+        self.loop = Loop(*prepared, stop, options.clip_grad, average, on_loss if self.main else None)
         if self.saved is not None:
             self.folder.load_state(accelerator)
             self.start, self.loop.step, self.best = self.saved["epoch"], self.saved["step"], self.saved.get("best")
@@ -180,7 +169,7 @@ class Run:
             f"mixed precision: {accelerator.mixed_precision}"
         )
 
-    def train(self, epoch: int) -> EpochResult:
+    def train(self, epoch: int) -> tuple[float, dict[str, float]]:
         """One pass over the training part; everything drawn in it follows from the seed, the epoch and the process."""
         from accelerate.utils import set_seed
 
@@ -199,55 +188,44 @@ class Run:
         """The network that is evaluated and saved."""
         return self.model if self._ema is None else self._ema.module
 
-    def measure(self, epoch: int, result: EpochResult) -> tuple[dict[str, Any], bool]:
+    def measure(self, epoch: int, loss: float, pace: dict[str, float]) -> tuple[dict[str, Any], bool]:
         """The row of the epoch, and whether it is the best so far."""
         evaluated = self.wrapped if self._ema is None else self._ema.module
         outcome = self.task.evaluate(self.accelerator, evaluated, self._others)
-        row: dict[str, Any] = {
-            "epoch": epoch + 1,
-            "step": self.loop.step,
-            self.task.loss_name: result.loss,
-            **({} if outcome is None else outcome.numbers()),
-            "lr": result.lr,
-            "seconds": round(result.seconds, 3),
-            "images_per_s": round(result.images / result.seconds, 1),
-        }
-        encoder = self.task.encoder(self._kept)
-        if encoder is not None:
+        found = {} if outcome is None else outcome.numbers
+        row = {"epoch": epoch + 1, "step": self.loop.step, self.task.loss_name: loss, **found, **pace}
+        encoder = getattr(self._kept, "encoder", self._kept)
+        if isinstance(encoder, Encoder):
             row["feature_diversity"] = feature_diversity(encoder, self._examples)
-        better = outcome is not None and (self.best is None or outcome.beats(self.best))
-        if outcome is not None and better:
-            self.best = {**outcome.record(), "epoch": epoch + 1}
-            self._best_outcome = outcome
-        self._outcome: Outcome | None = outcome
-        return row, better
+        rank = self.task.rank
+        if outcome is None or not (self.best is None or rank(outcome.record) > rank(self.best)):
+            return row, False
+        self.best, self._best_outcome = {**outcome.record, "epoch": epoch + 1}, outcome
+        return row, True
 
     def save(self, row: dict[str, Any], better: bool) -> None:
         """Write the row, the weights, and the state to resume from."""
         config, training = self.model.config, self.parts[0]
         if self.main:
             append_jsonl(self.folder.metrics_path, row)
-            metadata = {
-                "mean": list(training.mean),
-                "std": list(training.std),
-                "img_size": list(self.options.size),
-                "epoch": row["epoch"],
-                **self.task.metadata(self._outcome),
-            }
+            images = {"mean": list(training.mean), "std": list(training.std), "img_size": list(self.options.size)}
+            metadata = {**images, "epoch": row["epoch"], **self.task.metadata}
             for name in ("last", "best") if better else ("last",):
                 save_checkpoint(self.folder.checkpoint(name), self._kept, config, metadata)
         if self.options.tracker is not None:
             self.accelerator.log(row, step=row["epoch"])
         best = {} if self.best is None else {"best": self.best}
         state = {"epoch": row["epoch"], "step": row["step"], **best, "config": config_to_dict(config)}
-        self.folder.save_state(self.accelerator, {**state, **self.task.progress()})
+        self.folder.save_state(self.accelerator, {**state, **self.task.progress})
 
     def draw(self, epoch: int) -> None:
         """The loss curve and the pictures of the task, if they are due."""
         from convnextv2.training.pictures import save_loss_curve
 
-        certain = {*self.task.picture_epochs(), self.options.epochs}
-        if self.main and self._due(epoch in certain):
+        now = time.monotonic()
+        certain = epoch in (*self.task.picture_epochs, self.options.epochs)
+        if self.main and (certain or now - self._drawn >= PICTURE_SECONDS):
+            self._drawn = now
             save_loss_curve(self.folder.path / "loss.png", self.folder.metrics())
             self.task.pictures(self.folder, self.model, self._examples, epoch, self._best_outcome)
 
@@ -255,8 +233,7 @@ class Run:
         """Close the trackers, and read back what the run stands for."""
         if self.options.tracker is not None:
             self.accelerator.end_training()
-        name = "last" if self.best is None else "best"
-        path = self.folder.checkpoint(name)
+        path = self.folder.checkpoint("last" if self.best is None else "best")
         model = self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
         load_strict(model, safetensors.torch.load_file(path), path)
         return kind(

@@ -6,13 +6,12 @@ import errno
 import json
 import logging
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
-from convnextv2.files import append_jsonl, write_json
+from convnextv2.files import append_jsonl, atomic_path, write_json
 from convnextv2.models.config import config_to_dict
 from convnextv2.weights.checkpoint import CheckpointError
 
@@ -83,11 +82,7 @@ class RunFolder:
             ) from error
 
     def prepare(self, progress: dict[str, Any] | None) -> None:
-        """Make the folder, empty of an earlier run, or bring the run to be resumed back to its last saved epoch.
-
-        Raises:
-            OSError: if the folder cannot be made or written.
-        """
+        """Make the folder, empty of an earlier run, or bring the run to be resumed back to its last saved epoch."""
         (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
         if progress is None:
             for name in self.OURS:
@@ -102,13 +97,10 @@ class RunFolder:
             self._old.rename(self.state)
         for leftover in (self._old, self._new):
             shutil.rmtree(leftover, ignore_errors=True)
-        rows = [row for row in self.metrics() if row["epoch"] <= progress["epoch"]]
-        temporary = self.metrics_path.with_suffix(".tmp")
-        temporary.unlink(missing_ok=True)
-        for row in rows:
-            append_jsonl(temporary, row)
-        if rows:
-            temporary.replace(self.metrics_path)
+        if rows := [row for row in self.metrics() if row["epoch"] <= progress["epoch"]]:
+            with atomic_path(self.metrics_path) as temporary:
+                for row in rows:
+                    append_jsonl(temporary, row)
 
     def metrics(self) -> list[dict[str, Any]]:
         """Rows of ``metrics.jsonl``; a line cut off by a kill is left out."""
@@ -120,8 +112,7 @@ class RunFolder:
     def save_state(self, accelerator: Accelerator, progress: dict[str, Any]) -> None:
         """Save everything a resumed run needs, swapped in by rename: the old state or the new one is complete always.
 
-        Raises:
-            OSError: if it cannot be written.
+        Raises OSError if it cannot be written.
         """
         if accelerator.is_main_process and self._new.exists():
             shutil.rmtree(self._new)
@@ -142,11 +133,7 @@ class RunFolder:
         accelerator.wait_for_everyone()
 
     def load_state(self, accelerator: Accelerator) -> None:
-        """Load what :meth:`save_state` wrote.
-
-        Raises:
-            CheckpointError: if it is damaged or does not fit.
-        """
+        """Load what :meth:`save_state` wrote; CheckpointError if it is damaged or does not fit."""
         try:
             accelerator.load_state(str(self.state))
         except (OSError, ValueError, RuntimeError, KeyError, EOFError, SafetensorError) as error:
@@ -166,16 +153,14 @@ def _row(line: str) -> dict[str, Any] | None:
 
 def check_same_model(progress: dict[str, Any], config: Any, output: str | Path) -> None:
     """Raise ValueError unless the run to be resumed trains a network of this configuration."""
-    saved, wanted = progress["config"], json.loads(json.dumps(config_to_dict(config)))
 
-    def flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+        found: dict[str, Any] = {}
         for key, value in values.items():
-            if isinstance(value, dict):
-                yield from flat(value, f"{key}.")
-            else:
-                yield prefix + key, value
+            found |= flat(value, f"{key}.") if isinstance(value, dict) else {prefix + key: value}
+        return found
 
-    before, now = dict(flat(saved)), dict(flat(wanted))
+    before, now = flat(progress["config"]), flat(json.loads(json.dumps(config_to_dict(config))))
     different = [
         f"{k} {before.get(k)} there, {now.get(k)} here" for k in {**before, **now} if before.get(k) != now.get(k)
     ]

@@ -18,9 +18,10 @@ class RunStoppedError(Exception):
 
 
 class StopSignals:
-    """Turns SIGINT and SIGTERM into a request to stop between two steps; a second one acts at once."""
+    """Turns SIGINT and SIGTERM into a request to stop the run in ``output`` between two steps; a second acts now."""
 
-    def __init__(self) -> None:
+    def __init__(self, output: Path) -> None:
+        self._output = output
         self._received: int | None = None
         self._previous: dict[int, Any] = {}
 
@@ -38,10 +39,10 @@ class StopSignals:
         self._received = signum
         signal.signal(signum, self._previous[signum])
 
-    def check(self, output: Path, epoch: int) -> None:
+    def check(self, epoch: int) -> None:
         """Raise RunStoppedError if a signal came; ``epoch`` epochs have been saved."""
         if self._received is None:
             return
         name = signal.Signals(self._received).name
         saved = f"{epoch} epochs are saved, continue with --resume" if epoch else "no epoch had been finished"
-        raise RunStoppedError(self._received, f"stopped by {name}; {saved}: {output}")
+        raise RunStoppedError(self._received, f"stopped by {name}; {saved}: {self._output}")

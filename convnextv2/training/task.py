@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from torch import Tensor, nn
 
 from convnextv2.data.datasets import ImageDataset
-from convnextv2.models.encoder import Encoder
 from convnextv2.training.optim import parameter_groups
 from convnextv2.training.options import RunOptions
 from convnextv2.training.run_folder import RunFolder
@@ -20,20 +21,19 @@ if TYPE_CHECKING:
 O = TypeVar("O", bound=RunOptions)  # noqa: E741  # of options
 
 
-class Outcome(ABC):
-    """What an evaluation found; the best one of a run has a checkpoint of its own."""
+@dataclass(frozen=True)
+class Outcome:
+    """What an evaluation found; the best one of a run has a checkpoint of its own.
 
-    @abstractmethod
-    def numbers(self) -> dict[str, float]:
-        """What goes into the row of the epoch, by its names there."""
+    Args:
+        numbers: what goes into the row of the epoch, by its names there.
+        record: what :meth:`Task.rank` compares; kept with the progress of the run, for one that is resumed.
+        details: anything for the pictures.
+    """
 
-    @abstractmethod
-    def record(self) -> dict[str, float]:
-        """What a later epoch has to beat; kept with the progress of the run, for one that is resumed."""
-
-    @abstractmethod
-    def beats(self, best: dict[str, float]) -> bool:
-        """Whether this is better than an earlier record."""
+    numbers: dict[str, float]
+    record: dict[str, float]
+    details: Any = None
 
 
 class Task(ABC, Generic[O]):
@@ -49,12 +49,19 @@ class Task(ABC, Generic[O]):
     """Of the project in a tracker."""
     loss_name = "loss"
     """Of the training loss in ``metrics.jsonl``."""
+    steep_lr: tuple[float, str] = math.inf, ""
+    """Peak learning rate above which the user is told that it is steep, and what else to try."""
     ema_decay = 0.0
     """Above 0 the weights are averaged with this decay, and the average is evaluated and saved."""
     ema_warmup = True
+    picture_epochs: Sequence[int] = ()
+    """Epochs (from 1) after which :meth:`pictures` is called for certain, beside the last one."""
 
     def __init__(self, options: O) -> None:
         self.options = options
+        self.metadata: dict[str, Any] = {}  # what a checkpoint says beside normalisation, image size and epoch
+        self.files: dict[str, Any] = {}  # JSON files that belong into the folder of the run: name and content
+        self.progress: dict[str, Any] = {}  # what a resumed run has to know; resolve() gets it back
 
     def resolve(self, saved: dict[str, Any] | None) -> None:
         """Fill open options and refuse wrong ones, before the data is read; ``saved`` is a resumed run's progress."""
@@ -65,9 +72,10 @@ class Task(ABC, Generic[O]):
 
     @abstractmethod
     def model(self) -> nn.Module:
-        """A new network; its ``config`` is a dataclass of plain values."""
+        """A new network; its ``config`` is a dataclass of plain values. Feature diversity is measured in it, or in its
+        ``encoder``, where that is an :class:`~convnextv2.models.encoder.Encoder`."""
 
-    def initialise(self, model: nn.Module, resumed: bool) -> str:
+    def initialise(self, model: Any, resumed: bool) -> str:
         """Give the network its first weights, unless the run is resumed; returns a line for the user, or nothing."""
         return ""
 
@@ -75,17 +83,9 @@ class Task(ABC, Generic[O]):
         """The batch size, lowered to one that the task can take."""
         return size
 
-    def notice(self, lr: float) -> str:
-        """A warning about the peak learning rate, or nothing."""
-        return ""
-
     def groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """Parameters to train, as :func:`~convnextv2.training.optim.parameter_groups` makes them."""
         return parameter_groups(model, self.options.weight_decay)
-
-    def files(self) -> dict[str, Any]:
-        """JSON files that belong into the folder of the run: name and content."""
-        return {}
 
     def describe(self, model: nn.Module) -> str:
         """What is trained, for the line that a run begins with."""
@@ -104,28 +104,16 @@ class Task(ABC, Generic[O]):
         """Measure the network on the other parts of the data; None where there is nothing to measure."""
         return None
 
-    def encoder(self, model: nn.Module) -> Encoder | None:
-        """Where feature diversity is measured; None leaves it out."""
-        return None
-
-    def metadata(self, outcome: Outcome | None) -> dict[str, Any]:
-        """What a checkpoint says beside normalisation, image size and epoch."""
-        return {}
-
-    def progress(self) -> dict[str, Any]:
-        """What a resumed run has to know; :meth:`resolve` gets it back."""
-        return {}
+    def rank(self, record: dict[str, float]) -> Any:
+        """What orders the records of evaluations, the best last."""
+        return tuple(record.values())
 
     def line(self, row: dict[str, Any]) -> str:
         """The row of an epoch in words."""
         return f"{self.loss_name.replace('_', ' ')} {row[self.loss_name]:.4f}, {row['images_per_s']} images/s"
 
-    def picture_epochs(self) -> set[int]:
-        """Epochs (from 1) after which :meth:`pictures` is called for certain, beside the last one."""
-        return set()
-
-    def pictures(self, folder: RunFolder, model: nn.Module, examples: Tensor, epoch: int, best: Outcome | None) -> None:
-        """Draw; called now and then.
+    def pictures(self, folder: RunFolder, model: Any, examples: Tensor, epoch: int, best: Outcome | None) -> None:
+        """Draw, now and then.
 
         Args:
             folder: of the run, which has its loss curve already.

@@ -82,11 +82,11 @@ def test_interrupt_and_status(cli: Any) -> None:
 
 
 def test_progress_is_plain_lines_when_piped(cli: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    bar = cli.Progress([1, 2, 3], description="work", seconds=0)
+    bar = cli.Progress([1, 2, 3], 3, "work", seconds=0)
     seen = []
     for item in bar:
         seen.append(item)
-        bar.note(f"loss {item}")
+        bar.set_postfix_str(f"loss {item}", refresh=False)
     assert seen == [1, 2, 3]
     assert [line.split(" in ")[0] for line in capsys.readouterr().err.splitlines()] == [
         f"work: {i}/3" for i in (1, 2, 3)

@@ -12,7 +12,7 @@ from train_helpers import compile_without_inductor, finetune_options, make_image
 from convnextv2 import ConvNeXtV2
 from convnextv2.data.sources import DataError
 from convnextv2.training import FinetuneOptions, RunStoppedError, finetune, pretrain
-from convnextv2.training.classification import evaluate, resolve
+from convnextv2.training.finetuning import evaluate, resolve
 from convnextv2.weights.checkpoint import CheckpointError, load_checkpoint
 from convnextv2.weights.loading import load_model
 
@@ -198,9 +198,9 @@ def test_evaluate_counts_top1_top5_loss_and_confusion() -> None:
     logits[2, 1:6] = torch.tensor([5.0, 4.0, 3.0, 2.0, 1.0])
     batches = [(logits[:2].view(2, 7, 1, 1), labels[:2]), (logits[2:].view(1, 7, 1, 1), labels[2:])]
     result = evaluate(Accelerator(cpu=True), Fixed(), batches, 7)
-    assert result.top1 == pytest.approx(100 / 3)
-    assert result.top5 == pytest.approx(200 / 3)
-    assert result.loss == pytest.approx((0 + 47 + 50) / 3, abs=1e-4)
+    assert result.numbers["val_top1"] == pytest.approx(100 / 3)
+    assert result.numbers["val_top5"] == pytest.approx(200 / 3)
+    assert result.numbers["val_loss"] == pytest.approx((0 + 47 + 50) / 3, abs=1e-4)
     expected = torch.zeros(7, 7, dtype=torch.int64)
     expected[2, 2] = expected[1, 6] = expected[6, 0] = 1
-    assert torch.equal(result.confusion, expected)
+    assert torch.equal(result.details, expected)

@@ -79,7 +79,7 @@ def test_other_channel_counts(channels: int, shown: tuple[int, ...]) -> None:
 
 def test_picture_shows_every_pixel_in_its_colour(model: FCMAE, tmp_path: Path) -> None:
     pixels = (torch.rand(3, 3, 48, 64) * 255).round() / 255
-    save_reconstructions(tmp_path / "x.png", model, normalised(pixels), mean=MEAN, std=STD, max_images=2)
+    save_reconstructions(tmp_path / "x.png", *reconstruction_panels(model, normalised(pixels)[:2], mean=MEAN, std=STD))
     picture = np.asarray(Image.open(tmp_path / "x.png").convert("RGB"))
     scale, gap, heading = 4, 8, 34
     assert picture.shape[:2] == (2 * (48 * scale + gap) + heading, 4 * 64 * scale + 5 * gap)
@@ -97,7 +97,9 @@ def test_picture_shows_every_pixel_in_its_colour(model: FCMAE, tmp_path: Path) -
 
 def test_failed_pictures_leave_no_file(model: FCMAE, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="divisible"):
-        save_reconstructions(tmp_path / "x.png", model, torch.zeros(1, 3, 40, 64), mean=MEAN, std=STD)
+        save_reconstructions(
+            tmp_path / "x.png", *reconstruction_panels(model, torch.zeros(1, 3, 40, 64), mean=MEAN, std=STD)
+        )
     with pytest.raises(ValueError, match="no loss"):
         save_loss_curve(tmp_path / "x.png", [{"epoch": 1, "loss": float("nan")}])
     with pytest.raises(ValueError, match=r"\[3, 3\]"):
