@@ -9,9 +9,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("convnextv2", "sparse_ops")
-MOST_LINES = 11_800
-"""10,804 before there were runs from Python, kinds of sources, layouts as objects and prediction in the package. Only lower
-it: the aim is to be below that again."""
+MOST_LINES = 11_420
+"""10,804 before there were runs from Python, kinds of sources, layouts as objects and prediction in the package. To be
+lowered only: the aim is to be below that again."""
 BANNER = re.compile(r"^[ \t]*(?:#|//)[^\n]*[-=*#]{8,}\s*$", re.M)
 SOURCES = sorted(
     file
