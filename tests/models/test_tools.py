@@ -2,9 +2,12 @@
 
 import copy
 
+import peft
 import pytest
+import thop
 import timm
 import torch
+import torchinfo
 from model_helpers import BACKENDS, RAGGED, as_rows, images_for, randomise, tiny_config
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
@@ -61,7 +64,6 @@ def test_flops_are_those_of_timm():
 
 
 def test_summaries_count_every_layer():
-    torchinfo, thop = pytest.importorskip("torchinfo"), pytest.importorskip("thop")
     # As the official network, timm's takes linear layers for the expansion when conv_mlp is off.
     ours, theirs = create_model("atto").eval(), timm.create_model("convnextv2_atto", conv_mlp=False).eval()
     summaries = [torchinfo.summary(model, (1, 3, 224, 224), verbose=0) for model in (ours, theirs)]
@@ -115,7 +117,6 @@ def test_functional_call_and_vmap():
     ],
 )
 def test_adapters_of_peft_train(target, rank):
-    peft = pytest.importorskip("peft")
     model, images = create_model("atto", num_classes=5), torch.randn(2, 3, 64, 64)
     before = model(images)
     config = peft.LoraConfig(r=rank, target_modules=target, init_lora_weights=False)
