@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -85,7 +85,7 @@ class FinetuneOptions(RunOptions):
 class FinetuneResult(RunResult):
     """What a fine-tuning came to; ``model`` is the classifier of the best epoch."""
 
-    model: ConvNeXtV2
+    model: ConvNeXtV2 = field(repr=False)
     best: dict[str, float]
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -70,7 +70,7 @@ class PretrainOptions(RunOptions):
 class PretrainResult(RunResult):
     """What a pre-training came to; ``model`` is the masked autoencoder."""
 
-    model: FCMAE
+    model: FCMAE = field(repr=False)
 
     @property
     def first_loss(self) -> float:

@@ -127,6 +127,7 @@ def test_a_run_returns_its_folder_its_metrics_and_its_network(images: Path, tmp_
     assert [step for step, _ in steps] == [3, 4, 5]
     assert sum(loss for _, loss in steps) / 3 == pytest.approx(result.last_loss, rel=1e-12)
     assert isinstance(result.model, FCMAE)
+    assert len(repr(result)) < 300  # without the network
     assert all(torch.equal(value, weights(result.folder)[name]) for name, value in result.model.state_dict().items())
 
     probe = linear_probe(finetune_options(images, tmp_path / "probe", init=result.folder, lr=0.1))
