@@ -17,7 +17,7 @@ from sparse_ops.active_set import ActiveSet
 from sparse_ops.backend import Backend
 from sparse_ops.conformance_cases import ConformanceCase, MLPCase, in_layout
 from sparse_ops.oracle import dense_depthwise, plain_mlp
-from sparse_ops.pointwise import MLPWeights, widened
+from sparse_ops.pointwise import MLPWeights, wide_dtype
 from sparse_ops.registry import get_backend
 
 _Tensors = Mapping[str, Tensor]
@@ -121,7 +121,7 @@ def check_conformance(
     terms = _run(dense, {"bias": None, **absolute}, exact_grad.abs())
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         plain = _run(dense, leaves, grad)
-    accumulator, storage = torch.finfo(widened(grad).dtype).eps, torch.finfo(dtype).eps
+    accumulator, storage = torch.finfo(wide_dtype(dtype)).eps, torch.finfo(dtype).eps
     floors = {k: 2 * accumulator * _largest(terms[k]) + storage / 2 * _largest(oracle[k]) for k in oracle}
     what = f"{backend.name}, {case.name}, {dtype}, {torch.device(device).type}"
     return _compare(what, _run(sparse, leaves, grad), plain, oracle, floors)

@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from sparse_ops.active_set import ActiveSet
 from sparse_ops.backend import Backend
-from sparse_ops.pointwise import MLPWeights, autocast_dtype
+from sparse_ops.pointwise import MLPWeights, autocast_dtype, wide_dtype
 from sparse_ops.workspace import Workspace
 
 
@@ -34,8 +34,7 @@ class _DepthwiseConv(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             grad_weight = ctx.backend.depthwise_weight_grad(x, grad, ctx.active, weight.shape[-1])
         if ctx.needs_input_grad[2]:
-            wide = torch.float32 if grad.dtype in (torch.bfloat16, torch.float16) else grad.dtype
-            grad_bias = grad.sum(0, dtype=wide).to(grad.dtype)
+            grad_bias = grad.sum(0, dtype=wide_dtype(grad.dtype)).to(grad.dtype)
         return grad_x, grad_weight, grad_bias, None, None
 
 

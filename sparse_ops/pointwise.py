@@ -27,9 +27,14 @@ class MLPWeights(NamedTuple):
     """``[C]``."""
 
 
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What sums of ``dtype`` are taken in: float32 for 16 bits, else itself."""
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
 def widened(x: Tensor) -> Tensor:
     """``x`` in float32 where it has 16 bits, else as it is."""
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+    return x.to(wide_dtype(x.dtype))
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:

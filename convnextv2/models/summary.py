@@ -69,10 +69,10 @@ def layers(
             readable(images, mask_ratio=mask_ratio)
         else:
             model(images)
-    rows: list[Layer] = []
+    flops, rows = counter.get_flop_counts(), list[Layer]()
     for name, shape in outputs.items():  # in the order in which they were called
         module, place = watched[name], f"{type(model).__name__}.{name}"
-        work = sum(counter.get_flop_counts().get(place, {}).values()) // 2
+        work = sum(flops.get(place, {}).values()) // 2
         count = sum(parameter.numel() for parameter in module.parameters())
         rows.append(Layer(name, type(module).__name__, _channels_last(module, shape), count, work))
         if name == "proj":

@@ -7,10 +7,7 @@ from torch import Tensor
 
 from sparse_ops.active_set import ActiveSet
 from sparse_ops.backend import Backend
-
-
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+from sparse_ops.pointwise import wide_dtype
 
 
 def _with_zero_row(x_NC: Tensor) -> Tensor:
@@ -38,7 +35,7 @@ class ReferenceBackend(Backend):
         self, x: Tensor, weight: Tensor, bias: Tensor | None, active: ActiveSet, *, reverse_taps: bool
     ) -> Tensor:
         nbr_NK = active.cell_neighbours(weight.shape[-1])
-        wide = _accumulator(x.dtype)
+        wide = wide_dtype(x.dtype)
         padded = _with_zero_row(x.to(wide))
         taps_KC = weight.to(wide).flatten(1).t()
         if reverse_taps:
@@ -51,7 +48,7 @@ class ReferenceBackend(Backend):
 
     def depthwise_weight_grad(self, x: Tensor, grad: Tensor, active: ActiveSet, kernel_size: int) -> Tensor:
         nbr_NK = active.cell_neighbours(kernel_size)
-        wide = _accumulator(x.dtype)
+        wide = wide_dtype(x.dtype)
         padded, grad = _with_zero_row(x.to(wide)), grad.to(wide)
         taps = [(padded[nbr_NK[:, k]] * grad).sum(0) for k in range(kernel_size**2)]
         return torch.stack(taps, dim=1).view(-1, 1, kernel_size, kernel_size).to(x.dtype)
