@@ -16,19 +16,21 @@ from typing import Any
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A temporary path beside ``path`` that takes its name when the block ends well and vanishes when it does not.
 
-    The folder is made if need be; the suffix is kept, so that writers that look at it work.
+    The folder is made if need be; the suffix is kept, so that writers that look at it work. A link stays one: the file
+    that it leads to is replaced, and keeps its permissions.
 
     Raises:
         OSError: if the folder cannot be made or written.
     """
-    target = Path(path)
+    target = Path(path).resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.stem}.{secrets.token_hex(4)}.tmp{target.suffix}")
     try:
         yield temporary
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
-        temporary.chmod(0o666 & ~_umask())  # some writers make files that only their owner may read
+        # Some writers make files that only their owner may read.
+        temporary.chmod(target.stat().st_mode & 0o777 if target.exists() else 0o666 & ~_umask())
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)

@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError
 
 from convnextv2.data.sources import describe_skipped
+from convnextv2.outputs import output_path
 from convnextv2.training import recipe
 from convnextv2.training.reporting import bar
 from sparse_ops.registry import BackendUnavailableError
@@ -86,6 +87,18 @@ def warn(text: str) -> None:
     """One line beside the results, on stderr."""
     sys.stderr.write(f"{text}\n")
     sys.stderr.flush()
+
+
+def add_output(parser: argparse.ArgumentParser, default: str, help: str) -> None:
+    """The options ``--output`` and ``--overwrite`` of a script that writes one file."""
+    parser.add_argument("--output", type=output_path, default=Path(default), help=help)
+    parser.add_argument("--overwrite", action="store_true", help="let the output replace a file of another kind")
+
+
+def starts_with(path: Path, start: bytes) -> bool:
+    """Whether a file begins with these bytes."""
+    with path.open("rb") as file:
+        return file.read(len(start)) == start
 
 
 def say_skipped(skipped: Sequence[tuple[Path, str]], shown: int = 5) -> None:

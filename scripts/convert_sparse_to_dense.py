@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
+import _cli
 import torch
-from _cli import run, say
 from torch import Tensor
 
 from convnextv2.models.classifier import ConvNeXtV2
 from convnextv2.models.config import ClassifierConfig
+from convnextv2.outputs import Kind, check_output, is_stream, output_file, output_path
 from convnextv2.weights.checkpoint import SUFFIXES, CheckpointError, Config, load_checkpoint, save_checkpoint
 from convnextv2.weights.layout import DECODER_PARTS, HEAD_PARTS, Layout
 from convnextv2.weights.layouts import LAYOUTS, get_layout
 from convnextv2.weights.reading import Weights, describe, read_checkpoint, weights_config, write_layout
 from convnextv2.weights.verify import verify_conversion
+
+
+def _was_converted(path: Path) -> bool:
+    try:
+        return "converted_from" in load_checkpoint(path).metadata
+    except CheckpointError:
+        return False
+
+
+CONVERTED = Kind("a converted checkpoint", SUFFIXES, _was_converted)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -30,7 +40,12 @@ def parse_arguments() -> argparse.Namespace:
         "from the weights.",
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="file or run folder to convert")
-    parser.add_argument("output", metavar="OUTPUT", type=Path, help="file to write: .safetensors, .pth or .pt")
+    parser.add_argument(
+        "output",
+        metavar="OUTPUT",
+        type=output_path,
+        help="file to write: .safetensors, .pth or .pt; - for standard output",
+    )
     parser.add_argument(
         "--to",
         choices=[layout.name for layout in targets],
@@ -55,8 +70,9 @@ def parse_arguments() -> argparse.Namespace:
         "if they differ (default)",
     )
     parser.add_argument("--verbose", action="store_true", help="list every tensor instead of counts")
+    parser.add_argument("--overwrite", action="store_true", help="let OUTPUT replace a file that was not made here")
     args = parser.parse_args()
-    if args.output.suffix not in SUFFIXES:
+    if not is_stream(args.output) and args.output.suffix not in SUFFIXES:
         parser.error(f"OUTPUT must end in {', '.join(SUFFIXES)}, got {str(args.output)!r}")
     headless = [layout.name for layout in targets if "head" not in layout.parts]
     if args.num_classes is not None and (args.num_classes < 1 or args.to in headless):
@@ -127,8 +143,10 @@ def main() -> None:
     """Parse, convert, verify, write."""
     args = parse_arguments()
     checkpoint = load_checkpoint(args.checkpoint)
-    if args.output.exists() and os.path.samefile(checkpoint.path, args.output):  # noqa: PTH121  # of two paths
+    say = _cli.warn if is_stream(args.output) else _cli.say
+    if args.output.exists() and checkpoint.path.samefile(args.output):
         raise CheckpointError(f"{args.output}: is the checkpoint itself; choose another name for the output")
+    check_output(args.output, CONVERTED, inputs=[args.checkpoint], overwrite=args.overwrite)
     source = read_checkpoint(checkpoint)
     weights, new = (source, []) if args.num_classes is None else add_head(source, args.num_classes, args.seed)
     to = get_layout(args.to)
@@ -164,9 +182,10 @@ def main() -> None:
         say(f"verified: {verification}")
     metadata = {key: value for key, value in checkpoint.metadata.items() if key != "weights"}
     metadata |= {"converted_from": source.layout, "layout": to.name}
-    save_checkpoint(args.output, written, output_config(weights, to, checkpoint.config), metadata)
+    with output_file(args.output, stream_suffix=SUFFIXES[0]) as path:
+        save_checkpoint(path, written, output_config(weights, to, checkpoint.config), metadata)
     say(f"written: {args.output}, {len(written)} tensors, {sum(t.numel() for t in written.values()):,} parameters")
 
 
 if __name__ == "__main__":
-    run(main)
+    _cli.run(main)

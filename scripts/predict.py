@@ -16,7 +16,12 @@ from typing import TextIO
 import _cli
 
 from convnextv2.evaluation.prediction import Prediction, load_classifier, predict_images, right_by_folder
-from convnextv2.files import atomic_path
+from convnextv2.outputs import Kind, check_output, is_stream, output_text
+
+HEADER = ("file", "predicted_class", "probability")
+FORMULA = ("=", "+", "-", "@", "\t", "\r")
+"""How a cell begins that spreadsheets run. A file's name gets ``./`` in front, which leaves it what it was."""
+TABLE = Kind("a table of predictions", (".csv",), lambda path: _cli.starts_with(path, ",".join(HEADER).encode()))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -24,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="checkpoint of a fine-tuning run, or its run folder")
     parser.add_argument("inputs", nargs="+", type=Path, metavar="INPUT", help="image files, and folders of images")
-    parser.add_argument("--output", type=Path, default=Path("results.csv"), help="table to write")
+    _cli.add_output(parser, "results.csv", "table to write, - for standard output")
     parser.add_argument("--topk", type=_cli.positive_int, default=5, help="likeliest classes to list; at most all")
     parser.add_argument("--batch-size", type=_cli.positive_int, default=64, help="images at a time")
     parser.add_argument("--img-size", type=_cli.image_size, help="pixels, 224 or 192x256; default: the checkpoint's")
@@ -33,8 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.workers is not None and options.workers < 0:
         parser.error(f"argument --workers: must not be negative, got {options.workers}")
-    if options.output.is_dir():
-        parser.error(f"argument --output: {options.output} is a folder; name a file in it")
+    inputs = [options.checkpoint, *options.inputs]
+    check_output(options.output, TABLE, inputs=inputs, overwrite=options.overwrite)
+    report = _cli.warn if is_stream(options.output) else _cli.say
 
     classifier = load_classifier(options.checkpoint, device=options.device, img_size=options.img_size)
     dataset = classifier.dataset(options.inputs)
@@ -48,31 +54,34 @@ def main(arguments: Sequence[str] | None = None) -> None:
         workers=options.workers,
         progress=partial(_cli.progress, description="predict"),
     )
-    with (
-        atomic_path(options.output) as temporary,
-        # Names that are not valid Unicode are written with escapes rather than not at all.
-        temporary.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file,
-    ):
+    with output_text(options.output) as file:
         done = write_table(file, predictions, topk)
     unreadable = [(prediction.file, prediction.error) for prediction in done if prediction.error]
     classified = [prediction for prediction in done if not prediction.error]
     _cli.say_skipped(unreadable)
-    _cli.say(f"{len(classified)} images classified, {len(unreadable)} unreadable: {options.output}")
+    report(f"{len(classified)} images classified, {len(unreadable)} unreadable: {options.output}")
     right = right_by_folder(classified, classifier.classes)
     if right is not None:
-        _cli.say(f"accuracy by the folders' names: {right / len(classified):.2%} ({right} of {len(classified)})")
+        report(f"accuracy by the folders' names: {right / len(classified):.2%} ({right} of {len(classified)})")
+
+
+def plain_cell(text: str) -> str:
+    """The text, which a spreadsheet would otherwise take for a formula, behind an apostrophe."""
+    return f"'{text}" if text.startswith(FORMULA) else text
 
 
 def write_table(file: TextIO, predictions: Iterable[Prediction], topk: int) -> list[Prediction]:
     """Write the rows as the predictions come, and return these."""
     table, done = csv.writer(file), []
     ranked = [f"top{place}_{what}" for place in range(1, topk + 1) for what in ("class", "probability")]
-    table.writerow(["file", "predicted_class", "probability", *ranked, "error"])
+    table.writerow([*HEADER, *ranked, "error"])
     for prediction in predictions:
         values = [f"{value:.6f}" for value in prediction.probabilities]
         pairs = [cell for pair in zip(prediction.classes, values, strict=True) for cell in pair]
         cells = [*pairs[:2], *pairs] if pairs else [""] * (2 + 2 * topk)
-        table.writerow([prediction.file, *cells, prediction.error])
+        file_name = str(prediction.file)
+        safe = f"./{file_name}" if file_name.startswith(FORMULA) else file_name
+        table.writerow([safe, *map(plain_cell, cells), plain_cell(prediction.error)])
         done.append(prediction)
     return done
 

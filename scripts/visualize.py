@@ -18,7 +18,8 @@ from convnextv2.data import DataError, build_predict_dataset
 from convnextv2.data.transforms import preprocessing_from_metadata
 from convnextv2.models.config import check_image_size
 from convnextv2.models.masking import parse_mask
-from convnextv2.training.pictures import reconstruction_panels, save_reconstructions
+from convnextv2.outputs import check_output, is_stream
+from convnextv2.training.pictures import PICTURE, reconstruction_panels, save_reconstructions
 from convnextv2.weights.checkpoint import CheckpointError, load_checkpoint
 from convnextv2.weights.loading import load_model
 
@@ -28,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="checkpoint of a pre-training run, or its run folder")
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files, and folders of images")
-    parser.add_argument("--output", type=Path, default=Path("reconstructions.png"), help="PNG file to write")
+    _cli.add_output(parser, "reconstructions.png", "PNG file to write, - for standard output")
     parser.add_argument("--mask-ratio", type=float, help="share of the patches to mask; default: the checkpoint's")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random masks")
     parser.add_argument("--mask", type=Path, metavar="FILE", help="text grid to use as the mask of every image")
@@ -41,8 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.mask is not None and options.mask_ratio is not None:
         parser.error("give --mask or --mask-ratio, not both")
-    if options.output.is_dir():
-        parser.error(f"argument --output: {options.output} is a folder; name a file in it")
+    inputs = [options.checkpoint, *options.images, *([options.mask] if options.mask else [])]
+    check_output(options.output, PICTURE, inputs=inputs, overwrite=options.overwrite)
 
     checkpoint = load_checkpoint(options.checkpoint)
     model = load_model(checkpoint.path, backend=options.backend, device=options.device)
@@ -71,7 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         mask_ratio=options.mask_ratio,
     )
     save_reconstructions(options.output, *panels)
-    _cli.say(f"{len(images)} reconstructions: {options.output}")
+    report = _cli.warn if is_stream(options.output) else _cli.say
+    report(f"{len(images)} reconstructions: {options.output}")
 
 
 def read_mask(path: Path, grid_size: tuple[int, int]) -> torch.Tensor:

@@ -9,6 +9,7 @@ import math
 import os
 import warnings
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,8 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from convnextv2.files import atomic_path
 from convnextv2.models.fcmae import FCMAE, pixel_mask
+from convnextv2.outputs import Kind, output_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -26,6 +27,17 @@ MASKED_COLOUR = (0.47, 0.52, 0.62)
 """Slate: told apart from the grays of a gray image."""
 
 _DPI, _GAP, _HEADING, _LEAST_CELL = 100, 8, 34, 200
+
+
+_MARK = b"convnextv2 pictures"
+
+
+def _is_ours(path: Path) -> bool:
+    with path.open("rb") as file:
+        return b"Software\0" + _MARK in file.read(4096)
+
+
+PICTURE = Kind("a picture", (".png",), _is_ours, is_input=True)
 
 
 @torch.no_grad()
@@ -193,6 +205,6 @@ def save_confusion_matrix(
 
 
 def _save(path: str | os.PathLike[str], figure: Figure) -> None:
-    with atomic_path(path) as temporary, warnings.catch_warnings():
+    with output_file(Path(path)) as temporary, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # a box for letters that the font lacks will do
-        figure.savefig(temporary, format="png")
+        figure.savefig(temporary, format="png", metadata={"Software": _MARK.decode()})
