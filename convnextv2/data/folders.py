@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from convnextv2.data.images import UnreadableImageError, check_header, load_image
+from convnextv2.data.images import why_unusable
 from convnextv2.data.sources import DataError, FileSource, OpenedSource, Part
 
 FULL_CHECK_BYTES = 256 * 2**20
@@ -60,10 +61,8 @@ def scan_images(folder: str | Path, *, in_chans: int = 3, labelled: bool = False
         raise ValueError(f"check must be auto, full or header, got {check!r}")
     if not root.is_dir():
         raise DataError(f"{root}: {'not a folder' if root.exists() else 'no such folder'}; expected a folder of images")
-    files: list[tuple[Path, int]] = []
     skipped: list[tuple[Path, str]] = []
-    walk_files(root, files, skipped)
-    files.sort()
+    files = list(walk_files(root, skipped))
     if check == "auto":
         check = "full" if sum(size for _, size in files) <= FULL_CHECK_BYTES else "header"
     with ThreadPoolExecutor(min(32, 2 * (os.cpu_count() or 1))) as pool:
@@ -88,9 +87,9 @@ def scan_images(folder: str | Path, *, in_chans: int = 3, labelled: bool = False
 
 
 def walk_files(
-    folder: Path, files: list[tuple[Path, int]], skipped: list[tuple[Path, str]], above: tuple[object, ...] = ()
-) -> None:
-    """Add the regular files at all depths and their sizes in bytes to ``files``, and what is none to ``skipped``.
+    folder: Path, skipped: list[tuple[Path, str]], above: tuple[object, ...] = ()
+) -> Iterator[tuple[Path, int]]:
+    """The regular files at all depths, sorted, and their sizes in bytes; what is none is added to ``skipped``.
 
     ``above`` identifies the folders on the way down, to end link loops.
 
@@ -119,23 +118,11 @@ def walk_files(
             skipped.append((path, f"broken link: {error.strerror}" if entry.is_symlink() else str(error.strerror)))
             continue
         if stat.S_ISDIR(status.st_mode):
-            walk_files(path, files, skipped, (*above, here))
+            yield from walk_files(path, skipped, (*above, here))
         elif stat.S_ISREG(status.st_mode):
-            files.append((path, status.st_size))
+            yield path, status.st_size
         else:
             skipped.append((path, "not a regular file"))
-
-
-def why_unusable(path: Path, in_chans: int, full: bool) -> str | None:
-    """The reason why a file is no usable image, or None; ``full`` decodes it, else its header is read."""
-    try:
-        if full:
-            load_image(path, in_chans)
-        else:
-            check_header(path)
-    except UnreadableImageError as error:
-        return str(error)
-    return None
 
 
 class FolderKind:

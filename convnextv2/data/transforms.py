@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import json
+import operator
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -104,11 +106,6 @@ def preprocessing_from_metadata(
     return mean, std, (int(size[0]), int(size[-1]))
 
 
-def crop_share(img_size: tuple[int, int]) -> float:
-    """Share of the resized image that the evaluation's centre crop keeps: 0.875 as usual, all of a small image."""
-    return 0.875 if min(img_size) >= 160 else 1.0
-
-
 @contextlib.contextmanager
 def sample_seed(seed: int, epoch: int, index: int) -> Iterator[None]:
     """Seed Python's, numpy's and torch's CPU generator for one sample, and give them their state back afterwards.
@@ -130,24 +127,17 @@ def sample_seed(seed: int, epoch: int, index: int) -> Iterator[None]:
 
 
 def train_transform(
-    img_size: tuple[int, int],
-    mean: Sequence[float],
-    std: Sequence[float],
-    augmentation: Augmentation,
-    *,
-    crop_scale: tuple[float, float],
-    hflip: float,
+    img_size: tuple[int, int], mean: Sequence[float], std: Sequence[float], augmentation: Augmentation
 ) -> Transform:
     """Random resized crop (bicubic) to (H, W), flip, and what ``augmentation`` asks for; then normalisation.
 
     With one or three numbers in ``mean`` and ``std`` the transform takes RGB images, else ``[H, W, C]`` arrays, for
-    which there are crops and flips only. ``crop_scale`` and ``hflip`` count where those of ``augmentation`` are None.
+    which there are crops, flips and erasing only. ``crop_scale`` and ``hflip`` must be chosen.
 
     Raises:
         ValueError: if colour augmentation is asked for where the images are arrays.
     """
-    scale = augmentation.crop_scale or crop_scale
-    flip = hflip if augmentation.hflip is None else augmentation.hflip
+    scale, flip = augmentation.crop_scale, augmentation.hflip
     if len(mean) not in (1, 3):
         from torchvision import transforms as tv
 
@@ -160,21 +150,23 @@ def train_transform(
         return tv.Compose([tv.ToTensor(), crop, tv.RandomHorizontalFlip(flip), tv.Normalize(mean, std), erase])
     changes = {"color_jitter": augmentation.color_jitter, "auto_augment": augmentation.auto_augment}
     erasing = {"re_prob": augmentation.random_erasing, "re_mode": "pixel"}
-    transform = _timm_transform(img_size, mean, std, is_training=True, scale=scale, hflip=flip, **changes, **erasing)
-    _keep_a_bit(transform)
-    return transform
+    return _timm_transform(img_size, mean, std, is_training=True, scale=scale, hflip=flip, **changes, **erasing)
 
 
 def eval_transform(img_size: tuple[int, int], mean: Sequence[float], std: Sequence[float]) -> Transform:
-    """Resize (bicubic), centre crop and normalisation; arguments as :func:`train_transform`."""
+    """Resize (bicubic), centre crop and normalisation; arguments as :func:`train_transform`.
+
+    The crop keeps 0.875 of a side as usual, all of a small image.
+    """
+    share = 0.875 if min(img_size) >= 160 else 1.0
     if len(mean) not in (1, 3):
         from torchvision import transforms as tv
 
-        height, width = (round(side / crop_share(img_size)) for side in img_size)
+        height, width = (round(side / share) for side in img_size)
         resize = tv.Resize((height, width), interpolation=tv.InterpolationMode.BICUBIC, antialias=True)
         aspect = functools.partial(_cut_to_aspect, aspect=width / height)
         return tv.Compose([tv.ToTensor(), aspect, resize, tv.CenterCrop(img_size), tv.Normalize(mean, std)])
-    transform = _timm_transform(img_size, mean, std, is_training=False, crop_pct=crop_share(img_size))
+    transform = _timm_transform(img_size, mean, std, is_training=False, crop_pct=share)
     transform.transforms.insert(0, _limit_aspect)
     return transform
 
@@ -187,29 +179,20 @@ def _timm_transform(img_size: tuple[int, int], mean: Sequence[float], std: Seque
     statistics: dict[str, Any] = {"mean": tuple(mean) * repeats, "std": tuple(std) * repeats}
     transform = create_transform((3, *img_size), interpolation="bicubic", **statistics, **options)
     if len(mean) == 1:
-        transform.transforms.append(_first_channel)
-    return transform
-
-
-def _keep_a_bit(transform: Any) -> None:
-    """Guard the posterizations of timm's RandAugment, AugMix and AutoAugment in ``transform``.
-
-    At the highest level timm asks for no bit, which Pillow refuses from version 13 on (before, the image turned black).
-    """
+        transform.transforms.append(operator.itemgetter(slice(1)))
+    # At the highest level timm's RandAugment, AugMix and AutoAugment posterize to no bit, which Pillow refuses from
+    # version 13 on (before, the image turned black).
     for step in transform.transforms:
         policies = [getattr(step, "ops", []), *getattr(step, "policy", [])]
-        for operation in (operation for policy in policies for operation in policy):
+        for operation in itertools.chain(*policies):
             if operation.name.startswith("Posterize"):
                 operation.level_fn = functools.partial(_at_least_one_bit, operation.level_fn)
+    return transform
 
 
 def _at_least_one_bit(level_function: Callable[..., tuple[int, ...]], *args: Any) -> tuple[int, ...]:
     bits, *rest = level_function(*args)
     return max(1, bits), *rest
-
-
-def _first_channel(image: Tensor) -> Tensor:
-    return image[:1].clone()
 
 
 def _limit_aspect(image: Image.Image) -> Image.Image:
