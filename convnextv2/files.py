@@ -25,19 +25,15 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.stem}.{secrets.token_hex(4)}.tmp{target.suffix}")
     try:
+        temporary.touch()
+        usual = temporary.stat().st_mode
         yield temporary
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
-        temporary.chmod(0o666 & ~_umask())  # some writers make files that only their owner may read
+        temporary.chmod(usual)  # some writers replace it by a file that only its owner may read
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def finite(value: Any) -> Any:
@@ -64,11 +60,9 @@ def write_json(path: str | os.PathLike[str], obj: Any) -> None:
 
 
 def append_jsonl(path: str | os.PathLike[str], obj: Mapping[str, Any]) -> None:
-    """Append ``obj`` as one line of JSON. A line that an interrupted run left unfinished is closed first.
+    """Append ``obj`` as one line of JSON, as :func:`write_json` has it, but not atomically.
 
-    Raises:
-        TypeError: if ``obj`` holds something JSON cannot.
-        OSError: if the file cannot be written.
+    A line that an interrupted run left unfinished is closed first.
     """
     target = Path(path)
     line = json.dumps(finite(obj), ensure_ascii=False, allow_nan=False) + "\n"

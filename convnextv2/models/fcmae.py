@@ -130,20 +130,17 @@ class FCMAE(nn.Module):
         self, images: Tensor, mask: Tensor | None, mask_ratio: float | None, generator: torch.Generator | None
     ) -> tuple[Tensor, int | None]:
         """The mask ``[B, L]`` and, where it was drawn, the number of visible patches of every image."""
-        grid_size = self._grid_size(images)
-        num_patches = grid_size[0] * grid_size[1]
+        batch, (gh, gw) = images.shape[0], self._grid_size(images)
         if mask is None:
             ratio = self.config.mask_ratio if mask_ratio is None else mask_ratio
-            drawn = random_mask(images.shape[0], num_patches, ratio, generator=generator, device=images.device)
-            return drawn, keep_count(num_patches, ratio)
+            drawn = random_mask(batch, gh * gw, ratio, generator=generator, device=images.device)
+            return drawn, keep_count(gh * gw, ratio)
         if mask_ratio is not None:
             raise ValueError("give a mask or a mask_ratio, not both")
-        if tuple(mask.shape) == (images.shape[0], *grid_size):
-            mask = mask.flatten(1)
-        if tuple(mask.shape) != (images.shape[0], num_patches):
-            expected = f"a mask [{images.shape[0]}, {num_patches}] for a patch grid of {grid_size[0]}×{grid_size[1]}"
+        if tuple(mask.shape) not in ((batch, gh, gw), (batch, gh * gw)):
+            expected = f"a mask [{batch}, {gh * gw}] for a patch grid of {gh}×{gw}"
             raise ValueError(f"expected {expected}, got {tuple(mask.shape)}")
-        mask = mask.to(images.device, torch.float32)
+        mask = mask.flatten(1).to(images.device, torch.float32)
         if not torch.all((mask == 0) | (mask == 1)):
             raise ValueError("a mask holds 1 (masked) and 0 (visible) only")
         return mask, None

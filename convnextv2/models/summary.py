@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -52,9 +53,6 @@ def layers(
     images = torch.empty(1, encoder.encoder_config.in_chans, *img_size, device=next(model.parameters()).device)
     outputs: dict[str, tuple[int, ...]] = {}
 
-    def note(name: str) -> Any:
-        return lambda _, args, out: outputs.update({name: tuple(out.shape)})
-
     watched: dict[str, nn.Module] = {}
     for name, module in model.named_modules():  # from the outside in
         if name and _is_row(module, leaves) and not any(name.startswith(f"{outer}.") for outer in watched):
@@ -62,7 +60,8 @@ def layers(
     counter = FlopCounterMode(display=False, custom_mapping=_TAPS)
     with contextlib.ExitStack() as hooks, torch.no_grad(), counter:
         for name, module in watched.items():
-            hooks.enter_context(module.register_forward_hook(note(name)))
+            note = functools.partial(lambda name, _, args, out: outputs.update({name: tuple(out.shape)}), name)
+            hooks.enter_context(module.register_forward_hook(note))
         if isinstance(model, FCMAE):
             readable = copy.copy(model)
             readable.backend = "reference"  # whose operations are torch's own
