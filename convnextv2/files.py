@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import secrets
 from collections.abc import Iterator, Mapping
@@ -37,14 +36,8 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def finite(value: Any) -> Any:
-    """``value`` with NaN and infinities replaced by None, which JSON can hold."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, Mapping):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    return value
+    """``value`` as it comes back from JSON, with NaN and infinities replaced by None."""
+    return json.loads(json.dumps(value), parse_constant=lambda _: None)
 
 
 def write_json(path: str | os.PathLike[str], obj: Any) -> None:
@@ -65,7 +58,7 @@ def append_jsonl(path: str | os.PathLike[str], obj: Mapping[str, Any]) -> None:
     A line that an interrupted run left unfinished is closed first.
     """
     target = Path(path)
-    line = json.dumps(finite(obj), ensure_ascii=False, allow_nan=False) + "\n"
+    line = json.dumps(finite(dict(obj)), ensure_ascii=False, allow_nan=False) + "\n"
     target.parent.mkdir(parents=True, exist_ok=True)
     with target.open("a+b") as file:
         if file.tell():

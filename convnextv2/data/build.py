@@ -13,15 +13,7 @@ from convnextv2.data.folders import walk_files
 from convnextv2.data.images import has_image_suffix, why_unusable
 from convnextv2.data.opening import open_source
 from convnextv2.data.sources import DataError, OpenedSource, Source
-from convnextv2.data.transforms import (
-    Augmentation,
-    Statistics,
-    Transform,
-    check_statistics,
-    default_statistics,
-    eval_transform,
-    train_transform,
-)
+from convnextv2.data.transforms import Augmentation, Statistics, check_statistics, default_statistics, image_transform
 
 STATISTICS_SAMPLE = 256
 """Images from which mean and standard deviation are computed where there is no default."""
@@ -62,8 +54,9 @@ def build_pretrain_dataset(
     if opened.hold_out:
         part, about = opened.split(val_fraction, seed)[0], f"{about}, training part"
     statistics = _statistics(opened, part.by_number, in_chans, mean, std)
-    transforms = _transforms(opened, "pretrain", augmentation, img_size, statistics)
-    return ImageDataset(replace(part, labels=None), *transforms, statistics, seed=seed, what=about)
+    augmenting = image_transform(img_size, *statistics, opened.augmentation("pretrain", augmentation))
+    plain = image_transform(img_size, *statistics)
+    return ImageDataset(replace(part, labels=None), augmenting, plain, statistics, seed=seed, what=about)
 
 
 def build_finetune_datasets(
@@ -100,7 +93,8 @@ def build_finetune_datasets(
     if not len(val.by_number):
         raise DataError(f"{data}: no class has a second image to validate on; expected at least two images a class")
     statistics = _statistics(opened, train.by_number, in_chans, mean, std)
-    augmenting, plain = _transforms(opened, "finetune", augmentation, img_size, statistics)
+    augmenting = image_transform(img_size, *statistics, opened.augmentation("finetune", augmentation))
+    plain = image_transform(img_size, *statistics)
     rest, about = (plain, statistics, classes), opened.description
     return (
         ImageDataset(train, augmenting, *rest, seed=seed, what=f"{about}, training part"),
@@ -141,23 +135,13 @@ def build_predict_dataset(
             raise DataError(f"{given}: {'not a regular file' if given.exists() else 'no such file or folder'}")
     if not files:
         raise DataError(f"{', '.join(map(str, inputs)) or 'no input given'}: looked for image files and found none")
-    return PredictDataset(sorted(files), eval_transform(img_size, mean, std), (in_chans, *img_size), skipped)
+    return PredictDataset(sorted(files), image_transform(img_size, mean, std), (in_chans, *img_size), skipped)
 
 
 def _check_size(img_size: tuple[int, int]) -> tuple[int, int]:
     if len(img_size) != 2 or any(side < 1 for side in img_size):
         raise ValueError(f"img_size must be (height, width) in pixels, got {img_size}")
     return int(img_size[0]), int(img_size[1])
-
-
-def _transforms(
-    opened: OpenedSource, task: str, wish: Augmentation | None, img_size: tuple[int, int], statistics: Statistics
-) -> tuple[Transform, Transform]:
-    """That of training images, and the same without randomness."""
-    wish = wish or Augmentation()
-    scale, flip = wish.crop_scale or opened.crop_scale[task], opened.hflip if wish.hflip is None else wish.hflip
-    augmenting = train_transform(img_size, *statistics, replace(wish, crop_scale=scale, hflip=flip))
-    return augmenting, eval_transform(img_size, *statistics)
 
 
 def _statistics(

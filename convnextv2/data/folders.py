@@ -12,7 +12,7 @@ import os
 import stat
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 from convnextv2.data.images import why_unusable
@@ -22,26 +22,8 @@ FULL_CHECK_BYTES = 256 * 2**20
 """Folders up to this size are decoded whole when scanned, some seconds' work; larger ones are checked by header."""
 
 
-@dataclass(frozen=True)
-class ImageListing:
-    """What :func:`scan_images` found.
-
-    Args:
-        paths: usable images, sorted.
-        labels: index into ``classes`` of each image, or None if an image lies outside of a class folder.
-        classes: sorted names of the subfolders of ``root`` that hold a usable image.
-        skipped: what was left out, and why.
-    """
-
-    root: Path
-    paths: list[Path]
-    labels: list[int] | None
-    classes: list[str]
-    skipped: list[tuple[Path, str]]
-
-
-def scan_images(folder: str | Path, *, in_chans: int = 3, labelled: bool = False, check: str = "auto") -> ImageListing:
-    """Find the usable images below a folder.
+def scan_images(folder: str | Path, *, in_chans: int = 3, labelled: bool = False, check: str = "auto") -> OpenedSource:
+    """The usable images below a folder, sorted; no labels if one lies outside of a class folder.
 
     Hidden files and folders (a leading dot) are passed over in silence. Links are followed; loops are not.
 
@@ -83,7 +65,7 @@ def scan_images(folder: str | Path, *, in_chans: int = 3, labelled: bool = False
         raise DataError(f"{root}: looked for {wanted} at all depths and found no usable one{first}")
     index = {name: number for number, name in enumerate(classes)}
     labels = [index[path.relative_to(root).parts[0]] for path in inside] if good == inside else None
-    return ImageListing(root, good, labels, classes, skipped)
+    return OpenedSource(str(root), Part(FileSource(good, in_chans), labels, skipped), classes=classes)
 
 
 def walk_files(
@@ -136,18 +118,15 @@ class FolderKind:
     def open(self, spec: str, *, in_chans: int, img_size: tuple[int, int], labelled: bool) -> OpenedSource:
         whole = Path(spec)
         parted = (whole / "train").is_dir() and (whole / "val").is_dir()
-        root = whole / "train" if parted else whole
-        listing = scan_images(root, in_chans=in_chans, labelled=labelled)
-        train = Part(FileSource(listing.paths, in_chans), listing.labels, listing.skipped)
+        opened = scan_images(whole / "train" if parted else whole, in_chans=in_chans, labelled=labelled)
         if not (labelled and parted):
-            return OpenedSource(str(root), train, classes=listing.classes)
+            return opened
         other = scan_images(whole / "val", in_chans=in_chans, labelled=True)
-        unknown = sorted(set(other.classes) - set(listing.classes))
-        if unknown:
-            raise DataError(f"{other.root}: holds classes that {root} does not: {', '.join(unknown)}")
-        labels = [listing.classes.index(other.classes[label]) for label in other.labels or []]
-        val = Part(FileSource(other.paths, in_chans), labels, other.skipped)
-        return OpenedSource(str(whole), train, val, listing.classes)
+        if unknown := sorted(set(other.classes) - set(opened.classes)):
+            what = f"classes that {opened.description} does not: {', '.join(unknown)}"
+            raise DataError(f"{other.description}: holds {what}")
+        labels = [opened.classes.index(other.classes[label]) for label in other.train.labels or []]
+        return replace(opened, description=str(whole), val=replace(other.train, labels=labels))
 
 
 SOURCE_KIND = FolderKind()

@@ -103,8 +103,7 @@ def to_bytes(values: NDArray[np.generic]) -> NDArray[np.uint8]:
         low, high = float(wide.min()), float(wide.max())
         if low >= 0:
             limits = (255.0, 65535.0) if values.dtype.kind in "iu" else (1.0, 255.0, 65535.0)
-            fitting = next((limit for limit in limits if high <= limit), None)
-            low, high = (0.0, fitting) if fitting is not None else (low, high)
+            low, high = next(((0.0, limit) for limit in limits if high <= limit), (low, high))
     span = high - low
     return np.rint((wide - low) * (255.0 / span if span else 0.0)).astype(np.uint8)
 
@@ -118,8 +117,11 @@ def _reasons(problem: str = "", path: Path | None = None) -> Iterator[None]:
         yield
     except UnreadableImageError:
         raise
+    except Image.UnidentifiedImageError as error:
+        raise UnreadableImageError(f"{problem}not an image, or a format that is not read") from error
     except Exception as error:
-        raise UnreadableImageError(problem + _reason(error)) from error
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+        raise UnreadableImageError(f"{problem}{reason}") from error
 
 
 def _open(path: Path) -> Image.Image:
@@ -128,14 +130,6 @@ def _open(path: Path) -> Image.Image:
     if image.format == "TIFF":
         image.filename = ""  # else Pillow maps uncompressed files by the size of the turned image: scrambled rows
     return image
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, Image.UnidentifiedImageError):
-        return "not an image, or a format that is not read"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -94,13 +94,11 @@ def preprocessing_from_metadata(
 
     mean, std, size = numbers("mean"), numbers("std"), numbers("img_size")
     if mean is None or std is None:
-        known = default_statistics(in_chans)
-        if known is None:
+        if (known := default_statistics(in_chans)) is None:
             raise ValueError(f"the checkpoint does not say the mean and std of its {in_chans} channels")
         mean, std = known
     check_statistics(mean, std, in_chans)
-    if size is None:
-        return mean, std, default_size
+    size = default_size if size is None else size
     if len(size) > 2 or min(size) < 1:
         raise ValueError(f"the checkpoint's 'img_size' should be a height and a width, got {list(size)}")
     return mean, std, (int(size[0]), int(size[-1]))
@@ -126,58 +124,49 @@ def sample_seed(seed: int, epoch: int, index: int) -> Iterator[None]:
         np.random.set_state(states[1])  # noqa: NPY002
 
 
-def train_transform(
-    img_size: tuple[int, int], mean: Sequence[float], std: Sequence[float], augmentation: Augmentation
+def image_transform(
+    img_size: tuple[int, int], mean: Sequence[float], std: Sequence[float], augmentation: Augmentation | None = None
 ) -> Transform:
-    """Random resized crop (bicubic) to (H, W), flip, and what ``augmentation`` asks for; then normalisation.
+    """To (H, W), bicubic, and normalised.
+
+    With ``augmentation``, whose ``crop_scale`` and ``hflip`` must be chosen, a random resized crop, flip, and what else
+    it asks for. Without a centre crop, which keeps 0.875 of a side as usual, and all of a small image.
 
     With one or three numbers in ``mean`` and ``std`` the transform takes RGB images, else ``[H, W, C]`` arrays, for
-    which there are crops, flips and erasing only. ``crop_scale`` and ``hflip`` must be chosen.
+    which there are crops, flips and erasing only.
 
     Raises:
         ValueError: if colour augmentation is asked for where the images are arrays.
-    """
-    scale, flip = augmentation.crop_scale, augmentation.hflip
-    if len(mean) not in (1, 3):
-        from torchvision import transforms as tv
-
-        if augmentation.color_jitter or augmentation.auto_augment:
-            raise ValueError(
-                f"color_jitter and auto_augment know images of 1 or 3 channels, not {len(mean)}; leave them out"
-            )
-        crop = tv.RandomResizedCrop(img_size, scale=scale, interpolation=tv.InterpolationMode.BICUBIC, antialias=True)
-        erase = tv.RandomErasing(augmentation.random_erasing, value="random")
-        return tv.Compose([tv.ToTensor(), crop, tv.RandomHorizontalFlip(flip), tv.Normalize(mean, std), erase])
-    changes = {"color_jitter": augmentation.color_jitter, "auto_augment": augmentation.auto_augment}
-    erasing = {"re_prob": augmentation.random_erasing, "re_mode": "pixel"}
-    return _timm_transform(img_size, mean, std, is_training=True, scale=scale, hflip=flip, **changes, **erasing)
-
-
-def eval_transform(img_size: tuple[int, int], mean: Sequence[float], std: Sequence[float]) -> Transform:
-    """Resize (bicubic), centre crop and normalisation; arguments as :func:`train_transform`.
-
-    The crop keeps 0.875 of a side as usual, all of a small image.
     """
     share = 0.875 if min(img_size) >= 160 else 1.0
     if len(mean) not in (1, 3):
         from torchvision import transforms as tv
 
-        height, width = (round(side / share) for side in img_size)
-        resize = tv.Resize((height, width), interpolation=tv.InterpolationMode.BICUBIC, antialias=True)
-        aspect = functools.partial(_cut_to_aspect, aspect=width / height)
-        return tv.Compose([tv.ToTensor(), aspect, resize, tv.CenterCrop(img_size), tv.Normalize(mean, std)])
-    transform = _timm_transform(img_size, mean, std, is_training=False, crop_pct=share)
-    transform.transforms.insert(0, _limit_aspect)
-    return transform
-
-
-def _timm_transform(img_size: tuple[int, int], mean: Sequence[float], std: Sequence[float], **options: Any) -> Any:
-    """Of RGB images; for one channel, gray images go through as three equal ones, of which the first is left."""
+        bicubic, normalize = tv.InterpolationMode.BICUBIC, tv.Normalize(mean, std)
+        if augmentation is None:
+            height, width = (round(side / share) for side in img_size)
+            aspect = functools.partial(_cut_to_aspect, aspect=width / height)
+            crop = tv.Resize((height, width), bicubic), tv.CenterCrop(img_size)
+            return tv.Compose([tv.ToTensor(), aspect, *crop, normalize])
+        if augmentation.color_jitter or augmentation.auto_augment:
+            raise ValueError(
+                f"color_jitter and auto_augment know images of 1 or 3 channels, not {len(mean)}; leave them out"
+            )
+        resize = tv.RandomResizedCrop(img_size, augmentation.crop_scale, interpolation=bicubic)
+        erase = tv.RandomErasing(augmentation.random_erasing, value="random")
+        return tv.Compose([tv.ToTensor(), resize, tv.RandomHorizontalFlip(augmentation.hflip), normalize, erase])
     from timm.data import create_transform
 
-    repeats = 3 // len(mean)
-    statistics: dict[str, Any] = {"mean": tuple(mean) * repeats, "std": tuple(std) * repeats}
-    transform = create_transform((3, *img_size), interpolation="bicubic", **statistics, **options)
+    options: dict[str, Any] = {"is_training": False, "crop_pct": share}
+    if augmentation is not None:
+        options = {"is_training": True, "scale": augmentation.crop_scale, "hflip": augmentation.hflip}
+        options |= {"color_jitter": augmentation.color_jitter, "auto_augment": augmentation.auto_augment}
+        options |= {"re_prob": augmentation.random_erasing, "re_mode": "pixel"}
+    repeats = 3 // len(mean)  # for one channel, gray images go through as three equal ones, of which the first is left
+    options |= {"mean": tuple(mean) * repeats, "std": tuple(std) * repeats, "interpolation": "bicubic"}
+    transform = create_transform((3, *img_size), **options)
+    if augmentation is None:
+        transform.transforms.insert(0, _limit_aspect)
     if len(mean) == 1:
         transform.transforms.append(operator.itemgetter(slice(1)))
     # At the highest level timm's RandAugment, AugMix and AutoAugment posterize to no bit, which Pillow refuses from
