@@ -13,7 +13,7 @@ from convnextv2.data.folders import walk_files
 from convnextv2.data.images import has_image_suffix, why_unusable
 from convnextv2.data.opening import open_source
 from convnextv2.data.sources import DataError, OpenedSource, Source
-from convnextv2.data.transforms import Augmentation, Statistics, check_statistics, default_statistics, image_transform
+from convnextv2.data.transforms import DEFAULT_STATISTICS, Augmentation, Statistics, check_statistics, image_transform
 
 STATISTICS_SAMPLE = 256
 """Images from which mean and standard deviation are computed where there is no default."""
@@ -42,7 +42,7 @@ def build_pretrain_dataset(
         in_chans: channels, 1 and 3 for pictures, others for ``.npy`` and TIFF.
         seed: of the augmentation, and of the split of what is held out.
         val_fraction: share of every class that is held out, where the source asks for it.
-        mean, std: normalisation; by default :func:`~.transforms.default_statistics`, computed from the images
+        mean, std: normalisation; by default :data:`~.transforms.DEFAULT_STATISTICS`, computed from the images
             for other than 1 or 3 channels.
 
     Raises:
@@ -119,8 +119,7 @@ def build_predict_dataset(
     """
     img_size = _check_size(img_size)
     check_statistics(mean, std, in_chans)
-    files: set[Path] = set()
-    skipped: list[tuple[Path, str]] = []
+    files, skipped = set[Path](), list[tuple[Path, str]]()
     for given in map(Path, inputs):
         if given.is_dir():
             for path, _ in list(walk_files(given, skipped)):
@@ -152,7 +151,7 @@ def _statistics(
     if mean is not None and std is not None:
         check_statistics(mean, std, in_chans)
     else:
-        mean, std = opened.statistics or default_statistics(in_chans) or _measure(images)
+        mean, std = opened.statistics or DEFAULT_STATISTICS.get(in_chans) or _measure(images)
     return tuple(mean), tuple(std)
 
 

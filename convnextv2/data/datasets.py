@@ -42,8 +42,7 @@ class ImageDataset(_Epochs, Dataset[Any]):
     A random transform is seeded by (seed, epoch, index): call :meth:`set_epoch` before each epoch, also where the
     workers persist; the epoch lies in shared memory.
 
-    ``source``, ``labels`` and ``skipped`` are those of the part, ``mean`` and ``std`` the statistics, and
-    ``description`` says what it is and how many.
+    ``source``, ``labels`` and ``skipped`` are those of the part, ``mean`` and ``std`` the statistics.
 
     Args:
         transform: from a decoded image to a tensor; ``plain_transform`` is the same without randomness, for pictures.
@@ -101,8 +100,7 @@ class ImageDataset(_Epochs, Dataset[Any]):
 
     def examples(self, count: int) -> Tensor:
         """``[n, C, H, W]``: up to ``count`` images spread evenly over the data set, without augmentation."""
-        count = min(count, len(self))
-        chosen = np.linspace(0, len(self) - 1, count).round().astype(int)
+        chosen = np.linspace(0, len(self) - 1, min(count, len(self))).round().astype(int)
         return torch.stack([self.plain_transform(self._load(int(index))[1]) for index in chosen])
 
 
@@ -163,8 +161,7 @@ class PredictDataset(Dataset[Any]):
 
     def examples(self, count: int) -> tuple[list[Tensor], list[tuple[Path, str]]]:
         """Up to ``count`` readable images ``[C, H, W]``, spread evenly; and the unreadable files met, with reasons."""
-        images: list[Tensor] = []
-        unreadable: list[tuple[Path, str]] = []
+        images, unreadable = list[Tensor](), list[tuple[Path, str]]()
         for number in spread(len(self), count):
             image, _, reason = self[number]
             if reason:

@@ -45,10 +45,9 @@ def scan_images(folder: str | Path, *, in_chans: int = 3, labelled: bool = False
         raise DataError(f"{root}: {'not a folder' if root.exists() else 'no such folder'}; expected a folder of images")
     skipped: list[tuple[Path, str]] = []
     files = list(walk_files(root, skipped))
-    if check == "auto":
-        check = "full" if sum(size for _, size in files) <= FULL_CHECK_BYTES else "header"
+    full = check == "full" or (check == "auto" and sum(size for _, size in files) <= FULL_CHECK_BYTES)
     with ThreadPoolExecutor(min(32, 2 * (os.cpu_count() or 1))) as pool:
-        reasons = list(pool.map(lambda file: why_unusable(file[0], in_chans, check == "full"), files))
+        reasons = list(pool.map(lambda file: why_unusable(file[0], in_chans, full), files))
     skipped += [(path, reason) for (path, _), reason in zip(files, reasons, strict=True) if reason is not None]
     good = [path for (path, _), reason in zip(files, reasons, strict=True) if reason is None]
     inside = [path for path in good if path.parent != root]
@@ -68,9 +67,7 @@ def scan_images(folder: str | Path, *, in_chans: int = 3, labelled: bool = False
     return OpenedSource(str(root), Part(FileSource(good, in_chans), labels, skipped), classes=classes)
 
 
-def walk_files(
-    folder: Path, skipped: list[tuple[Path, str]], above: tuple[object, ...] = ()
-) -> Iterator[tuple[Path, int]]:
+def walk_files(folder: Path, skipped: list[tuple[Path, str]], above: tuple = ()) -> Iterator[tuple[Path, int]]:
     """The regular files at all depths, sorted, and their sizes in bytes; what is none is added to ``skipped``.
 
     ``above`` identifies the folders on the way down, to end link loops.
@@ -84,15 +81,14 @@ def walk_files(
         if here in above:
             skipped.append((folder, "link to a folder that contains it"))
             return
-        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        seen = (entry for entry in os.scandir(folder) if not entry.name.startswith("."))
+        entries = sorted(seen, key=lambda entry: entry.name)
     except OSError as error:
         if not above:
             raise DataError(f"{folder}: {error.strerror}; expected a readable folder of images") from error
         skipped.append((folder, error.strerror or str(error)))
         return
     for entry in entries:
-        if entry.name.startswith("."):
-            continue
         path = Path(entry.path)
         try:
             status = entry.stat()

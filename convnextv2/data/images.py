@@ -39,8 +39,7 @@ def has_image_suffix(path: Path) -> bool:
 def why_unusable(path: Path, in_chans: int, full: bool) -> str | None:
     """The reason why a file is no usable image, or None.
 
-    ``full`` decodes it. Else only what comes before the pixels is read: finds files that are no image, in about a tenth
-    of a millisecond.
+    ``full`` decodes it; else what comes before the pixels is read, in about a tenth of a millisecond.
     """
     try:
         if full:
@@ -90,9 +89,7 @@ def to_bytes(values: NDArray[np.generic]) -> NDArray[np.uint8]:
     """
     if values.dtype == np.uint8:
         return values.astype(np.uint8, copy=False)
-    if values.dtype == np.bool_:
-        return values.astype(np.uint8) * np.uint8(255)
-    if values.dtype.kind not in "iuf":
+    if values.dtype.kind not in "biuf":
         raise UnreadableImageError(f"pixels of type {values.dtype} are no real numbers")
     wide = values.astype(np.float64)
     if not np.isfinite(wide).all():

@@ -140,7 +140,7 @@ class OpenedSource:
         val: the images to validate on, where the source itself tells them apart.
         classes: names of the labels.
         hold_out: whether pre-training, too, leaves out the images that :meth:`split` gives to validation.
-        statistics: (mean, std), one number a channel; None takes those of :func:`~.transforms.default_statistics`.
+        statistics: (mean, std), one number a channel; None takes those of :data:`~.transforms.DEFAULT_STATISTICS`.
         crop_scale: as :data:`CROP_SCALES`.
         hflip: probability of a horizontal flip in training.
     """

@@ -17,10 +17,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 Transform = Callable[[Any], Tensor]
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]
+
+DEFAULT_STATISTICS: Mapping[int, Statistics] = {1: ((0.5,), (0.5,)), 3: ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))}
+"""Mean and standard deviation for pixels in [0, 1], by number of channels; ImageNet's for 3."""
 
 WIDEST_ASPECT = 8
 """Longer sides are cut to this multiple of the shorter one before the evaluation's resize, which scales the shorter
@@ -59,11 +60,6 @@ class Augmentation:
             raise ValueError(f"color_jitter must not be negative, got {self.color_jitter}")
 
 
-def default_statistics(in_chans: int) -> Statistics | None:
-    """Mean and standard deviation for pixels in [0, 1]: ImageNet's for 3 channels, 0.5 for 1, None for others."""
-    return {1: ((0.5,), (0.5,)), 3: (IMAGENET_MEAN, IMAGENET_STD)}.get(in_chans)
-
-
 def check_statistics(mean: Sequence[float], std: Sequence[float], in_chans: int) -> None:
     """Raise ValueError unless there is one finite mean and one positive standard deviation a channel."""
     if len(mean) != in_chans or len(std) != in_chans:
@@ -94,9 +90,9 @@ def preprocessing_from_metadata(
 
     mean, std, size = numbers("mean"), numbers("std"), numbers("img_size")
     if mean is None or std is None:
-        if (known := default_statistics(in_chans)) is None:
+        if in_chans not in DEFAULT_STATISTICS:
             raise ValueError(f"the checkpoint does not say the mean and std of its {in_chans} channels")
-        mean, std = known
+        mean, std = DEFAULT_STATISTICS[in_chans]
     check_statistics(mean, std, in_chans)
     size = default_size if size is None else size
     if len(size) > 2 or min(size) < 1:

@@ -96,15 +96,14 @@ class Encoder(nn.Module):
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
-        dims = config.dims
         self.encoder_config = config
-        stem = Stem(config.in_chans, dims[0], config.stem_stride)
-        self.downsample_layers = nn.ModuleList([stem, *itertools.starmap(Downsample, itertools.pairwise(dims))])
+        stem = Stem(config.in_chans, config.dims[0], config.stem_stride)
+        self.downsample_layers = nn.ModuleList([stem, *itertools.starmap(Downsample, itertools.pairwise(config.dims))])
         last = max(sum(config.depths) - 1, 1)
         rates = (config.drop_path_rate * index / last for index in itertools.count())
         self.stages = nn.ModuleList(
             Stage(*(Block(dim, next(rates), config.kernel_size) for _ in range(depth)))
-            for depth, dim in zip(config.depths, dims, strict=True)
+            for depth, dim in zip(config.depths, config.dims, strict=True)
         )
         self.apply(init_weights)
 

@@ -41,8 +41,7 @@ def random_mask(
         ValueError: as :func:`keep_count`.
     """
     keep = keep_count(num_patches, mask_ratio)
-    drawn_on = generator.device if generator is not None else device
-    noise = torch.rand(batch_size, num_patches, generator=generator, device=drawn_on)
+    noise = torch.rand(batch_size, num_patches, generator=generator, device=generator.device if generator else device)
     visible = noise.argsort(dim=1)[:, :keep]
     return torch.ones_like(noise).scatter_(1, visible, 0.0).to(device)
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
 import math
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,10 +51,8 @@ def layers(
     """
     encoder = model.encoder if isinstance(model, FCMAE) else model
     images = torch.empty(1, encoder.encoder_config.in_chans, *img_size, device=next(model.parameters()).device)
-    shapes: dict[str, tuple[int, ...]] = {}
-    watched: dict[str, nn.Module] = {}
-    counter = FlopCounterMode(display=False, custom_mapping=_TAPS)
-    with contextlib.ExitStack() as hooks, torch.no_grad(), counter:
+    shapes, watched = dict[str, tuple[int, ...]](), dict[str, nn.Module]()
+    with ExitStack() as hooks, torch.no_grad(), FlopCounterMode(display=False, custom_mapping=_TAPS) as counter:
         for name, module in model.named_modules():  # from the outside in
             own = next(module.parameters(recurse=False), None) is not None
             row = own or (not leaves and isinstance(module, Stem | Downsample | Block))
