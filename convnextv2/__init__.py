@@ -10,20 +10,11 @@ from convnextv2.models.fcmae import FCMAE, FCMAEOutput, create_fcmae
 
 __version__ = "0.1.0"
 
+# The formatter would give every name a line of its own.
 __all__ = [
-    "FCMAE",
-    "VARIANTS",
-    "Block",
-    "ClassifierConfig",
-    "ConvNeXtV2",
-    "Encoder",
-    "EncoderConfig",
-    "FCMAEConfig",
-    "FCMAEOutput",
-    "create_fcmae",
-    "create_model",
-    *VARIANTS,
-]
+    "FCMAE", "VARIANTS", "Block", "ClassifierConfig", "ConvNeXtV2", "Encoder", "EncoderConfig", "FCMAEConfig",
+    "FCMAEOutput", "create_fcmae", "create_model", *VARIANTS,
+]  # fmt: skip
 
 globals().update(FACTORIES)
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import secrets
+import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,31 +26,20 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.stem}.{secrets.token_hex(4)}.tmp{target.suffix}")
     try:
+        temporary.touch()
+        usual = stat.S_IMODE((target if target.exists() else temporary).stat().st_mode)
         yield temporary
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
-        # Some writers make files that only their owner may read.
-        temporary.chmod(target.stat().st_mode & 0o777 if target.exists() else 0o666 & ~_umask())
+        temporary.chmod(usual)  # some writers replace it by a file that only its owner may read
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
 def finite(value: Any) -> Any:
-    """``value`` with NaN and infinities replaced by None, which JSON can hold."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, Mapping):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    return value
+    """``value`` as it comes back from JSON, with NaN and infinities replaced by None."""
+    return json.loads(json.dumps(value), parse_constant=lambda _: None)
 
 
 def write_json(path: str | os.PathLike[str], obj: Any) -> None:
@@ -66,14 +55,12 @@ def write_json(path: str | os.PathLike[str], obj: Any) -> None:
 
 
 def append_jsonl(path: str | os.PathLike[str], obj: Mapping[str, Any]) -> None:
-    """Append ``obj`` as one line of JSON. A line that an interrupted run left unfinished is closed first.
+    """Append ``obj`` as one line of JSON, as :func:`write_json` has it, but not atomically.
 
-    Raises:
-        TypeError: if ``obj`` holds something JSON cannot.
-        OSError: if the file cannot be written.
+    A line that an interrupted run left unfinished is closed first.
     """
     target = Path(path)
-    line = json.dumps(finite(obj), ensure_ascii=False, allow_nan=False) + "\n"
+    line = json.dumps(finite(dict(obj)), ensure_ascii=False, allow_nan=False) + "\n"
     target.parent.mkdir(parents=True, exist_ok=True)
     with target.open("a+b") as file:
         if file.tell():

@@ -9,19 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from convnextv2.data.datasets import ImageDataset, PredictDataset
-from convnextv2.data.folders import walk_files, why_unusable
-from convnextv2.data.images import has_image_suffix
+from convnextv2.data.folders import walk_files
+from convnextv2.data.images import has_image_suffix, why_unusable
 from convnextv2.data.opening import open_source
-from convnextv2.data.sources import DataError, OpenedSource, Part, Source
-from convnextv2.data.transforms import (
-    Augmentation,
-    Statistics,
-    Transform,
-    check_statistics,
-    default_statistics,
-    eval_transform,
-    train_transform,
-)
+from convnextv2.data.sources import DataError, OpenedSource, Source
+from convnextv2.data.transforms import DEFAULT_STATISTICS, Augmentation, Statistics, check_statistics, image_transform
 
 STATISTICS_SAMPLE = 256
 """Images from which mean and standard deviation are computed where there is no default."""
@@ -50,7 +42,7 @@ def build_pretrain_dataset(
         in_chans: channels, 1 and 3 for pictures, others for ``.npy`` and TIFF.
         seed: of the augmentation, and of the split of what is held out.
         val_fraction: share of every class that is held out, where the source asks for it.
-        mean, std: normalisation; by default :func:`~.transforms.default_statistics`, computed from the images
+        mean, std: normalisation; by default :data:`~.transforms.DEFAULT_STATISTICS`, computed from the images
             for other than 1 or 3 channels.
 
     Raises:
@@ -62,10 +54,9 @@ def build_pretrain_dataset(
     if opened.hold_out:
         part, about = opened.split(val_fraction, seed)[0], f"{about}, training part"
     statistics = _statistics(opened, part.by_number, in_chans, mean, std)
-    wish, scale = augmentation or Augmentation(), opened.crop_scale["pretrain"]
-    augmenting = train_transform(img_size, *statistics, wish, crop_scale=scale, hflip=opened.hflip)
-    plain = eval_transform(img_size, *statistics)
-    return _dataset(replace(part, labels=None), augmenting, plain, statistics, seed, about, [])
+    augmenting = image_transform(img_size, *statistics, opened.augmentation("pretrain", augmentation))
+    plain = image_transform(img_size, *statistics)
+    return ImageDataset(replace(part, labels=None), augmenting, plain, statistics, seed=seed, what=about)
 
 
 def build_finetune_datasets(
@@ -94,22 +85,21 @@ def build_finetune_datasets(
     """
     img_size = _check_size(img_size)
     opened = open_source(data, in_chans=in_chans, img_size=img_size, labelled=True)
-    parts = opened.split(val_fraction, seed)
+    train, val = opened.split(val_fraction, seed)
     classes = list(opened.classes)
     if len(classes) < 2:
         found = f"only {classes[0]!r}" if classes else "none"
         raise DataError(f"{data}: a classifier needs at least two classes (one subfolder each), found {found}")
-    if not len(parts[1].by_number):
+    if not len(val.by_number):
         raise DataError(f"{data}: no class has a second image to validate on; expected at least two images a class")
-    statistics = _statistics(opened, parts[0].by_number, in_chans, mean, std)
-    wish, scale = augmentation or Augmentation(), opened.crop_scale["finetune"]
-    augmenting = train_transform(img_size, *statistics, wish, crop_scale=scale, hflip=opened.hflip)
-    plain = eval_transform(img_size, *statistics)
-    train, val = (
-        _dataset(part, transform, plain, statistics, seed, f"{opened.description}, {name} part", classes)
-        for part, transform, name in zip(parts, (augmenting, plain), ("training", "validation"), strict=True)
+    statistics = _statistics(opened, train.by_number, in_chans, mean, std)
+    augmenting = image_transform(img_size, *statistics, opened.augmentation("finetune", augmentation))
+    plain = image_transform(img_size, *statistics)
+    rest, about = (plain, statistics, classes), opened.description
+    return (
+        ImageDataset(train, augmenting, *rest, seed=seed, what=f"{about}, training part"),
+        ImageDataset(val, plain, *rest, seed=seed, what=f"{about}, validation part"),
     )
-    return train, val
 
 
 def build_predict_dataset(
@@ -129,13 +119,10 @@ def build_predict_dataset(
     """
     img_size = _check_size(img_size)
     check_statistics(mean, std, in_chans)
-    files: set[Path] = set()
-    skipped: list[tuple[Path, str]] = []
+    files, skipped = set[Path](), list[tuple[Path, str]]()
     for given in map(Path, inputs):
         if given.is_dir():
-            found: list[tuple[Path, int]] = []
-            walk_files(given, found, skipped)
-            for path, _ in found:
+            for path, _ in list(walk_files(given, skipped)):
                 reason = None if has_image_suffix(path) else why_unusable(path, in_chans, full=False)
                 if reason is None:
                     files.add(path)
@@ -147,31 +134,13 @@ def build_predict_dataset(
             raise DataError(f"{given}: {'not a regular file' if given.exists() else 'no such file or folder'}")
     if not files:
         raise DataError(f"{', '.join(map(str, inputs)) or 'no input given'}: looked for image files and found none")
-    return PredictDataset(sorted(files), eval_transform(img_size, mean, std), (in_chans, *img_size), skipped)
+    return PredictDataset(sorted(files), image_transform(img_size, mean, std), (in_chans, *img_size), skipped)
 
 
 def _check_size(img_size: tuple[int, int]) -> tuple[int, int]:
     if len(img_size) != 2 or any(side < 1 for side in img_size):
         raise ValueError(f"img_size must be (height, width) in pixels, got {img_size}")
     return int(img_size[0]), int(img_size[1])
-
-
-def _dataset(
-    part: Part, transform: Transform, plain: Transform, stats: Statistics, seed: int, about: str, classes: list[str]
-) -> ImageDataset:
-    about += f": {len(part.by_number)} images" + (f" of {len(classes)} classes" if classes else "")
-    return ImageDataset(
-        part.by_number,
-        transform,
-        plain,
-        labels=None if part.labels is None else list(part.labels),
-        classes=classes,
-        mean=tuple(stats[0]),
-        std=tuple(stats[1]),
-        seed=seed,
-        skipped=list(part.skipped),
-        description=about,
-    )
 
 
 def _statistics(
@@ -181,8 +150,9 @@ def _statistics(
         raise ValueError("give both mean and std, or neither")
     if mean is not None and std is not None:
         check_statistics(mean, std, in_chans)
-        return tuple(mean), tuple(std)
-    return opened.statistics or default_statistics(in_chans) or _measure(images)
+    else:
+        mean, std = opened.statistics or DEFAULT_STATISTICS.get(in_chans) or _measure(images)
+    return tuple(mean), tuple(std)
 
 
 def _measure(source: Source) -> Statistics:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,43 +13,60 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from convnextv2.data.images import UnreadableImageError, load_image
-from convnextv2.data.sources import DataError, SequentialSource, Source
-from convnextv2.data.transforms import Transform, sample_seed
+from convnextv2.data.sources import DataError, Part, SequentialSource
+from convnextv2.data.transforms import Statistics, Transform, sample_seed
+
+
+class _Epochs:
+    """Transforms seeded by (seed, epoch, number of the sample)."""
+
+    transform: Transform
+    seed: int
+
+    def __post_init__(self) -> None:
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch, which decides how samples are augmented."""
+        self._epoch.fill_(epoch)
+
+    def _transformed(self, decoded: Any, number: int) -> Tensor:
+        with sample_seed(self.seed, int(self._epoch), number):
+            return self.transform(decoded)
 
 
 @dataclass(eq=False, repr=False)
-class ImageDataset(Dataset[Any]):
+class ImageDataset(_Epochs, Dataset[Any]):
     """Images as normalised tensors ``[C, H, W]``, or pairs (image, label). Picklable, for workers.
 
     A random transform is seeded by (seed, epoch, index): call :meth:`set_epoch` before each epoch, also where the
     workers persist; the epoch lies in shared memory.
 
+    ``source``, ``labels`` and ``skipped`` are those of the part, ``mean`` and ``std`` the statistics.
+
     Args:
         transform: from a decoded image to a tensor; ``plain_transform`` is the same without randomness, for pictures.
+        statistics: the normalisation inside ``transform``.
         classes: names of the labels.
-        mean, std: the normalisation inside ``transform``.
-        skipped: files left out at the scan, and why.
+        what: the part in a few words.
     """
 
-    source: Source
+    part: Part
     transform: Transform
     plain_transform: Transform
+    statistics: Statistics
+    classes: Sequence[str] = ()
     _: KW_ONLY
-    labels: list[int] | None = None
-    classes: list[str] = field(default_factory=list)
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
     seed: int = 0
-    skipped: list[tuple[Path, str]] = field(default_factory=list)
-    description: str = ""
+    what: str = ""
 
     def __post_init__(self) -> None:
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-        self._damaged = torch.zeros(len(self.source), dtype=torch.bool).share_memory_()
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch, which decides how samples are augmented."""
-        self._epoch.fill_(epoch)
+        super().__post_init__()
+        self.source, self.labels, self.skipped = self.part.by_number, self.part.labels, list(self.part.skipped)
+        self.mean, self.std = self.statistics
+        of = f" of {len(self.classes)} classes" if self.classes else ""
+        self.description = f"{self.what}: {len(self)} images{of}"
+        self._damaged = torch.zeros(len(self), dtype=torch.bool).share_memory_()
 
     @property
     def replaced(self) -> list[int]:
@@ -67,8 +84,7 @@ class ImageDataset(Dataset[Any]):
         """
         index = range(len(self))[index]
         found, decoded = self._load(index)
-        with sample_seed(self.seed, int(self._epoch), index):
-            image = self.transform(decoded)
+        image = self._transformed(decoded, index)
         return image if self.labels is None else (image, self.labels[found])
 
     def _load(self, index: int) -> tuple[int, Any]:
@@ -84,13 +100,12 @@ class ImageDataset(Dataset[Any]):
 
     def examples(self, count: int) -> Tensor:
         """``[n, C, H, W]``: up to ``count`` images spread evenly over the data set, without augmentation."""
-        count = min(count, len(self))
-        chosen = np.linspace(0, len(self) - 1, count).round().astype(int)
+        chosen = np.linspace(0, len(self) - 1, min(count, len(self))).round().astype(int)
         return torch.stack([self.plain_transform(self._load(int(index))[1]) for index in chosen])
 
 
 @dataclass(eq=False, repr=False)
-class SequentialDataset(IterableDataset[Any]):
+class SequentialDataset(_Epochs, IterableDataset[Any]):
     """Images of a sequential source as normalised tensors, or pairs (image, label), once an epoch.
 
     Processes and loader workers take different shares. Transforms are seeded as those of :class:`ImageDataset`.
@@ -106,19 +121,11 @@ class SequentialDataset(IterableDataset[Any]):
     process: int = 0
     processes: int = 1
 
-    def __post_init__(self) -> None:
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch, which decides how samples are augmented."""
-        self._epoch.fill_(epoch)
-
     def __iter__(self) -> Iterator[Any]:
         info = get_worker_info()
         worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
         for number, decoded, label in self.source.read(self.process * workers + worker, self.processes * workers):
-            with sample_seed(self.seed, int(self._epoch), number):
-                image = self.transform(decoded)
+            image = self._transformed(decoded, number)
             yield image if label is None else (image, label)
 
 
@@ -154,8 +161,7 @@ class PredictDataset(Dataset[Any]):
 
     def examples(self, count: int) -> tuple[list[Tensor], list[tuple[Path, str]]]:
         """Up to ``count`` readable images ``[C, H, W]``, spread evenly; and the unreadable files met, with reasons."""
-        images: list[Tensor] = []
-        unreadable: list[tuple[Path, str]] = []
+        images, unreadable = list[Tensor](), list[tuple[Path, str]]()
         for number in spread(len(self), count):
             image, _, reason = self[number]
             if reason:

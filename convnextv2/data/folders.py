@@ -10,37 +10,20 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
-from convnextv2.data.images import UnreadableImageError, check_header, load_image
+from convnextv2.data.images import why_unusable
 from convnextv2.data.sources import DataError, FileSource, OpenedSource, Part
 
 FULL_CHECK_BYTES = 256 * 2**20
 """Folders up to this size are decoded whole when scanned, some seconds' work; larger ones are checked by header."""
 
 
-@dataclass(frozen=True)
-class ImageListing:
-    """What :func:`scan_images` found.
-
-    Args:
-        paths: usable images, sorted.
-        labels: index into ``classes`` of each image, or None if an image lies outside of a class folder.
-        classes: sorted names of the subfolders of ``root`` that hold a usable image.
-        skipped: what was left out, and why.
-    """
-
-    root: Path
-    paths: list[Path]
-    labels: list[int] | None
-    classes: list[str]
-    skipped: list[tuple[Path, str]]
-
-
-def scan_images(folder: str | Path, *, in_chans: int = 3, labelled: bool = False, check: str = "auto") -> ImageListing:
-    """Find the usable images below a folder.
+def scan_images(folder: str | Path, *, in_chans: int = 3, labelled: bool = False, check: str = "auto") -> OpenedSource:
+    """The usable images below a folder, sorted; no labels if one lies outside of a class folder.
 
     Hidden files and folders (a leading dot) are passed over in silence. Links are followed; loops are not.
 
@@ -60,14 +43,11 @@ def scan_images(folder: str | Path, *, in_chans: int = 3, labelled: bool = False
         raise ValueError(f"check must be auto, full or header, got {check!r}")
     if not root.is_dir():
         raise DataError(f"{root}: {'not a folder' if root.exists() else 'no such folder'}; expected a folder of images")
-    files: list[tuple[Path, int]] = []
     skipped: list[tuple[Path, str]] = []
-    walk_files(root, files, skipped)
-    files.sort()
-    if check == "auto":
-        check = "full" if sum(size for _, size in files) <= FULL_CHECK_BYTES else "header"
+    files = list(walk_files(root, skipped))
+    full = check == "full" or (check == "auto" and sum(size for _, size in files) <= FULL_CHECK_BYTES)
     with ThreadPoolExecutor(min(32, 2 * (os.cpu_count() or 1))) as pool:
-        reasons = list(pool.map(lambda file: why_unusable(file[0], in_chans, check == "full"), files))
+        reasons = list(pool.map(lambda file: why_unusable(file[0], in_chans, full), files))
     skipped += [(path, reason) for (path, _), reason in zip(files, reasons, strict=True) if reason is not None]
     good = [path for (path, _), reason in zip(files, reasons, strict=True) if reason is None]
     inside = [path for path in good if path.parent != root]
@@ -84,13 +64,11 @@ def scan_images(folder: str | Path, *, in_chans: int = 3, labelled: bool = False
         raise DataError(f"{root}: looked for {wanted} at all depths and found no usable one{first}")
     index = {name: number for number, name in enumerate(classes)}
     labels = [index[path.relative_to(root).parts[0]] for path in inside] if good == inside else None
-    return ImageListing(root, good, labels, classes, skipped)
+    return OpenedSource(str(root), Part(FileSource(good, in_chans), labels, skipped), classes=classes)
 
 
-def walk_files(
-    folder: Path, files: list[tuple[Path, int]], skipped: list[tuple[Path, str]], above: tuple[object, ...] = ()
-) -> None:
-    """Add the regular files at all depths and their sizes in bytes to ``files``, and what is none to ``skipped``.
+def walk_files(folder: Path, skipped: list[tuple[Path, str]], above: tuple = ()) -> Iterator[tuple[Path, int]]:
+    """The regular files at all depths, sorted, and their sizes in bytes; what is none is added to ``skipped``.
 
     ``above`` identifies the folders on the way down, to end link loops.
 
@@ -103,15 +81,14 @@ def walk_files(
         if here in above:
             skipped.append((folder, "link to a folder that contains it"))
             return
-        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        seen = (entry for entry in os.scandir(folder) if not entry.name.startswith("."))
+        entries = sorted(seen, key=lambda entry: entry.name)
     except OSError as error:
         if not above:
             raise DataError(f"{folder}: {error.strerror}; expected a readable folder of images") from error
         skipped.append((folder, error.strerror or str(error)))
         return
     for entry in entries:
-        if entry.name.startswith("."):
-            continue
         path = Path(entry.path)
         try:
             status = entry.stat()
@@ -119,23 +96,11 @@ def walk_files(
             skipped.append((path, f"broken link: {error.strerror}" if entry.is_symlink() else str(error.strerror)))
             continue
         if stat.S_ISDIR(status.st_mode):
-            walk_files(path, files, skipped, (*above, here))
+            yield from walk_files(path, skipped, (*above, here))
         elif stat.S_ISREG(status.st_mode):
-            files.append((path, status.st_size))
+            yield path, status.st_size
         else:
             skipped.append((path, "not a regular file"))
-
-
-def why_unusable(path: Path, in_chans: int, full: bool) -> str | None:
-    """The reason why a file is no usable image, or None; ``full`` decodes it, else its header is read."""
-    try:
-        if full:
-            load_image(path, in_chans)
-        else:
-            check_header(path)
-    except UnreadableImageError as error:
-        return str(error)
-    return None
 
 
 class FolderKind:
@@ -149,18 +114,15 @@ class FolderKind:
     def open(self, spec: str, *, in_chans: int, img_size: tuple[int, int], labelled: bool) -> OpenedSource:
         whole = Path(spec)
         parted = (whole / "train").is_dir() and (whole / "val").is_dir()
-        root = whole / "train" if parted else whole
-        listing = scan_images(root, in_chans=in_chans, labelled=labelled)
-        train = Part(FileSource(listing.paths, in_chans), listing.labels, listing.skipped)
+        opened = scan_images(whole / "train" if parted else whole, in_chans=in_chans, labelled=labelled)
         if not (labelled and parted):
-            return OpenedSource(str(root), train, classes=listing.classes)
+            return opened
         other = scan_images(whole / "val", in_chans=in_chans, labelled=True)
-        unknown = sorted(set(other.classes) - set(listing.classes))
-        if unknown:
-            raise DataError(f"{other.root}: holds classes that {root} does not: {', '.join(unknown)}")
-        labels = [listing.classes.index(other.classes[label]) for label in other.labels or []]
-        val = Part(FileSource(other.paths, in_chans), labels, other.skipped)
-        return OpenedSource(str(whole), train, val, listing.classes)
+        if unknown := sorted(set(other.classes) - set(opened.classes)):
+            what = f"classes that {opened.description} does not: {', '.join(unknown)}"
+            raise DataError(f"{other.description}: holds {what}")
+        labels = [opened.classes.index(other.classes[label]) for label in other.train.labels or []]
+        return replace(opened, description=str(whole), val=replace(other.train, labels=labels))
 
 
 SOURCE_KIND = FolderKind()

@@ -20,9 +20,7 @@ class EpochSampler(Sampler[int]):
     """A permutation that depends on (seed, epoch) alone, the same in every process."""
 
     def __init__(self, length: int, seed: int) -> None:
-        self.length = length
-        self.seed = seed
-        self.epoch = 0
+        self.length, self.seed, self.epoch = length, seed, 0
 
     def __len__(self) -> int:
         return self.length

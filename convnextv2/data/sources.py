@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from convnextv2.data.images import load_image
-from convnextv2.data.transforms import Statistics
+from convnextv2.data.transforms import Augmentation, Statistics
 
 CROP_SCALES: Mapping[str, tuple[float, float]] = {"pretrain": (0.2, 1.0), "finetune": (0.08, 1.0)}
 """Shares of an image's area that random crops take, by task, where a source has no reason for others."""
@@ -33,8 +33,7 @@ def stratified_split(labels: Sequence[int], val_fraction: float, seed: int) -> t
     if not 0 < val_fraction < 1:
         raise ValueError(f"val_fraction must lie strictly between 0 and 1, got {val_fraction}")
     rng, numbers = np.random.default_rng(seed), np.asarray(labels)
-    train: list[int] = []
-    val: list[int] = []
+    train, val = list[int](), list[int]()
     for label in np.unique(numbers):
         order = rng.permutation(np.flatnonzero(numbers == label)).tolist()
         count = min(len(order) - 1, max(1, round(len(order) * val_fraction)))
@@ -141,7 +140,7 @@ class OpenedSource:
         val: the images to validate on, where the source itself tells them apart.
         classes: names of the labels.
         hold_out: whether pre-training, too, leaves out the images that :meth:`split` gives to validation.
-        statistics: (mean, std), one number a channel; None takes those of :func:`~.transforms.default_statistics`.
+        statistics: (mean, std), one number a channel; None takes those of :data:`~.transforms.DEFAULT_STATISTICS`.
         crop_scale: as :data:`CROP_SCALES`.
         hflip: probability of a horizontal flip in training.
     """
@@ -154,6 +153,12 @@ class OpenedSource:
     statistics: Statistics | None = None
     crop_scale: Mapping[str, tuple[float, float]] = field(default_factory=lambda: CROP_SCALES)
     hflip: float = 0.5
+
+    def augmentation(self, task: str, wish: Augmentation | None) -> Augmentation:
+        """``wish``, with the choice for a task of :data:`CROP_SCALES` where it leaves it open."""
+        wish = wish or Augmentation()
+        hflip = self.hflip if wish.hflip is None else wish.hflip
+        return replace(wish, crop_scale=wish.crop_scale or self.crop_scale[task], hflip=hflip)
 
     def split(self, val_fraction: float, seed: int) -> tuple[Part, Part]:
         """Training and validation part: the source's own, else parted at random by :func:`stratified_split`.

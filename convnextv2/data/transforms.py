@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import json
+import operator
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,10 +17,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 Transform = Callable[[Any], Tensor]
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]
+
+DEFAULT_STATISTICS: Mapping[int, Statistics] = {1: ((0.5,), (0.5,)), 3: ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))}
+"""Mean and standard deviation for pixels in [0, 1], by number of channels; ImageNet's for 3."""
 
 WIDEST_ASPECT = 8
 """Longer sides are cut to this multiple of the shorter one before the evaluation's resize, which scales the shorter
@@ -57,11 +60,6 @@ class Augmentation:
             raise ValueError(f"color_jitter must not be negative, got {self.color_jitter}")
 
 
-def default_statistics(in_chans: int) -> Statistics | None:
-    """Mean and standard deviation for pixels in [0, 1]: ImageNet's for 3 channels, 0.5 for 1, None for others."""
-    return {1: ((0.5,), (0.5,)), 3: (IMAGENET_MEAN, IMAGENET_STD)}.get(in_chans)
-
-
 def check_statistics(mean: Sequence[float], std: Sequence[float], in_chans: int) -> None:
     """Raise ValueError unless there is one finite mean and one positive standard deviation a channel."""
     if len(mean) != in_chans or len(std) != in_chans:
@@ -92,21 +90,14 @@ def preprocessing_from_metadata(
 
     mean, std, size = numbers("mean"), numbers("std"), numbers("img_size")
     if mean is None or std is None:
-        known = default_statistics(in_chans)
-        if known is None:
+        if in_chans not in DEFAULT_STATISTICS:
             raise ValueError(f"the checkpoint does not say the mean and std of its {in_chans} channels")
-        mean, std = known
+        mean, std = DEFAULT_STATISTICS[in_chans]
     check_statistics(mean, std, in_chans)
-    if size is None:
-        return mean, std, default_size
+    size = default_size if size is None else size
     if len(size) > 2 or min(size) < 1:
         raise ValueError(f"the checkpoint's 'img_size' should be a height and a width, got {list(size)}")
     return mean, std, (int(size[0]), int(size[-1]))
-
-
-def crop_share(img_size: tuple[int, int]) -> float:
-    """Share of the resized image that the evaluation's centre crop keeps: 0.875 as usual, all of a small image."""
-    return 0.875 if min(img_size) >= 160 else 1.0
 
 
 @contextlib.contextmanager
@@ -129,87 +120,64 @@ def sample_seed(seed: int, epoch: int, index: int) -> Iterator[None]:
         np.random.set_state(states[1])  # noqa: NPY002
 
 
-def train_transform(
-    img_size: tuple[int, int],
-    mean: Sequence[float],
-    std: Sequence[float],
-    augmentation: Augmentation,
-    *,
-    crop_scale: tuple[float, float],
-    hflip: float,
+def image_transform(
+    img_size: tuple[int, int], mean: Sequence[float], std: Sequence[float], augmentation: Augmentation | None = None
 ) -> Transform:
-    """Random resized crop (bicubic) to (H, W), flip, and what ``augmentation`` asks for; then normalisation.
+    """To (H, W), bicubic, and normalised.
+
+    With ``augmentation``, whose ``crop_scale`` and ``hflip`` must be chosen, a random resized crop, flip, and what else
+    it asks for. Without a centre crop, which keeps 0.875 of a side as usual, and all of a small image.
 
     With one or three numbers in ``mean`` and ``std`` the transform takes RGB images, else ``[H, W, C]`` arrays, for
-    which there are crops and flips only. ``crop_scale`` and ``hflip`` count where those of ``augmentation`` are None.
+    which there are crops, flips and erasing only.
 
     Raises:
         ValueError: if colour augmentation is asked for where the images are arrays.
     """
-    scale = augmentation.crop_scale or crop_scale
-    flip = hflip if augmentation.hflip is None else augmentation.hflip
+    share = 0.875 if min(img_size) >= 160 else 1.0
     if len(mean) not in (1, 3):
         from torchvision import transforms as tv
 
+        bicubic, normalize = tv.InterpolationMode.BICUBIC, tv.Normalize(mean, std)
+        if augmentation is None:
+            height, width = (round(side / share) for side in img_size)
+            aspect = functools.partial(_cut_to_aspect, aspect=width / height)
+            crop = tv.Resize((height, width), bicubic), tv.CenterCrop(img_size)
+            return tv.Compose([tv.ToTensor(), aspect, *crop, normalize])
         if augmentation.color_jitter or augmentation.auto_augment:
             raise ValueError(
                 f"color_jitter and auto_augment know images of 1 or 3 channels, not {len(mean)}; leave them out"
             )
-        crop = tv.RandomResizedCrop(img_size, scale=scale, interpolation=tv.InterpolationMode.BICUBIC, antialias=True)
+        resize = tv.RandomResizedCrop(img_size, augmentation.crop_scale, interpolation=bicubic)
         erase = tv.RandomErasing(augmentation.random_erasing, value="random")
-        return tv.Compose([tv.ToTensor(), crop, tv.RandomHorizontalFlip(flip), tv.Normalize(mean, std), erase])
-    changes = {"color_jitter": augmentation.color_jitter, "auto_augment": augmentation.auto_augment}
-    erasing = {"re_prob": augmentation.random_erasing, "re_mode": "pixel"}
-    transform = _timm_transform(img_size, mean, std, is_training=True, scale=scale, hflip=flip, **changes, **erasing)
-    _keep_a_bit(transform)
-    return transform
-
-
-def eval_transform(img_size: tuple[int, int], mean: Sequence[float], std: Sequence[float]) -> Transform:
-    """Resize (bicubic), centre crop and normalisation; arguments as :func:`train_transform`."""
-    if len(mean) not in (1, 3):
-        from torchvision import transforms as tv
-
-        height, width = (round(side / crop_share(img_size)) for side in img_size)
-        resize = tv.Resize((height, width), interpolation=tv.InterpolationMode.BICUBIC, antialias=True)
-        aspect = functools.partial(_cut_to_aspect, aspect=width / height)
-        return tv.Compose([tv.ToTensor(), aspect, resize, tv.CenterCrop(img_size), tv.Normalize(mean, std)])
-    transform = _timm_transform(img_size, mean, std, is_training=False, crop_pct=crop_share(img_size))
-    transform.transforms.insert(0, _limit_aspect)
-    return transform
-
-
-def _timm_transform(img_size: tuple[int, int], mean: Sequence[float], std: Sequence[float], **options: Any) -> Any:
-    """Of RGB images; for one channel, gray images go through as three equal ones, of which the first is left."""
+        return tv.Compose([tv.ToTensor(), resize, tv.RandomHorizontalFlip(augmentation.hflip), normalize, erase])
     from timm.data import create_transform
 
-    repeats = 3 // len(mean)
-    statistics: dict[str, Any] = {"mean": tuple(mean) * repeats, "std": tuple(std) * repeats}
-    transform = create_transform((3, *img_size), interpolation="bicubic", **statistics, **options)
+    options: dict[str, Any] = {"is_training": False, "crop_pct": share}
+    if augmentation is not None:
+        options = {"is_training": True, "scale": augmentation.crop_scale, "hflip": augmentation.hflip}
+        options |= {"color_jitter": augmentation.color_jitter, "auto_augment": augmentation.auto_augment}
+        options |= {"re_prob": augmentation.random_erasing, "re_mode": "pixel"}
+    repeats = 3 // len(mean)  # for one channel, gray images go through as three equal ones, of which the first is left
+    options |= {"mean": tuple(mean) * repeats, "std": tuple(std) * repeats, "interpolation": "bicubic"}
+    transform = create_transform((3, *img_size), **options)
+    if augmentation is None:
+        transform.transforms.insert(0, _limit_aspect)
     if len(mean) == 1:
-        transform.transforms.append(_first_channel)
-    return transform
-
-
-def _keep_a_bit(transform: Any) -> None:
-    """Guard the posterizations of timm's RandAugment, AugMix and AutoAugment in ``transform``.
-
-    At the highest level timm asks for no bit, which Pillow refuses from version 13 on (before, the image turned black).
-    """
+        transform.transforms.append(operator.itemgetter(slice(1)))
+    # At the highest level timm's RandAugment, AugMix and AutoAugment posterize to no bit, which Pillow refuses from
+    # version 13 on (before, the image turned black).
     for step in transform.transforms:
         policies = [getattr(step, "ops", []), *getattr(step, "policy", [])]
-        for operation in (operation for policy in policies for operation in policy):
+        for operation in itertools.chain(*policies):
             if operation.name.startswith("Posterize"):
                 operation.level_fn = functools.partial(_at_least_one_bit, operation.level_fn)
+    return transform
 
 
 def _at_least_one_bit(level_function: Callable[..., tuple[int, ...]], *args: Any) -> tuple[int, ...]:
     bits, *rest = level_function(*args)
     return max(1, bits), *rest
-
-
-def _first_channel(image: Tensor) -> Tensor:
-    return image[:1].clone()
 
 
 def _limit_aspect(image: Image.Image) -> Image.Image:

@@ -27,8 +27,7 @@ class ConvNeXtV2(Encoder):
 
     def reset_classifier(self, num_classes: int, head_init_scale: float = 1.0) -> None:
         """Replace the head by a new one for ``num_classes`` (0: none), its initial weights scaled."""
-        dim = self.encoder_config.dims[-1]
-        self.head = nn.Linear(dim, num_classes) if num_classes else nn.Identity()
+        self.head = nn.Linear(self.encoder_config.dims[-1], num_classes) if num_classes else nn.Identity()
         init_weights(self.head)
         if isinstance(self.head, nn.Linear):
             self.head.weight.data.mul_(head_init_scale)
@@ -55,10 +54,9 @@ def create_model(
     """Dense classifier of a published variant, or of a custom :class:`~convnextv2.models.config.EncoderConfig`.
 
     Args:
-        name: ``convnextv2_atto`` … ``convnextv2_huge``, or a configuration (then the three encoder options after
-            ``num_classes`` are taken from it).
+        name: ``convnextv2_atto`` … ``convnextv2_huge``, or a configuration.
         num_classes, head_init_scale: as :class:`~convnextv2.models.config.ClassifierConfig`.
-        drop_path_rate, in_chans, patch_size: as ``EncoderConfig``.
+        drop_path_rate, in_chans, patch_size: as ``EncoderConfig``; taken from a configuration where one is given.
 
     Raises:
         ValueError: if the name is unknown or an option is out of range.

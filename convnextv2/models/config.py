@@ -184,7 +184,6 @@ def config_from_dict(data: Mapping[str, Any]) -> EncoderConfig | FCMAEConfig | C
         raise ValueError(f"{kind} has no field {', '.join(sorted(unknown))}; written by a newer version?")
     if "encoder" in values:
         values["encoder"] = config_from_dict({"kind": "EncoderConfig", **values["encoder"]})
-    values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
     try:
         return cls(**values)
     except TypeError as error:

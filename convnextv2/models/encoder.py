@@ -92,27 +92,18 @@ torch.fx.wrap("check_images")  # a symbolic trace knows no shapes
 
 
 class Encoder(nn.Module):
-    """Stem and four stages. Returns features, without final norm and head.
-
-    Args:
-        config: depths, widths, channels and patch size.
-    """
+    """Stem and four stages. Returns features, without final norm and head."""
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
-        dims = config.dims
         self.encoder_config = config
-        self.downsample_layers = nn.ModuleList(
-            [
-                Stem(config.in_chans, dims[0], config.stem_stride),
-                *itertools.starmap(Downsample, itertools.pairwise(dims)),
-            ]
-        )
+        stem = Stem(config.in_chans, config.dims[0], config.stem_stride)
+        self.downsample_layers = nn.ModuleList([stem, *itertools.starmap(Downsample, itertools.pairwise(config.dims))])
         last = max(sum(config.depths) - 1, 1)
         rates = (config.drop_path_rate * index / last for index in itertools.count())
         self.stages = nn.ModuleList(
             Stage(*(Block(dim, next(rates), config.kernel_size) for _ in range(depth)))
-            for depth, dim in zip(config.depths, dims, strict=True)
+            for depth, dim in zip(config.depths, config.dims, strict=True)
         )
         self.apply(init_weights)
 
@@ -139,12 +130,7 @@ class Encoder(nn.Module):
     def forward_features(self, images: Tensor, grid: Grid | None = None) -> Tensor:
         """Features of the last stage: ``[B, C, H/32, W/32]`` (patch size 32), or ``[N, C]`` on a sparse grid.
 
-        Args:
-            images: ``[B, in_chans, H, W]``.
-            grid: the grid after the stem, see :meth:`forward_stages`; every cell of ``images`` by default.
-
-        Raises:
-            ValueError: if the channels do not fit, or H or W is not divisible by the patch size.
+        Arguments and errors as :meth:`forward_stages`; the grid is every cell of ``images`` by default.
         """
         *_, (features, _) = self.forward_stages(images, DenseGrid(images.shape[0]) if grid is None else grid)
         return features

@@ -83,7 +83,20 @@ class FCMAE(nn.Module):
                 anything but 0 and 1.
         """
         check_images(images, self.config.encoder.in_chans, self.config.encoder.patch_size)
-        mask, keep = self._mask(images, mask, mask_ratio, generator)
+        batch, (gh, gw), keep = images.shape[0], self._grid_size(images), None
+        if mask is None:
+            ratio = self.config.mask_ratio if mask_ratio is None else mask_ratio
+            keep = keep_count(gh * gw, ratio)  # in every image: known without a look at the mask
+            mask = random_mask(batch, gh * gw, ratio, generator=generator, device=images.device)
+        elif mask_ratio is not None:
+            raise ValueError("give a mask or a mask_ratio, not both")
+        elif tuple(mask.shape) not in ((batch, gh, gw), (batch, gh * gw)):
+            expected = f"a mask [{batch}, {gh * gw}] for a patch grid of {gh}×{gw}"
+            raise ValueError(f"expected {expected}, got {tuple(mask.shape)}")
+        else:
+            mask = mask.flatten(1).to(images.device, torch.float32)
+            if not torch.all((mask == 0) | (mask == 1)):
+                raise ValueError("a mask holds 1 (masked) and 0 (visible) only")
         backends = self._backends(images.device)
         loss, pred = (self._compiled or self._masked)(images, mask, keep, backends, return_pred)
         return FCMAEOutput(loss, pred, mask)
@@ -125,28 +138,6 @@ class FCMAE(nn.Module):
 
     def _grid_size(self, images: Tensor) -> tuple[int, int]:
         return images.shape[2] // self.config.encoder.patch_size, images.shape[3] // self.config.encoder.patch_size
-
-    def _mask(
-        self, images: Tensor, mask: Tensor | None, mask_ratio: float | None, generator: torch.Generator | None
-    ) -> tuple[Tensor, int | None]:
-        """The mask ``[B, L]`` and, where it was drawn, the number of visible patches of every image."""
-        grid_size = self._grid_size(images)
-        num_patches = grid_size[0] * grid_size[1]
-        if mask is None:
-            ratio = self.config.mask_ratio if mask_ratio is None else mask_ratio
-            drawn = random_mask(images.shape[0], num_patches, ratio, generator=generator, device=images.device)
-            return drawn, keep_count(num_patches, ratio)
-        if mask_ratio is not None:
-            raise ValueError("give a mask or a mask_ratio, not both")
-        if tuple(mask.shape) == (images.shape[0], *grid_size):
-            mask = mask.flatten(1)
-        if tuple(mask.shape) != (images.shape[0], num_patches):
-            expected = f"a mask [{images.shape[0]}, {num_patches}] for a patch grid of {grid_size[0]}×{grid_size[1]}"
-            raise ValueError(f"expected {expected}, got {tuple(mask.shape)}")
-        mask = mask.to(images.device, torch.float32)
-        if not torch.all((mask == 0) | (mask == 1)):
-            raise ValueError("a mask holds 1 (masked) and 0 (visible) only")
-        return mask, None
 
     def encode(
         self, images: Tensor, visible: ActiveSet, backend: str | Backend | None = None
@@ -225,8 +216,7 @@ def unpatchify(patches: Tensor, grid_size: tuple[int, int], channels: int) -> Te
 
 def pixel_mask(mask: Tensor, grid_size: tuple[int, int], patch_size: int) -> Tensor:
     """Mask ``[B, L]`` as a map over pixels, ``[B, 1, gh·p, gw·p]``."""
-    blocks = mask.view(mask.shape[0], 1, *grid_size)
-    return blocks.repeat_interleave(patch_size, 2).repeat_interleave(patch_size, 3)
+    return nn.functional.interpolate(mask.view(mask.shape[0], 1, *grid_size), scale_factor=patch_size)
 
 
 def create_fcmae(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
+from torch.types import Device
 
 
 def keep_count(num_patches: int, mask_ratio: float) -> int:
@@ -27,12 +28,7 @@ def keep_count(num_patches: int, mask_ratio: float) -> int:
 
 
 def random_mask(
-    batch_size: int,
-    num_patches: int,
-    mask_ratio: float,
-    *,
-    generator: torch.Generator | None = None,
-    device: torch.device | str | None = None,
+    batch_size: int, num_patches: int, mask_ratio: float, *, generator: Generator | None = None, device: Device = None
 ) -> Tensor:
     """Mask with the same number of visible patches in every image, uniformly drawn.
 
@@ -45,8 +41,7 @@ def random_mask(
         ValueError: as :func:`keep_count`.
     """
     keep = keep_count(num_patches, mask_ratio)
-    drawn_on = generator.device if generator is not None else device
-    noise = torch.rand(batch_size, num_patches, generator=generator, device=drawn_on)
+    noise = torch.rand(batch_size, num_patches, generator=generator, device=generator.device if generator else device)
     visible = noise.argsort(dim=1)[:, :keep]
     return torch.ones_like(noise).scatter_(1, visible, 0.0).to(device)
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
+import functools
 import math
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,19 +51,15 @@ def layers(
     """
     encoder = model.encoder if isinstance(model, FCMAE) else model
     images = torch.empty(1, encoder.encoder_config.in_chans, *img_size, device=next(model.parameters()).device)
-    outputs: dict[str, tuple[int, ...]] = {}
-
-    def note(name: str) -> Any:
-        return lambda _, args, out: outputs.update({name: tuple(out.shape)})
-
-    watched: dict[str, nn.Module] = {}
-    for name, module in model.named_modules():  # from the outside in
-        if name and _is_row(module, leaves) and not any(name.startswith(f"{outer}.") for outer in watched):
-            watched[name] = module
-    counter = FlopCounterMode(display=False, custom_mapping=_TAPS)
-    with contextlib.ExitStack() as hooks, torch.no_grad(), counter:
-        for name, module in watched.items():
-            hooks.enter_context(module.register_forward_hook(note(name)))
+    shapes, watched = dict[str, tuple[int, ...]](), dict[str, nn.Module]()
+    with ExitStack() as hooks, torch.no_grad(), FlopCounterMode(display=False, custom_mapping=_TAPS) as counter:
+        for name, module in model.named_modules():  # from the outside in
+            own = next(module.parameters(recurse=False), None) is not None
+            row = own or (not leaves and isinstance(module, Stem | Downsample | Block))
+            if name and row and not any(name.startswith(f"{outer}.") for outer in watched):
+                note = functools.partial(lambda name, _, args, out: shapes.update({name: tuple(out.shape)}), name)
+                hooks.enter_context(module.register_forward_hook(note))
+                watched[name] = module
         if isinstance(model, FCMAE):
             readable = copy.copy(model)
             readable.backend = "reference"  # whose operations are torch's own
@@ -70,7 +67,7 @@ def layers(
         else:
             model(images)
     flops, rows = counter.get_flop_counts(), list[Layer]()
-    for name, shape in outputs.items():  # in the order in which they were called
+    for name, shape in shapes.items():  # in the order in which they were called
         module, place = watched[name], f"{type(model).__name__}.{name}"
         work = sum(flops.get(place, {}).values()) // 2
         count = sum(parameter.numel() for parameter in module.parameters())
@@ -84,11 +81,6 @@ def layers(
 
 _TAPS: Any = {torch.ops.aten.addcmul_: lambda out, *_, **__: 2 * math.prod(out)}
 """Of the readable convolution, which adds tap by tap."""
-
-
-def _is_row(module: nn.Module, leaves: bool) -> bool:
-    own = next(module.parameters(recurse=False), None) is not None
-    return own if leaves else own or isinstance(module, Stem | Downsample | Block)
 
 
 def _channels_last(module: nn.Module, shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -96,7 +96,7 @@ def save_checkpoint(
     module = getattr(model, "_orig_mod", model)
     state = _own_storage(module.state_dict() if isinstance(module, nn.Module) else module)
     plain_config = None if config is None else config_to_dict(config)
-    plain_metadata = json.loads(json.dumps(finite(dict(metadata or {}))))
+    plain_metadata = finite(dict(metadata or {}))
     with atomic_path(target) as temporary:
         try:
             if target.suffix == ".safetensors":

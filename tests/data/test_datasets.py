@@ -28,7 +28,7 @@ def test_large_folders_are_checked_by_header_and_repaired_on_load(
     content = (root / "001.png").read_bytes()
     (root / "001.png").write_bytes(content[:-200])
     (root / "nothing.png").write_bytes(b"")
-    assert len(scan_images(root).paths) == 3
+    assert len(scan_images(root).train.images.paths) == 3
     monkeypatch.setattr(folders, "FULL_CHECK_BYTES", 10)
     dataset = build_pretrain_dataset(root, (32, 32), augmentation=Augmentation((1.0, 1.0), hflip=0))
     assert len(dataset) == 4

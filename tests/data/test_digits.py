@@ -44,7 +44,7 @@ def test_exported_digits_are_the_validation_part(tmp_path: Path) -> None:
     _, val = build_finetune_datasets("digits", (8, 8), seed=3)
     assert len(files) == len(val)
     listing = scan_images(tmp_path / "digits", labelled=True)
-    assert sorted(listing.labels or []) == sorted(val.labels or [])
+    assert sorted(listing.train.labels or []) == sorted(val.labels or [])
     stored = {np.asarray(Image.open(path)).tobytes() for path in files}
     assert stored == {digit.tobytes() for digit in chosen(val)}
     with pytest.raises(ValueError, match="part must be"):

@@ -58,8 +58,8 @@ def test_scan_skips_and_explains(image_folder: Folder) -> None:
     root = image_folder({"": 2})
     expected = bad_files(root)
     listing = scan_images(root)
-    assert [path.name for path in listing.paths] == ["000.png", "001.png"]
-    reasons = {path.name: reason for path, reason in listing.skipped}
+    assert [path.name for path in listing.train.images.paths] == ["000.png", "001.png"]
+    reasons = {path.name: reason for path, reason in listing.train.skipped}
     assert reasons.keys() == expected.keys()
     for name, word in expected.items():
         assert word in reasons[name], (name, reasons[name])
@@ -76,23 +76,23 @@ def test_scan_finds_everything_that_is_an_image(image_folder: Folder) -> None:
         save(image, root / name)
     save(image, root / "really_png.jpg", format="PNG")
     save(image, root / "nameless", format="PNG")
-    found = {path.relative_to(root).as_posix() for path in scan_images(root).paths}
+    found = {path.relative_to(root).as_posix() for path in scan_images(root).train.images.paths}
     assert found == {
         "000.png", "a b.png", "日本 é.png", "deep/er/x.png", "folder.jpg/y.png", "really_png.jpg", "nameless",
     }  # fmt: skip
-    assert scan_images(root).labels is None
+    assert scan_images(root).train.labels is None
 
 
 def test_scan_labels_and_sorts(image_folder: Folder) -> None:
     root = image_folder({"b": 2, "a": 1})
     (root / "none").mkdir()
     listing = scan_images(root)
-    assert (listing.classes, listing.labels) == (["a", "b"], [0, 1, 1])
-    assert listing.skipped == []
+    assert (listing.classes, listing.train.labels) == (["a", "b"], [0, 1, 1])
+    assert listing.train.skipped == []
     save(Image.new("L", (3, 3)), root / "stray.png")
     labelled = scan_images(root, labelled=True)
-    assert labelled.labels == [0, 1, 1]
-    assert {path.name: reason for path, reason in labelled.skipped} == {
+    assert labelled.train.labels == [0, 1, 1]
+    assert {path.name: reason for path, reason in labelled.train.skipped} == {
         "stray.png": "lies outside of the class folders",
         "none": "class folder without a usable image",
     }
@@ -109,8 +109,8 @@ def test_unreadable_folder_is_skipped(image_folder: Folder, monkeypatch: pytest.
 
     monkeypatch.setattr(folders.os, "scandir", denied)
     listing = scan_images(root)
-    assert len(listing.paths) == 1
-    assert listing.skipped == [(root / "b", "Permission denied")]
+    assert len(listing.train.images.paths) == 1
+    assert listing.train.skipped == [(root / "b", "Permission denied")]
 
 
 def test_scan_errors_say_what_was_looked_for(tmp_path: Path) -> None:

@@ -5,13 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from convnextv2.data.transforms import (
-    Augmentation,
-    eval_transform,
-    preprocessing_from_metadata,
-    sample_seed,
-    train_transform,
-)
+from convnextv2.data.transforms import Augmentation, image_transform, preprocessing_from_metadata, sample_seed
 
 
 def test_sample_seed_leaves_the_global_generators_alone() -> None:
@@ -36,16 +30,15 @@ def test_extreme_aspect_is_cut_before_it_is_enlarged(monkeypatch: pytest.MonkeyP
         return resize(self, size, *rest, **options)
 
     monkeypatch.setattr(Image.Image, "resize", watched)
-    assert eval_transform((224, 224), (0.5,) * 3, (0.5,) * 3)(Image.new("RGB", (2, 5000))).shape == (3, 224, 224)
+    assert image_transform((224, 224), (0.5,) * 3, (0.5,) * 3)(Image.new("RGB", (2, 5000))).shape == (3, 224, 224)
     assert 224 <= largest <= 8 * 256
 
 
 def test_flip_and_crop_options() -> None:
     pixels = np.zeros((32, 32, 3), np.uint8)
     pixels[:, :16] = 255
-    options = {"crop_scale": (0.2, 1.0), "hflip": 0.0}
     whole = Augmentation(crop_scale=(1, 1), hflip=1)
-    flipped = train_transform((32, 32), (0.5,) * 3, (0.5,) * 3, whole, **options)(Image.fromarray(pixels))
+    flipped = image_transform((32, 32), (0.5,) * 3, (0.5,) * 3, whole)(Image.fromarray(pixels))
     assert flipped[0, 0, 0] == -1
     assert flipped[0, 0, -1] == 1
     for wrong in ({"crop_scale": (0, 1)}, {"crop_scale": (1, 0.5)}, {"hflip": 2}, {"color_jitter": -1}):
@@ -69,8 +62,8 @@ def test_preprocessing_from_metadata() -> None:
 @pytest.mark.parametrize("policy", ["rand-m10-inc1", "rand-m9-mstd0.5-inc1", "rand-m10", "augmix-m10", "original"])
 def test_posterization_keeps_a_bit_at_every_level(policy):
     """At its highest level timm asks Pillow for 0 bits, which is an error there."""
-    augmentation = Augmentation(auto_augment=policy)
-    transform = train_transform((32, 32), (0.5,) * 3, (0.5,) * 3, augmentation, crop_scale=(0.2, 1), hflip=0.5)
+    augmentation = Augmentation((0.2, 1), 0.5, auto_augment=policy)
+    transform = image_transform((32, 32), (0.5,) * 3, (0.5,) * 3, augmentation)
     (policy_step,) = [step for step in transform.transforms if hasattr(step, "ops") or hasattr(step, "policy")]
     policies = [getattr(policy_step, "ops", []), *getattr(policy_step, "policy", [])]
     operations = [operation for one in policies for operation in one if operation.name.startswith("Posterize")]
