@@ -8,6 +8,7 @@ Ours are ``.safetensors`` with the configuration as JSON in the header, or ``.pt
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
@@ -56,19 +57,6 @@ class Checkpoint:
     path: Path = Path()
 
 
-def _own_storage(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors on the CPU, contiguous, none of them a view of a larger or a shared storage."""
-    result, seen = {}, set()
-    for name, value in state.items():
-        tensor = value.detach().cpu().contiguous()
-        storage = tensor.untyped_storage()
-        if storage.nbytes() != tensor.numel() * tensor.element_size() or storage.data_ptr() in seen:
-            tensor = tensor.clone()
-        seen.add(tensor.untyped_storage().data_ptr())
-        result[name] = tensor
-    return result
-
-
 def save_checkpoint(
     path: str | os.PathLike[str],
     model: nn.Module | Mapping[str, Tensor],
@@ -94,7 +82,12 @@ def save_checkpoint(
             f"{target}: a checkpoint must end in {', '.join(SUFFIXES)}, got {target.suffix or 'no suffix'!r}"
         )
     module = getattr(model, "_orig_mod", model)
-    state = _own_storage(module.state_dict() if isinstance(module, nn.Module) else module)
+    source = module.state_dict() if isinstance(module, nn.Module) else module
+    # Copies, for none may be a view of a larger or a shared storage.
+    state = {
+        name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        for name, tensor in source.items()
+    }
     plain_config = None if config is None else config_to_dict(config)
     plain_metadata = json.loads(json.dumps(finite(dict(metadata or {}))))
     with atomic_path(target) as temporary:
@@ -136,24 +129,22 @@ def resolve_path(path: str | os.PathLike[str]) -> Path:
     )
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _read_safetensors(path: Path) -> dict[str, Any]:
     try:
         with safe_open(path, framework="pt") as file:
-            header = dict(file.metadata() or {})
+            header = file.metadata() or {}
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
     except SafetensorError as error:
         raise CheckpointError(
             f"{path}: truncated or damaged safetensors file ({_first_line(error)}); copy or download it again"
         ) from error
-    content: dict[str, Any] = {}
-    for key in ("config", "metadata"):
-        if key in header:
-            try:
-                content[key] = json.loads(header[key])
-            except json.JSONDecodeError:
-                # Other programs may use these names for text of their own.
-                content[key] = header[key]
-    return state, content
+    if not state:
+        raise CheckpointError(f"{path}: holds no weights")
+    content: dict[str, Any] = {"model": state}
+    for key in header.keys() & {"config", "metadata"}:
+        with contextlib.suppress(json.JSONDecodeError):  # other programs may use these names for text of their own
+            content[key] = json.loads(header[key])
+    return content
 
 
 _DAMAGED = (RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError, OSError, SafetensorError)
@@ -204,18 +195,15 @@ def _is_state_dict(value: Any) -> bool:
 def _find_state(content: Any, path: Path) -> tuple[Mapping[str, Any], str | None]:
     """The mapping that holds the weights, and the name it was nested under."""
     name = None
-    while isinstance(content, Mapping) and not _is_state_dict(content):
-        key = next((key for key in NESTING if isinstance(content.get(key), Mapping) and content[key]), None)
-        if key is None:
-            break
-        content, name = content[key], key
-    if not _is_state_dict(content):
-        what = type(content).__name__
-        if isinstance(content, Mapping):
-            what = f"keys {', '.join(map(str, list(content)[:5]))}"
-        raise CheckpointError(
-            f"{path}: holds no weights (found {what}); expected a state dict, or one under {', '.join(NESTING)}"
-        )
+    while not _is_state_dict(content):
+        known = content if isinstance(content, Mapping) else {}
+        name = next((key for key in NESTING if isinstance(known.get(key), Mapping) and known[key]), None)
+        if name is None:
+            what = f"keys {', '.join(map(str, list(known)[:5]))}" if known is content else type(content).__name__
+            raise CheckpointError(
+                f"{path}: holds no weights (found {what}); expected a state dict, or one under {', '.join(NESTING)}"
+            )
+        content = content[name]
     return content, name
 
 
@@ -227,7 +215,7 @@ def clean_state_dict(state: Mapping[str, Any]) -> dict[str, Tensor]:
     """
     result = {name.replace("_orig_mod.", ""): value for name, value in state.items() if name != "n_averaged"}
     while result and all(name.startswith("module.") for name in result):
-        result = {name.removeprefix("module.").replace("_orig_mod.", ""): value for name, value in result.items()}
+        result = {name.removeprefix("module."): value for name, value in result.items()}
     for name, value in result.items():
         if not isinstance(value, Tensor):
             raise CheckpointError(f"{name!r} in the state dict is {type(value).__name__}, not a tensor")
@@ -247,16 +235,9 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """
     file = resolve_path(path)
     start = _check_start(file)
-    content: Any
-    if start[:4] != b"PK\x03\x04" and start[8:9] == b"{":
-        state, content = _read_safetensors(file)
-        if not state:
-            raise CheckpointError(f"{file}: holds no weights")
-        nested = None
-    else:
-        content = _read_pickle(file)
-        found, nested = _find_state(content, file)
-        state = dict(found)
+    safe = start[:4] != b"PK\x03\x04" and start[8:9] == b"{"
+    content: Any = _read_safetensors(file) if safe else _read_pickle(file)
+    state, nested = _find_state(content, file)
     config, metadata = content.get("config"), content.get("metadata")
     metadata = dict(metadata) if isinstance(metadata, Mapping) else {}
     if nested is not None and len([key for key in NESTING if isinstance(content.get(key), Mapping)]) > 1:

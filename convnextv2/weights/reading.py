@@ -115,10 +115,11 @@ def _decoder_config(encoder: EncoderConfig, decoder: Mapping[str, Tensor]) -> FC
 
 
 @lru_cache(maxsize=8)
-def _expected(module_class: Callable[[Any], nn.Module], config: Config) -> Mapping[str, torch.Size]:
-    """Names and shapes of a network's tensors; cached because building one takes seconds for the large variants."""
+def _shapes(part: str, network: Callable[[Any], nn.Module], config: Config) -> Mapping[str, torch.Size]:
+    """Names and shapes of a part of a network; cached because building one takes seconds for the large variants."""
     with torch.device("meta"):
-        return {name: tensor.shape for name, tensor in module_class(config).state_dict().items()}
+        state = network(config).state_dict()
+    return {name: tensor.shape for name, tensor in state.items() if part_of(name) == part}
 
 
 def _check(found: Mapping[str, Tensor], expected: Mapping[str, torch.Size], names: Mapping[str, str]) -> None:
@@ -159,16 +160,14 @@ def read_weights(state_dict: Mapping[str, Tensor]) -> Weights:
         for part in ("encoder", "decoder", "head")
     )
     config = _encoder_config(encoder)
-    _check(encoder, _expected(Encoder, config), names)
+    _check(encoder, _shapes("encoder", Encoder, config), names)
     if decoder:
-        whole = _expected(FCMAE, _decoder_config(config, decoder))
-        _check(decoder, {name: value for name, value in whole.items() if not name.startswith("encoder.")}, names)
+        _check(decoder, _shapes("decoder", FCMAE, _decoder_config(config, decoder)), names)
     if head:
         classes = head["head.weight"].shape[0] if "head.weight" in head else 0
         if "head.bias" in head and not classes:
             raise CheckpointError("incomplete: head.bias without head.weight")
-        whole = _expected(ConvNeXtV2, ClassifierConfig(config, classes))
-        _check(head, {name: value for name, value in whole.items() if name not in encoder}, names)
+        _check(head, _shapes("head", ConvNeXtV2, ClassifierConfig(config, classes)), names)
     return Weights(layout, config, encoder, decoder, head, names, bool(narrow))
 
 

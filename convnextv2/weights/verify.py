@@ -7,16 +7,16 @@ the weights as they are.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from convnextv2.models.config import EncoderConfig
 from convnextv2.models.encoder import Encoder
 from convnextv2.weights.layouts import get_layout
-from convnextv2.weights.reading import read_weights
+from convnextv2.weights.reading import Weights, read_weights
 from sparse_ops.active_set import ActiveSet
 from sparse_ops.oracle import MaskedDenseGrid
 from sparse_ops.sparse_grid import SparseGrid
@@ -47,7 +47,8 @@ class Verification:
     @property
     def largest(self) -> float:
         """The largest of the errors; NaN where a comparison gave NaN."""
-        return _largest(error for error in (self.masked, self.unmasked, self.foreign) if error is not None)
+        errors = [error for error in (self.masked, self.unmasked, self.foreign) if error is not None]
+        return float(np.max(errors))  # NaN where one is, unlike max()
 
     @property
     def passed(self) -> bool:
@@ -62,14 +63,10 @@ class Verification:
         )
 
 
-def _largest(errors: Iterable[float]) -> float:
-    return torch.tensor([*errors], dtype=torch.float64).max().item()  # NaN where one is, unlike max()
-
-
-def _encoder(weights: Mapping[str, Tensor], config: EncoderConfig) -> Encoder:
+def _encoder(weights: Weights) -> Encoder:
     with torch.device("meta"):
-        encoder = Encoder(config)
-    encoder.load_state_dict({name: value.double() for name, value in weights.items()}, assign=True)
+        encoder = Encoder(weights.config)
+    encoder.load_state_dict({name: value.double() for name, value in weights.encoder.items()}, assign=True)
     return encoder.eval()
 
 
@@ -98,9 +95,9 @@ def verify_conversion(source: Mapping[str, Tensor], written: Mapping[str, Tensor
     if weights[1].config != config:
         return Verification(math.nan, math.nan)
     sparse = 1 if layouts[0].sparse_features is None and layouts[1].sparse_features is not None else 0
-    dense_encoder = _encoder(weights[1 - sparse].encoder, config)
+    dense_encoder = _encoder(weights[1 - sparse])
     official = layouts[sparse].sparse_features
-    sparse_encoder = _encoder(weights[sparse].encoder, config) if official is None else None
+    sparse_encoder = None if official is not None else _encoder(weights[sparse])
 
     generator = torch.Generator().manual_seed(seed)
     size = PATCHES * config.patch_size
@@ -116,14 +113,18 @@ def verify_conversion(source: Mapping[str, Tensor], written: Mapping[str, Tensor
 
     masked_dense = dense_encoder(images, MaskedDenseGrid(visible, dtype=torch.float64)).permute(0, 2, 3, 1)
     full = sparse_features(torch.ones_like(visible))
-    foreign: list[float] = []
-    for layout, state in zip(layouts, states, strict=True):
-        if layout.dense_features is not None:
-            features = layout.dense_features(state, config, images).permute(0, 2, 3, 1).flatten(0, 2)
-            foreign.append(_relative(features, full))
+
+    def error(features: Tensor) -> float:
+        return _relative(features.permute(0, 2, 3, 1).flatten(0, 2), full)
+
+    foreign = [
+        (layout.name, error(layout.dense_features(state, config, images)))
+        for layout, state in zip(layouts, states, strict=True)
+        if layout.dense_features is not None
+    ]
     return Verification(
         _relative(masked_dense[visible], sparse_features(visible)),
-        _relative(dense_encoder(images).permute(0, 2, 3, 1).flatten(0, 2), full),
-        _largest(foreign) if foreign else None,
-        tuple(dict.fromkeys(layout.name for layout in layouts if layout.dense_features is not None)),
+        error(dense_encoder(images)),
+        float(np.max([largest for _, largest in foreign])) if foreign else None,
+        tuple(dict(foreign)),
     )

@@ -20,14 +20,9 @@ _AXES = {"depthwise": 2, "pointwise": 2, "downsample": 3}
 
 
 def _kind(name: str) -> str | None:
-    """Kind of a kernel by our name of it; its rank does not tell."""
-    found = re.match(r"(stages\.\d+\.\d+\.(dw|pw)conv\d?|downsample_layers\.[1-9]\.1)\.weight$", name)
+    """Kind of a convolution by our name of its weight, whose rank does not tell, or of its bias."""
+    found = re.match(r"(stages\.\d+\.\d+\.(dw|pw)conv\d?|downsample_layers\.[1-9]\.1)\.(?:weight|bias)$", name)
     return {"dw": "depthwise", "pw": "pointwise", None: "downsample"}[found[2]] if found else None
-
-
-def _is_bias(name: str) -> bool:
-    """Whether MinkowskiEngine's layer would store this bias with two axes."""
-    return bool(re.match(r"(stages\.\d+\.\d+\.(dwconv|pwconv\d)|downsample_layers\.[1-9]\.1)\.bias$", name))
 
 
 def taps_to_map(kernel: Tensor) -> Tensor:
@@ -45,20 +40,20 @@ def taps_to_map(kernel: Tensor) -> Tensor:
     side = math.isqrt(kernel.shape[0])
     if side * side != kernel.shape[0]:
         raise CheckpointError(f"a kernel has {kernel.shape[0]} taps, which is not a square")
-    axes = tuple(reversed(range(kernel.dim())))
-    return kernel.permute(axes).unflatten(-1, (side, side)).transpose(-1, -2).contiguous()
+    return kernel.transpose(0, -1).unflatten(-1, (side, side)).transpose(-1, -2).contiguous()
 
 
 def map_to_taps(weight: Tensor) -> Tensor:
     """Inverse of :func:`taps_to_map`."""
-    flat = weight.transpose(-1, -2).flatten(-2)
-    return flat.permute(tuple(reversed(range(flat.dim())))).contiguous()
+    return weight.transpose(-1, -2).flatten(-2).transpose(0, -1).contiguous()
 
 
 def _read(name: str, source: str, tensor: Tensor) -> Tensor:
     kind = _kind(name)
+    if kind is not None and name.endswith(".bias"):
+        return tensor.flatten()
     if kind is None or not source.endswith(".kernel"):
-        return tensor.flatten() if _is_bias(name) else read_plainly(name, source, tensor)
+        return read_plainly(name, source, tensor)
     if tensor.dim() != _AXES[kind]:
         raise CheckpointError(f"{source}: a {kind} kernel has {_AXES[kind]} axes, this one {list(tensor.shape)}")
     if kind == "pointwise":
@@ -67,12 +62,14 @@ def _read(name: str, source: str, tensor: Tensor) -> Tensor:
 
 
 def _write(name: str, tensor: Tensor, config: EncoderConfig) -> Tensor:
-    kind = _kind(name)
-    if kind in ("depthwise", "downsample"):
-        return map_to_taps(tensor.squeeze(1) if kind == "depthwise" else tensor)
     if name.startswith("stages.") and ".grn." in name:
         return tensor.view(1, -1)
-    return tensor[None] if _is_bias(name) and ".pwconv" not in name else tensor
+    kind = _kind(name)
+    if kind is None or kind == "pointwise":
+        return tensor
+    if name.endswith(".bias"):
+        return tensor[None]
+    return map_to_taps(tensor.squeeze(1) if kind == "depthwise" else tensor)
 
 
 LAYOUT = Layout(
