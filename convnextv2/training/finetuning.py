@@ -19,6 +19,7 @@ from convnextv2.models.config import ClassifierConfig, EncoderConfig, FCMAEConfi
 from convnextv2.training.loop import OnLoss
 from convnextv2.training.optim import LAYER_DECAY_TYPES, parameter_groups
 from convnextv2.training.options import RunOptions, flag
+from convnextv2.training.pictures import save_confusion_matrix
 from convnextv2.training.recipe import option
 from convnextv2.training.reporting import Log, Progress
 from convnextv2.training.result import RunResult
@@ -219,8 +220,6 @@ class ClassifierTask(Task[FinetuneOptions]):
         return f"{losses}, top-1 {row['val_top1']:.2f} %{top5}, {row['images_per_s']} images/s"
 
     def pictures(self, folder: RunFolder, model: Any, examples: Tensor, epoch: int, best: Outcome | None) -> None:
-        from convnextv2.training.pictures import save_confusion_matrix
-
         if best is not None:
             save_confusion_matrix(folder.path / "confusion_matrix.png", best.details, self._classes)
 

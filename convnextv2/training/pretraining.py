@@ -17,6 +17,7 @@ from convnextv2.models.fcmae import FCMAE, create_fcmae
 from convnextv2.training.loop import OnLoss
 from convnextv2.training.optim import parameter_groups
 from convnextv2.training.options import RunOptions
+from convnextv2.training.pictures import reconstruction_panels, save_reconstructions
 from convnextv2.training.recipe import option
 from convnextv2.training.reporting import Log, Progress
 from convnextv2.training.result import RunResult
@@ -138,8 +139,6 @@ class PretrainTask(Task[PretrainOptions]):
         return f"{super().line(row)}, feature diversity {row['feature_diversity']:.3f}"
 
     def pictures(self, folder: RunFolder, model: FCMAE, examples: Tensor, epoch: int, best: Outcome | None) -> None:
-        from convnextv2.training.pictures import reconstruction_panels, save_reconstructions
-
         if epoch in self.picture_epochs:
             generator = torch.Generator(examples.device).manual_seed(PICTURE_SEED)
             mean, std = self._data.mean, self._data.std

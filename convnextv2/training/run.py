@@ -20,6 +20,7 @@ from convnextv2.models.encoder import Encoder
 from convnextv2.training.device import fitting_batch_size, make_accelerator
 from convnextv2.training.loop import Loop, OnLoss
 from convnextv2.training.optim import create_optimizer, create_schedule, scaled_lr
+from convnextv2.training.pictures import save_loss_curve
 from convnextv2.training.recipe import write_recipe
 from convnextv2.training.reporting import Log, Progress, logger, reporters
 from convnextv2.training.result import Metrics, RunResult
@@ -220,8 +221,6 @@ class Run:
 
     def draw(self, epoch: int) -> None:
         """The loss curve and the pictures of the task, if they are due."""
-        from convnextv2.training.pictures import save_loss_curve
-
         now = time.monotonic()
         certain = epoch in (*self.task.picture_epochs, self.options.epochs)
         if self.main and (certain or now - self._drawn >= PICTURE_SECONDS):
