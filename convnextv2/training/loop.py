@@ -6,15 +6,13 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from convnextv2.training.device import Accelerator
 from convnextv2.training.signals import StopSignals
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 LOSS_CHECK_EVERY = 20
 """Batches between two looks at the losses on a GPU, where each look waits for it."""

@@ -41,9 +41,7 @@ def layer_number(name: str, depths: Sequence[int], layer_decay_type: str = "sing
     block = int(rest[1]) if kind == "stages" else 0
     if layer_decay_type == "single":
         return sum(depths[:stage]) + block + 1
-    if kind == "downsample_layers":
-        return (0, 2, 3, last)[stage]
-    return (1, 2, 3 + block // 3, last)[stage]
+    return (int(kind == "stages"), 2, 3 + block // 3, last)[stage]
 
 
 def decays(name: str, parameter: nn.Parameter, official_weight_decay: bool = False) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from convnextv2.data.build import build_pretrain_dataset
 from convnextv2.data.datasets import ImageDataset
 from convnextv2.data.loading import derived_seed
 from convnextv2.models.fcmae import FCMAE, create_fcmae
+from convnextv2.training.device import Accelerator
 from convnextv2.training.loop import OnLoss
 from convnextv2.training.optim import parameter_groups
 from convnextv2.training.options import RunOptions
@@ -27,9 +28,6 @@ from convnextv2.training.task import Outcome, Task
 from convnextv2.weights.loading import init_fcmae
 from sparse_ops.grid import GRN_SCOPES
 from sparse_ops.registry import registry
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 MASK_STREAM, PICTURE_SEED = 1, 0
 
@@ -58,8 +56,7 @@ class PretrainOptions(RunOptions):
 
     def check(self) -> None:
         super().check()
-        if self.reconstruct_every is not None and self.reconstruct_every < 0:
-            raise ValueError(f"--reconstruct-every must not be negative, got {self.reconstruct_every}")
+        self.require("must not be negative", lambda value: value >= 0, "reconstruct_every")
         backend = registry().get(self.backend)
         if self.compile is not None and backend is not None and not backend.traceable:
             raise ValueError(

@@ -17,7 +17,7 @@ from convnextv2.files import append_jsonl, write_json
 from convnextv2.models.config import config_to_dict
 from convnextv2.models.diversity import feature_diversity
 from convnextv2.models.encoder import Encoder
-from convnextv2.training.device import fitting_batch_size, make_accelerator
+from convnextv2.training.device import make_accelerator
 from convnextv2.training.loop import Loop, OnLoss
 from convnextv2.training.optim import create_optimizer, create_schedule, scaled_lr
 from convnextv2.training.pictures import save_loss_curve
@@ -114,10 +114,14 @@ class Run:
         """Batch size, optimizer, loaders, schedule, compilation, averaging."""
         from timm.utils import ModelEmaV3
 
-        task, training = self.task, self.parts[0]
-        size = fitting_batch_size(task.options, len(training), self.accelerator.num_processes, self.say)
+        task, training, asked = self.task, self.parts[0], self.task.options.batch_size
+        images, processes = len(training), self.accelerator.num_processes
+        if images < processes:
+            raise ValueError(f"{images} images cannot be shared among {processes} processes; run fewer")
+        if (size := min(asked, images // processes)) < asked:
+            self.say(f"notice: --batch-size {asked} lowered to {size}: there are {images} images to train on")
         task.options = self.options = options = replace(task.options, batch_size=task.fit_batch(size))
-        self._effective_batch = options.batch_size * options.accum * self.accelerator.num_processes
+        self._effective_batch = options.batch_size * options.accum * processes
         self._lr = scaled_lr(options.blr, self._effective_batch, options.lr)
         steep, advice = task.steep_lr
         if self._lr > steep:

@@ -6,17 +6,16 @@ import errno
 import json
 import logging
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safetensors import SafetensorError
 
 from convnextv2.files import append_jsonl, atomic_path, write_json
 from convnextv2.models.config import config_to_dict
+from convnextv2.training.device import Accelerator
 from convnextv2.weights.checkpoint import CheckpointError
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 logger = logging.getLogger(__name__)
 
@@ -83,15 +82,13 @@ class RunFolder:
 
     def prepare(self, progress: dict[str, Any] | None) -> None:
         """Make the folder, empty of an earlier run, or bring the run to be resumed back to its last saved epoch."""
-        (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
         if progress is None:
-            for name in self.OURS:
-                target = self.path / name
+            for target in map(self.path.joinpath, self.OURS):
                 if target.is_dir():
                     shutil.rmtree(target)
                 else:
                     target.unlink(missing_ok=True)
-            self.state.parent.mkdir()
+            self.state.parent.mkdir(parents=True)
             return
         if not self.state.exists():
             self._old.rename(self.state)
@@ -154,13 +151,11 @@ def _row(line: str) -> dict[str, Any] | None:
 def check_same_model(progress: dict[str, Any], config: Any, output: str | Path) -> None:
     """Raise ValueError unless the run to be resumed trains a network of this configuration."""
 
-    def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-        found: dict[str, Any] = {}
+    def flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
         for key, value in values.items():
-            found |= flat(value, f"{key}.") if isinstance(value, dict) else {prefix + key: value}
-        return found
+            yield from flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
 
-    before, now = flat(progress["config"]), flat(json.loads(json.dumps(config_to_dict(config))))
+    before, now = dict(flat(progress["config"])), dict(flat(json.loads(json.dumps(config_to_dict(config)))))
     different = [
         f"{k} {before.get(k)} there, {now.get(k)} here" for k in {**before, **now} if before.get(k) != now.get(k)
     ]

@@ -6,17 +6,15 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from torch import Tensor, nn
 
 from convnextv2.data.datasets import ImageDataset
+from convnextv2.training.device import Accelerator
 from convnextv2.training.optim import parameter_groups
 from convnextv2.training.options import RunOptions
 from convnextv2.training.run_folder import RunFolder
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 O = TypeVar("O", bound=RunOptions)  # noqa: E741  # of options
 

@@ -88,19 +88,16 @@ def save_checkpoint(
         name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         for name, tensor in source.items()
     }
-    plain_config = None if config is None else config_to_dict(config)
-    plain_metadata = json.loads(json.dumps(finite(dict(metadata or {}))))
+    about = {} if config is None else {"config": config_to_dict(config)}
+    about["metadata"] = json.loads(json.dumps(finite(dict(metadata or {}))))
     with atomic_path(target) as temporary:
         try:
             if target.suffix == ".safetensors":
-                header = {"format": "pt", "metadata": json.dumps(plain_metadata)}
-                if plain_config is not None:
-                    header["config"] = json.dumps(plain_config)
+                header = {"format": "pt", **{key: json.dumps(value) for key, value in about.items()}}
                 safetensors.torch.save_file(state, temporary, metadata=header)
             else:
-                content = {"model": state, "config": plain_config, "metadata": plain_metadata}
                 with temporary.open("wb") as file:
-                    torch.save(content, file)
+                    torch.save({"model": state, "config": None, **about}, file)
         except (SafetensorError, RuntimeError) as error:
             raise OSError(f"cannot write {target}: {_first_line(error)}") from error
 
@@ -112,8 +109,7 @@ def _first_line(error: BaseException) -> str:
 def resolve_path(path: str | os.PathLike[str]) -> Path:
     """The checkpoint file that ``path`` means: itself, or the best, else the last one of a run folder.
 
-    Raises:
-        CheckpointError: if there is none.
+    Raises CheckpointError if there is none.
     """
     given = Path(path)
     if given.is_file():
@@ -210,8 +206,7 @@ def _find_state(content: Any, path: Path) -> tuple[Mapping[str, Any], str | None
 def clean_state_dict(state: Mapping[str, Any]) -> dict[str, Tensor]:
     """Names without the prefixes of wrappers: ``module.`` (data parallel, EMA) and ``_orig_mod.`` (torch.compile).
 
-    Raises:
-        CheckpointError: if a value is not a tensor.
+    Raises CheckpointError if a value is not a tensor.
     """
     result = {name.replace("_orig_mod.", ""): value for name, value in state.items() if name != "n_averaged"}
     while result and all(name.startswith("module.") for name in result):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from convnextv2.models.classifier import ConvNeXtV2
-from convnextv2.models.config import ClassifierConfig, EncoderConfig, FCMAEConfig
+from convnextv2.models.config import EncoderConfig, FCMAEConfig
 from convnextv2.models.fcmae import FCMAE
 from convnextv2.weights.checkpoint import Checkpoint, CheckpointError, as_checkpoint, load_checkpoint
 from convnextv2.weights.layout import DECODER_PARTS
@@ -20,21 +20,17 @@ from sparse_ops.registry import get_backend
 
 
 def load_strict(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
-    """``model.load_state_dict(state, strict=True)`` with a one-line error.
+    """``model.load_state_dict(state, strict=True)`` with an error of one line.
 
-    Raises:
-        CheckpointError: if names or shapes differ; the first few are named.
+    Raises CheckpointError if names or shapes differ; the first few are named.
     """
     own = model.state_dict()
-    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    shapes = [
-        f"{name} {tuple(state[name].shape)} instead of {tuple(own[name].shape)}"
-        for name in sorted(own.keys() & state.keys())
-        if own[name].shape != state[name].shape
-    ]
+    shapes = {name: (tuple(state[name].shape), tuple(own[name].shape)) for name in own.keys() & state.keys()}
+    different = {f"{name} {given} instead of {known}" for name, (given, known) in shapes.items() if given != known}
+    kinds = {"missing": own.keys() - state, "unexpected": state.keys() - own, "of another shape": different}
     problems = [
-        f"{len(names)} {what}: {', '.join(names[:3])}{' …' if len(names) > 3 else ''}"
-        for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
+        f"{len(names)} {what}: {', '.join(sorted(names)[:3])}{' …' if len(names) > 3 else ''}"
+        for what, names in kinds.items()
         if names
     ]
     if problems:
@@ -134,18 +130,14 @@ def complete_model(checkpoint: Checkpoint, backend: str = "auto") -> FCMAE | Con
     """
     weights = read_checkpoint(checkpoint)
     config = weights_config(weights) if checkpoint.config is None else checkpoint.config
-    model: FCMAE | ConvNeXtV2
-    if isinstance(config, FCMAEConfig):
-        if backend != "auto":
-            get_backend(backend)
-        model = FCMAE(config, backend)
-    elif isinstance(config, ClassifierConfig):
-        model = ConvNeXtV2(config)
-    else:
+    if isinstance(config, EncoderConfig):
         raise CheckpointError(
             f"{checkpoint.path}: holds an encoder without decoder and without head, so it is no whole network; "
             "start a fine-tuning from it instead"
         )
+    if isinstance(config, FCMAEConfig) and backend != "auto":
+        get_backend(backend)
+    model = FCMAE(config, backend) if isinstance(config, FCMAEConfig) else ConvNeXtV2(config)
     layout = "fcmae" if isinstance(model, FCMAE) else "official-dense"
     load_strict(model, write_layout(weights, layout), checkpoint.path)
     return model

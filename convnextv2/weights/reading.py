@@ -44,8 +44,7 @@ class Weights:
     widened: bool = False
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        for group in (self.encoder, self.decoder, self.head):
-            yield from group.items()
+        return iter({**self.encoder, **self.decoder, **self.head}.items())
 
     @property
     def num_classes(self) -> int | None:
@@ -134,14 +133,6 @@ def _check(found: Mapping[str, Tensor], expected: Mapping[str, torch.Size], name
             raise CheckpointError(f"{names[name]} has the shape {list(tensor.shape)}, expected {list(expected[name])}")
 
 
-def _check_values(found: Mapping[str, Tensor], names: Mapping[str, str]) -> None:
-    for name, tensor in found.items():
-        if not tensor.is_floating_point():
-            raise CheckpointError(f"{names[name]} holds {tensor.dtype}; quantised weights cannot be converted")
-        if not tensor.is_meta and not torch.isfinite(tensor).all():
-            raise CheckpointError(f"{names[name]} holds NaN or infinity: the training that wrote it had diverged")
-
-
 def read_weights(state_dict: Mapping[str, Tensor]) -> Weights:
     """Weights of any known layout, checked to be complete, of the right shapes and finite.
 
@@ -153,7 +144,11 @@ def read_weights(state_dict: Mapping[str, Tensor]) -> Weights:
     """
     layout = detect_layout(state_dict)
     found, names = _translate(state_dict, get_layout(layout))
-    _check_values(found, names)
+    for name, tensor in found.items():
+        if not tensor.is_floating_point():
+            raise CheckpointError(f"{names[name]} holds {tensor.dtype}; quantised weights cannot be converted")
+        if not tensor.is_meta and not torch.isfinite(tensor).all():
+            raise CheckpointError(f"{names[name]} holds NaN or infinity: the training that wrote it had diverged")
     narrow = {name for name, tensor in found.items() if tensor.dtype in (torch.float16, torch.bfloat16)}
     encoder, decoder, head = (
         {name: found[name].float() if name in narrow else found[name] for name in found if part_of(name) == part}
@@ -172,11 +167,7 @@ def read_weights(state_dict: Mapping[str, Tensor]) -> Weights:
 
 
 def infer_config(state_dict: Mapping[str, Tensor]) -> Config:
-    """:func:`weights_config` of the weights of any layout.
-
-    Raises:
-        CheckpointError: as :func:`read_weights`.
-    """
+    """:func:`weights_config` of what :func:`read_weights` reads; raises what that does."""
     return weights_config(read_weights(state_dict))
 
 
@@ -197,11 +188,8 @@ def read_checkpoint(checkpoint: Checkpoint) -> Weights:
 
 
 def encoder_state_dict(checkpoint: Checkpoint | str | Path) -> dict[str, Tensor]:
-    """The encoder's weights in the dense network's names, from a checkpoint of any layout.
-
-    Raises:
-        CheckpointError: as :func:`convnextv2.weights.checkpoint.load_checkpoint` and :func:`read_weights`.
-    """
+    """The encoder's weights in the dense network's names, from a checkpoint of any layout; raises CheckpointError as
+    :func:`~convnextv2.weights.checkpoint.load_checkpoint` and :func:`read_weights`."""
     return read_checkpoint(as_checkpoint(checkpoint)).encoder
 
 
