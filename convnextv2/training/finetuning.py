@@ -18,7 +18,7 @@ from convnextv2.models.classifier import ConvNeXtV2
 from convnextv2.models.config import ClassifierConfig, EncoderConfig, FCMAEConfig, check_image_size, variant_name
 from convnextv2.training.device import Accelerator
 from convnextv2.training.loop import OnLoss
-from convnextv2.training.optim import LAYER_DECAY_TYPES, parameter_groups
+from convnextv2.training.optim import LAYER_DECAY_TYPES
 from convnextv2.training.options import RunOptions
 from convnextv2.training.pictures import save_confusion_matrix
 from convnextv2.training.recipe import option
@@ -32,7 +32,6 @@ from convnextv2.weights.loading import init_classifier
 from convnextv2.weights.reading import read_checkpoint, weights_config
 
 PRETRAINED_HEAD_SCALE = 0.001
-Mix = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 
 
@@ -154,6 +153,8 @@ class ClassifierTask(Task[FinetuneOptions]):
             statistics = tuple(saved["mean"]), tuple(saved["std"])
         self._statistics = statistics or (None, None)
         self.ema_decay, self.ema_warmup = o.ema_decay, o.ema_warmup
+        depths = self.options.encoder().depths
+        self.grouping = {"depths": depths, "layer_decay": o.layer_decay, "layer_decay_type": o.layer_decay_type}
         check_image_size(self.options.size, self.options.encoder().patch_size)
 
     def data(self) -> Sequence[ImageDataset]:
@@ -169,7 +170,7 @@ class ClassifierTask(Task[FinetuneOptions]):
         self._classes = training.classes
         self.files = {"class_indices.json": {str(i): name for i, name in enumerate(self._classes)}}
         self.progress = {"mean": training.mean, "std": training.std}
-        self._mix: Mix | None = None
+        self._mix: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
         self._loss: nn.Module = LabelSmoothingCrossEntropy(o.smoothing) if o.smoothing else nn.CrossEntropyLoss()
         if o.mixup or o.cutmix:
             self._mix = Mixup(o.mixup, o.cutmix, label_smoothing=o.smoothing, num_classes=len(self._classes))
@@ -194,12 +195,6 @@ class ClassifierTask(Task[FinetuneOptions]):
         if size < 2:
             raise ValueError("--mixup and --cutmix need batches of at least two images")
         return size - size % 2
-
-    def groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        o, depths = self.options, self.options.encoder().depths
-        return parameter_groups(
-            model, o.weight_decay, depths=depths, layer_decay=o.layer_decay, layer_decay_type=o.layer_decay_type
-        )
 
     def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, int]:
         images, labels = batch

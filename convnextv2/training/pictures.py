@@ -55,8 +55,7 @@ def reconstruction_panels(
         of more than three the first three, of two the first. Predictions of normalised targets are de-normalised with
         each patch's own mean and variance.
 
-    Raises:
-        ValueError: if shapes do not fit (see :meth:`convnextv2.models.fcmae.FCMAE.forward`).
+    Raises ValueError if shapes do not fit (see :meth:`convnextv2.models.fcmae.FCMAE.forward`).
     """
     was_training = model.training
     images = images.to(next(model.parameters()).device)
@@ -107,14 +106,9 @@ def save_reconstructions(path: str | os.PathLike[str], panels: Tensor, mask: Ten
 def save_loss_curve(path: str | os.PathLike[str], metrics: Sequence[Mapping[str, Any]]) -> None:
     """Losses over the epochs, and the top-1 accuracy of the validation part where there is one.
 
-    Args:
-        path: the PNG file.
-        metrics: one mapping an epoch, as in ``metrics.jsonl``: ``epoch`` and any of ``loss``, ``train_loss``,
-            ``val_loss``, ``val_top1`` (per cent). Missing values and NaN leave gaps.
-
-    Raises:
-        ValueError: if there is no loss to draw.
-        OSError: if the file cannot be written.
+    ``metrics`` has one mapping an epoch, as ``metrics.jsonl``: ``epoch`` and any of ``loss``, ``train_loss``,
+    ``val_loss``, ``val_top1`` (per cent). Missing values and NaN leave gaps. Raises ValueError if there is no loss to
+    draw, OSError if the file cannot be written.
     """
     from matplotlib.ticker import MaxNLocator
 
@@ -146,16 +140,10 @@ def save_loss_curve(path: str | os.PathLike[str], metrics: Sequence[Mapping[str,
 def save_confusion_matrix(
     path: str | os.PathLike[str], matrix: Tensor | NDArray[Any] | Sequence[Sequence[int]], classes: Sequence[str]
 ) -> None:
-    """Confusion matrix; colours are shares of the true class, numbers (up to 20 classes) are images.
+    """Confusion matrix ``[K, K]`` of K named classes: counts, rows are true classes, columns predicted ones.
 
-    Args:
-        path: the PNG file.
-        matrix: ``[K, K]`` counts, rows are true classes, columns predicted ones.
-        classes: K names.
-
-    Raises:
-        ValueError: if the matrix does not fit the names.
-        OSError: if the file cannot be written.
+    Colours are shares of the true class, numbers (up to 20 classes) are images. Raises ValueError if the matrix does
+    not fit the names, OSError if the file cannot be written.
     """
     counts = np.asarray(matrix)
     k = len(classes)

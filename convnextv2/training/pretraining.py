@@ -16,7 +16,6 @@ from convnextv2.data.loading import derived_seed
 from convnextv2.models.fcmae import FCMAE, create_fcmae
 from convnextv2.training.device import Accelerator
 from convnextv2.training.loop import OnLoss
-from convnextv2.training.optim import parameter_groups
 from convnextv2.training.options import RunOptions
 from convnextv2.training.pictures import reconstruction_panels, save_reconstructions
 from convnextv2.training.recipe import option
@@ -98,6 +97,7 @@ class PretrainTask(Task[PretrainOptions]):
         with torch.device("meta"):  # wrong options are to be told before a large folder is read
             self.model()
         self.metadata = {"epochs": self.options.epochs, "seed": self.options.seed}
+        self.grouping = {"official_weight_decay": self.options.official_weight_decay}
         every, epochs = self.options.reconstruct_every, self.options.epochs
         if every != 0:
             step = every or max(1, math.ceil(epochs / 5))
@@ -116,10 +116,6 @@ class PretrainTask(Task[PretrainOptions]):
 
     def initialise(self, model: FCMAE, resumed: bool) -> str:
         return "" if resumed or self.options.init is None else init_fcmae(model, str(self.options.init))
-
-    def groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        o = self.options
-        return parameter_groups(model, o.weight_decay, official_weight_decay=o.official_weight_decay)
 
     def describe(self, model: nn.Module) -> str:
         return f"pre-training {sum(p.numel() for p in model.parameters()):,} parameters"

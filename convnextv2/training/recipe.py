@@ -75,7 +75,6 @@ def parse_options(cls: type[T], argv: Sequence[str] | None, description: str = "
             values = parser.parse_args([f"--config={own}", *arguments])
     except argparse.ArgumentError as error:
         raise ValueError(" ".join(str(error).split())) from error
-    values = values.as_dict()
     return cls(**{f.name: values[f.name] for f in fields(cls)})  # type: ignore[arg-type]
 
 

@@ -21,11 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 class RunFolder:
-    """Files of a run: ``checkpoints/`` (with the state to resume from), metrics, recipe and pictures.
-
-    Args:
-        path: the folder; nothing is touched before :meth:`prepare`.
-    """
+    """Files of a run in ``path``, of which nothing is touched before :meth:`prepare`."""
 
     OURS = (
         "checkpoints",
@@ -52,20 +48,18 @@ class RunFolder:
 
         Raises:
             ValueError: if the folder is in use and neither flag is given, or there is nothing to resume.
+            CheckpointError: if what there is to resume is damaged.
             NotADirectoryError: if it is a file.
         """
         if self.path.exists() and not self.path.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, "is a file, expected a folder for the run", str(self.path))
-        if resume:
-            return self._progress()
-        if self.path.is_dir() and not overwrite and any(self.path.iterdir()):
-            raise ValueError(
-                f"{self.path} is not empty; continue that run with --resume, replace it with --overwrite, or name "
-                "another --output"
-            )
-        return None
-
-    def _progress(self) -> dict[str, Any]:
+        if not resume:
+            if self.path.is_dir() and not overwrite and any(self.path.iterdir()):
+                raise ValueError(
+                    f"{self.path} is not empty; continue that run with --resume, replace it with --overwrite, or name "
+                    "another --output"
+                )
+            return None
         # A kill between the two renames of save_state leaves the last complete state under its other name.
         folder = next((f for f in (self.state, self._old) if (f / "progress.json").is_file()), None)
         if folder is None:
