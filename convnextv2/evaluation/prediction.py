@@ -70,15 +70,11 @@ def load_classifier(
 
 
 def class_names(checkpoint: Checkpoint, model: ConvNeXtV2) -> tuple[str, ...]:
-    """Names from the checkpoint, else from class_indices.json beside it or in its run folder, else numbers.
-
-    Raises:
-        CheckpointError: if that file does not name every class.
-    """
-    number = model.config.num_classes
+    """Names from the checkpoint, else from class_indices.json beside it or in its run folder (CheckpointError if that
+    does not name every class), else numbers."""
     if model.config.class_names:
         return tuple(model.config.class_names)
-    numbers = [str(index) for index in range(number)]
+    numbers = [str(index) for index in range(model.config.num_classes)]
     files = (folder / "class_indices.json" for folder in checkpoint.path.parents[:2])
     file = next(filter(Path.is_file, files), None)
     if file is None:
@@ -88,7 +84,7 @@ def class_names(checkpoint: Checkpoint, model: ConvNeXtV2) -> tuple[str, ...]:
         return tuple(str(indices[index]) for index in numbers)
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
-            f'{file}: expected {{"0": "name", ...}} for {number} classes, which {checkpoint.path} has; '
+            f'{file}: expected {{"0": "name", ...}} for {len(numbers)} classes, which {checkpoint.path} has; '
             f"repair or remove it ({type(error).__name__}: {error})"
         ) from error
 

@@ -107,10 +107,8 @@ def _first_line(error: BaseException) -> str:
 
 
 def resolve_path(path: str | os.PathLike[str]) -> Path:
-    """The checkpoint file that ``path`` means: itself, or the best, else the last one of a run folder.
-
-    Raises CheckpointError if there is none.
-    """
+    """The checkpoint file that ``path`` means: itself, or the best, else the last one of a run folder; CheckpointError
+    if there is none."""
     given = Path(path)
     if given.is_file():
         return given
@@ -184,23 +182,19 @@ def _check_start(path: Path) -> bytes:
     return start
 
 
-def _is_state_dict(value: Any) -> bool:
-    return isinstance(value, Mapping) and any(isinstance(item, Tensor) for item in value.values())
-
-
 def _find_state(content: Any, path: Path) -> tuple[Mapping[str, Any], str | None]:
     """The mapping that holds the weights, and the name it was nested under."""
-    name = None
-    while not _is_state_dict(content):
-        known = content if isinstance(content, Mapping) else {}
-        name = next((key for key in NESTING if isinstance(known.get(key), Mapping) and known[key]), None)
+    name, state = None, content if isinstance(content, Mapping) else {}
+    while not any(isinstance(item, Tensor) for item in state.values()):
+        name = next((key for key in NESTING if isinstance(state.get(key), Mapping) and state[key]), None)
         if name is None:
-            what = f"keys {', '.join(map(str, list(known)[:5]))}" if known is content else type(content).__name__
+            keys = f"keys {', '.join(map(str, list(state)[:5]))}"
             raise CheckpointError(
-                f"{path}: holds no weights (found {what}); expected a state dict, or one under {', '.join(NESTING)}"
+                f"{path}: holds no weights (found {keys if isinstance(content, Mapping) else type(content).__name__}); "
+                f"expected a state dict, or one under {', '.join(NESTING)}"
             )
-        content = content[name]
-    return content, name
+        state = state[name]
+    return state, name
 
 
 def clean_state_dict(state: Mapping[str, Any]) -> dict[str, Tensor]:

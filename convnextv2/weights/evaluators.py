@@ -100,8 +100,7 @@ def official_sparse_features(state_dict: Mapping[str, Tensor], images: Tensor, v
 def timm_network(state_dict: Mapping[str, Tensor], config: EncoderConfig) -> Any:
     """Timm's ConvNeXt with these weights, in float64; the final norm and head may be missing.
 
-    Raises:
-        CheckpointError: if timm cannot represent the configuration, or the names or shapes do not fit.
+    Raises CheckpointError if timm cannot represent the configuration, or the names or shapes do not fit.
     """
     from timm.models.convnext import ConvNeXt
 

@@ -20,10 +20,8 @@ from sparse_ops.registry import get_backend
 
 
 def load_strict(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
-    """``model.load_state_dict(state, strict=True)`` with an error of one line.
-
-    Raises CheckpointError if names or shapes differ; the first few are named.
-    """
+    """``model.load_state_dict(state, strict=True)``, but that names or shapes that differ are a CheckpointError of one
+    line, which names the first few."""
     own = model.state_dict()
     shapes = {name: (tuple(state[name].shape), tuple(own[name].shape)) for name in own.keys() & state.keys()}
     different = {f"{name} {given} instead of {known}" for name, (given, known) in shapes.items() if given != known}
@@ -49,7 +47,8 @@ def load_model(
         backend: backend of a masked autoencoder's sparse convolution.
 
     Raises:
-        CheckpointError: if the file cannot be read, does not fit, or holds an encoder alone.
+        CheckpointError: if the file cannot be read, does not fit its configuration, or holds an encoder alone.
+        BackendUnavailableError: if the backend named cannot run here.
     """
     return complete_model(load_checkpoint(path), backend).to(device)
 
@@ -88,10 +87,8 @@ def init_classifier(model: ConvNeXtV2, checkpoint: Checkpoint | str | Path) -> L
     """Start a classifier from the weights of a checkpoint of any layout.
 
     The whole encoder must be there. The final norm and the head may be missing and then keep their initial values; a
-    head with another number of classes, a decoder and a mask token are dropped.
-
-    Raises:
-        CheckpointError: if the file cannot be read, or is of another variant: both are named.
+    head with another number of classes, a decoder and a mask token are dropped. Raises CheckpointError if the file
+    cannot be read, or is of another variant: both are named.
     """
     checkpoint = as_checkpoint(checkpoint)
     weights = _read_for(model.encoder_config, checkpoint)
@@ -106,10 +103,8 @@ def init_classifier(model: ConvNeXtV2, checkpoint: Checkpoint | str | Path) -> L
 def init_fcmae(model: FCMAE, checkpoint: Checkpoint | str | Path) -> str:
     """Start a masked autoencoder from the weights of a checkpoint of any layout; what was loaded and is new, in words.
 
-    The whole encoder must be there. The decoder is taken where there is one of the same shape.
-
-    Raises:
-        CheckpointError: if the file cannot be read, or is of another variant: both are named.
+    The whole encoder must be there. The decoder is taken where there is one of the same shape. Raises as
+    :func:`init_classifier`.
     """
     checkpoint = as_checkpoint(checkpoint)
     weights = _read_for(model.config.encoder, checkpoint)
@@ -122,12 +117,7 @@ def init_fcmae(model: FCMAE, checkpoint: Checkpoint | str | Path) -> str:
 
 
 def complete_model(checkpoint: Checkpoint, backend: str = "auto") -> FCMAE | ConvNeXtV2:
-    """The network of a checkpoint that holds all of it; see :func:`load_model`.
-
-    Raises:
-        CheckpointError: if the weights do not fit the configuration, or are an encoder alone.
-        BackendUnavailableError: if the backend named cannot run here.
-    """
+    """The network of a checkpoint that holds all of it; raises as :func:`load_model`."""
     weights = read_checkpoint(checkpoint)
     config = weights_config(weights) if checkpoint.config is None else checkpoint.config
     if isinstance(config, EncoderConfig):

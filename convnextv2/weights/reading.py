@@ -61,14 +61,10 @@ def _translate(state_dict: Mapping[str, Tensor], layout: Layout) -> tuple[dict[s
     numbers = (int(number) for name in state_dict for number in re.findall(r"\.(\d{1,3})(?=\.)", name))
     known = {layout.name_of(name): name for name in known_names(max(numbers, default=0) + 1)}
     names: dict[str, str] = {}
-    unknown = []
-    for source_name in state_dict:
-        name = known.get(layout.spelt(source_name))
-        if name is None or name in names:
-            unknown.append(source_name)
-        else:
-            names[name] = source_name
-    if unknown:
+    for source in state_dict:
+        if (name := known.get(layout.spelt(source))) is not None:
+            names.setdefault(name, source)
+    if unknown := state_dict.keys() - names.values():
         v1 = any(re.search(r"\.(\d+)\.(gamma|layer_scale_parameter)$", name) for name in unknown)
         hint = "; layer scale makes this a ConvNeXt V1, which has no GRN" if v1 else ""
         raise CheckpointError(f"{len(unknown)} tensors do not belong to a ConvNeXt V2 ({_some(unknown)}){hint}")
@@ -122,11 +118,9 @@ def _shapes(part: str, network: Callable[[Any], nn.Module], config: Config) -> M
 
 
 def _check(found: Mapping[str, Tensor], expected: Mapping[str, torch.Size], names: Mapping[str, str]) -> None:
-    missing = expected.keys() - found.keys()
-    if missing:
+    if missing := expected.keys() - found.keys():
         raise CheckpointError(f"incomplete: {len(missing)} tensors are missing ({_some(missing)})")
-    unexpected = found.keys() - expected.keys()
-    if unexpected:
+    if unexpected := found.keys() - expected.keys():
         raise CheckpointError(f"{len(unexpected)} tensors too many ({_some(unexpected)})")
     for name, tensor in found.items():
         if tensor.shape != expected[name]:
@@ -196,10 +190,8 @@ def encoder_state_dict(checkpoint: Checkpoint | str | Path) -> dict[str, Tensor]
 def write_layout(weights: Weights, layout: str) -> dict[str, Tensor]:
     """State dict in another layout, with the parts that the layout holds.
 
-    The dense layouts leave the decoder out; ``fcmae`` and ``sparse-official`` leave final norm and head out.
-
-    Raises:
-        ValueError: if no layout has that name.
+    The dense layouts leave the decoder out; ``fcmae`` and ``sparse-official`` leave final norm and head out. Raises
+    ValueError if no layout has that name.
     """
     target = get_layout(layout)
     return {

@@ -7,7 +7,7 @@ the weights as they are.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -70,6 +70,12 @@ def _encoder(weights: Weights) -> Encoder:
     return encoder.eval()
 
 
+def _sparse_features(weights: Weights) -> Callable[[Mapping[str, Tensor], Tensor, Tensor], Tensor]:
+    """Our sparse encoder as a layout's ``sparse_features``."""
+    encoder = _encoder(weights)
+    return lambda _, images, visible: encoder(images, SparseGrid(ActiveSet.from_mask(~visible), "reference"))
+
+
 def _relative(actual: Tensor, expected: Tensor) -> float:
     if actual.shape != expected.shape:
         return math.nan
@@ -83,10 +89,7 @@ def verify_conversion(source: Mapping[str, Tensor], written: Mapping[str, Tensor
 
     The sparse side runs the source as it was read, the dense side what is about to be written; where only the layout
     that is written has a sparse network of its own, the other way round. A layout's own networks run in place of, or
-    beside, ours.
-
-    Raises:
-        CheckpointError: if either is not a whole encoder.
+    beside, ours. Raises CheckpointError if either is not a whole encoder.
     """
     states = (source, written)
     weights = [read_weights(state) for state in states]
@@ -96,8 +99,7 @@ def verify_conversion(source: Mapping[str, Tensor], written: Mapping[str, Tensor
         return Verification(math.nan, math.nan)
     sparse = 1 if layouts[0].sparse_features is None and layouts[1].sparse_features is not None else 0
     dense_encoder = _encoder(weights[1 - sparse])
-    official = layouts[sparse].sparse_features
-    sparse_encoder = None if official is not None else _encoder(weights[sparse])
+    sparse_features = layouts[sparse].sparse_features or _sparse_features(weights[sparse])
 
     generator = torch.Generator().manual_seed(seed)
     size = PATCHES * config.patch_size
@@ -105,14 +107,8 @@ def verify_conversion(source: Mapping[str, Tensor], written: Mapping[str, Tensor
     visible = torch.rand(2, PATCHES, PATCHES, generator=generator) < 0.45
     visible[:, 1, 1] = True
 
-    def sparse_features(shown: Tensor) -> Tensor:
-        if sparse_encoder is None:
-            assert official is not None
-            return official(states[sparse], images, shown)
-        return sparse_encoder(images, SparseGrid(ActiveSet.from_mask(~shown), "reference"))
-
     masked_dense = dense_encoder(images, MaskedDenseGrid(visible, dtype=torch.float64)).permute(0, 2, 3, 1)
-    full = sparse_features(torch.ones_like(visible))
+    full = sparse_features(states[sparse], images, torch.ones_like(visible))
 
     def error(features: Tensor) -> float:
         return _relative(features.permute(0, 2, 3, 1).flatten(0, 2), full)
@@ -123,7 +119,7 @@ def verify_conversion(source: Mapping[str, Tensor], written: Mapping[str, Tensor
         if layout.dense_features is not None
     ]
     return Verification(
-        _relative(masked_dense[visible], sparse_features(visible)),
+        _relative(masked_dense[visible], sparse_features(states[sparse], images, visible)),
         error(dense_encoder(images)),
         float(np.max([largest for _, largest in foreign])) if foreign else None,
         tuple(dict(foreign)),

@@ -16,10 +16,8 @@ LAYOUTS: dict[str, Layout] = {}
 
 
 def register_layout(layout: Layout) -> None:
-    """Make a layout known, to reading, writing, verification and the converter alike.
-
-    Raises ValueError if there is one of that name.
-    """
+    """Make a layout known, to reading, writing, verification and the converter alike; ValueError if there is one of
+    that name."""
     if layout.name in LAYOUTS:
         raise ValueError(f"there is a layout {layout.name!r} already; choose another name")
     LAYOUTS[layout.name] = layout

@@ -16,8 +16,6 @@ from convnextv2.weights.checkpoint import CheckpointError
 from convnextv2.weights.evaluators import official_sparse_features
 from convnextv2.weights.layout import Layout, read_plainly
 
-_AXES = {"depthwise": 2, "pointwise": 2, "downsample": 3}
-
 
 def _kind(name: str) -> str | None:
     """Kind of a convolution by our name of its weight, whose rank does not tell, or of its bias."""
@@ -28,14 +26,8 @@ def _kind(name: str) -> str | None:
 def taps_to_map(kernel: Tensor) -> Tensor:
     """Kernel with its taps along the first axis, rows fastest, as ``[y, x]`` in the last two axes.
 
-    Args:
-        kernel: ``[K², C]`` or ``[K², Cin, Cout]``.
-
-    Returns:
-        ``[C, K, K]`` or ``[Cout, Cin, K, K]``.
-
-    Raises:
-        CheckpointError: if the number of taps is not a square.
+    ``[K², C]`` becomes ``[C, K, K]``, and ``[K², Cin, Cout]`` ``[Cout, Cin, K, K]``. Raises CheckpointError if the
+    number of taps is not a square.
     """
     side = math.isqrt(kernel.shape[0])
     if side * side != kernel.shape[0]:
@@ -54,8 +46,9 @@ def _read(name: str, source: str, tensor: Tensor) -> Tensor:
         return tensor.flatten()
     if kind is None or not source.endswith(".kernel"):
         return read_plainly(name, source, tensor)
-    if tensor.dim() != _AXES[kind]:
-        raise CheckpointError(f"{source}: a {kind} kernel has {_AXES[kind]} axes, this one {list(tensor.shape)}")
+    axes = 3 if kind == "downsample" else 2
+    if tensor.dim() != axes:
+        raise CheckpointError(f"{source}: a {kind} kernel has {axes} axes, this one {list(tensor.shape)}")
     if kind == "pointwise":
         return tensor.t().contiguous()
     return taps_to_map(tensor).unsqueeze(1) if kind == "depthwise" else taps_to_map(tensor)
