@@ -17,7 +17,7 @@ from convnextv2.data.transforms import preprocessing_from_metadata
 from convnextv2.models.classifier import ConvNeXtV2
 from convnextv2.models.config import check_image_size
 from convnextv2.weights.checkpoint import Checkpoint, CheckpointError, load_checkpoint
-from convnextv2.weights.loading import load_model
+from convnextv2.weights.loading import complete_model
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def load_classifier(
         ValueError: if its metadata is malformed, or the size is not divisible by the patch size.
     """
     checkpoint = load_checkpoint(path)
-    model = load_model(checkpoint.path, device=device).eval()
+    model = complete_model(checkpoint).to(device).eval()
     if not isinstance(model, ConvNeXtV2) or model.config.num_classes == 0:
         raise CheckpointError(f"{checkpoint.path}: has no classifier; fine-tune it first (scripts/finetune.py)")
     classes = class_names(checkpoint, model)
@@ -70,27 +70,23 @@ def load_classifier(
 
 
 def class_names(checkpoint: Checkpoint, model: ConvNeXtV2) -> tuple[str, ...]:
-    """Names from the checkpoint, else from class_indices.json beside it or in its run folder, else numbers.
-
-    Raises:
-        CheckpointError: if that file does not name every class.
-    """
-    number = model.config.num_classes
+    """Names from the checkpoint, else from class_indices.json beside it or in its run folder (CheckpointError if that
+    does not name every class), else numbers."""
     if model.config.class_names:
         return tuple(model.config.class_names)
-    for folder in (checkpoint.path.parent, checkpoint.path.parent.parent):
-        file = folder / "class_indices.json"
-        if not file.is_file():
-            continue
-        try:
-            indices = json.loads(file.read_text(encoding="utf-8"))
-            return tuple(str(indices[str(index)]) for index in range(number))
-        except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(
-                f'{file}: expected {{"0": "name", ...}} for {number} classes, which {checkpoint.path} has; '
-                f"repair or remove it ({type(error).__name__}: {error})"
-            ) from error
-    return tuple(str(index) for index in range(number))
+    numbers = [str(index) for index in range(model.config.num_classes)]
+    files = (folder / "class_indices.json" for folder in checkpoint.path.parents[:2])
+    file = next(filter(Path.is_file, files), None)
+    if file is None:
+        return tuple(numbers)
+    try:
+        indices = json.loads(file.read_text(encoding="utf-8"))
+        return tuple(str(indices[index]) for index in numbers)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f'{file}: expected {{"0": "name", ...}} for {len(numbers)} classes, which {checkpoint.path} has; '
+            f"repair or remove it ({type(error).__name__}: {error})"
+        ) from error
 
 
 @torch.inference_mode()

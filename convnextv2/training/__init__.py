@@ -7,18 +7,8 @@ from convnextv2.training.run import run_task
 from convnextv2.training.signals import RunStoppedError
 from convnextv2.training.task import Outcome, Task
 
+# The formatter would give every name a line of its own.
 __all__ = [
-    "FinetuneOptions",
-    "FinetuneResult",
-    "Metrics",
-    "Outcome",
-    "PretrainOptions",
-    "PretrainResult",
-    "RunResult",
-    "RunStoppedError",
-    "Task",
-    "finetune",
-    "linear_probe",
-    "pretrain",
-    "run_task",
-]
+    "FinetuneOptions", "FinetuneResult", "Metrics", "Outcome", "PretrainOptions", "PretrainResult", "RunResult",
+    "RunStoppedError", "Task", "finetune", "linear_probe", "pretrain", "run_task",
+]  # fmt: skip

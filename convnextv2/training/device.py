@@ -1,4 +1,4 @@
-"""Device, precision and batch size, through accelerate."""
+"""Device and precision, through accelerate."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from convnextv2.training.options import RunOptions
-from convnextv2.training.reporting import Log
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+else:
+    Accelerator = Any  # importing it takes a second, so only a run does
 
 
 def make_accelerator(options: RunOptions) -> Accelerator:
@@ -52,13 +53,3 @@ def mixed_precision(options: RunOptions) -> str:
         return options.precision
     on_cuda = not options.device.startswith("cpu") and torch.cuda.is_available()
     return "bf16" if on_cuda and torch.cuda.is_bf16_supported(including_emulation=False) else "no"
-
-
-def fitting_batch_size(options: RunOptions, images: int, processes: int, log: Log) -> int:
-    """The batch size, lowered aloud where the data cannot fill one; ValueError if images are fewer than processes."""
-    if images < processes:
-        raise ValueError(f"{images} images cannot be shared among {processes} processes; run fewer")
-    size = min(options.batch_size, images // processes)
-    if size < options.batch_size:
-        log(f"notice: --batch-size {options.batch_size} lowered to {size}: there are {images} images to train on")
-    return size

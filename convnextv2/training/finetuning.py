@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +16,11 @@ from convnextv2.data.datasets import ImageDataset
 from convnextv2.data.transforms import Augmentation, preprocessing_from_metadata
 from convnextv2.models.classifier import ConvNeXtV2
 from convnextv2.models.config import ClassifierConfig, EncoderConfig, FCMAEConfig, check_image_size, variant_name
+from convnextv2.training.device import Accelerator
 from convnextv2.training.loop import OnLoss
-from convnextv2.training.optim import LAYER_DECAY_TYPES, parameter_groups
-from convnextv2.training.options import RunOptions, flag
+from convnextv2.training.optim import LAYER_DECAY_TYPES
+from convnextv2.training.options import RunOptions
+from convnextv2.training.pictures import save_confusion_matrix
 from convnextv2.training.recipe import option
 from convnextv2.training.reporting import Log, Progress
 from convnextv2.training.result import RunResult
@@ -29,11 +31,7 @@ from convnextv2.weights.checkpoint import Checkpoint, load_checkpoint
 from convnextv2.weights.loading import init_classifier
 from convnextv2.weights.reading import read_checkpoint, weights_config
 
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-
 PRETRAINED_HEAD_SCALE = 0.001
-Mix = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 
 
@@ -72,13 +70,10 @@ class FinetuneOptions(RunOptions):
 
     def check(self) -> None:
         super().check()
-        for name, high in (("smoothing", 1.0), ("ema_decay", 1.0), ("mixup", math.inf), ("cutmix", math.inf)):
-            if not 0 <= getattr(self, name) < high:
-                raise ValueError(f"{flag(name)} must be at least 0 and below {high}, got {getattr(self, name)}")
-        if not 0 < self.val_fraction < 1:
-            raise ValueError(f"--val-fraction must be between 0 and 1, got {self.val_fraction}")
-        if not 0 < self.layer_decay <= 1:
-            raise ValueError(f"--layer-decay must be in (0, 1], got {self.layer_decay}")
+        self.require("must be at least 0 and below 1.0", lambda value: 0 <= value < 1, "smoothing", "ema_decay")
+        self.require("must be at least 0 and below inf", lambda value: 0 <= value < math.inf, "mixup", "cutmix")
+        self.require("must be between 0 and 1", lambda value: 0 < value < 1, "val_fraction")
+        self.require("must be in (0, 1]", lambda value: 0 < value <= 1, "layer_decay")
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,9 +153,14 @@ class ClassifierTask(Task[FinetuneOptions]):
             statistics = tuple(saved["mean"]), tuple(saved["std"])
         self._statistics = statistics or (None, None)
         self.ema_decay, self.ema_warmup = o.ema_decay, o.ema_warmup
+        depths = self.options.encoder().depths
+        self.grouping = {"depths": depths, "layer_decay": o.layer_decay, "layer_decay_type": o.layer_decay_type}
         check_image_size(self.options.size, self.options.encoder().patch_size)
 
     def data(self) -> Sequence[ImageDataset]:
+        from timm.data.mixup import Mixup
+        from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+
         o, (mean, std) = self.options, self._statistics
         augmentation = Augmentation(o.crop_scale, o.hflip, o.color_jitter, o.auto_augment or None, o.random_erasing)
         images = o.data, o.size, o.encoder().in_chans
@@ -170,7 +170,11 @@ class ClassifierTask(Task[FinetuneOptions]):
         self._classes = training.classes
         self.files = {"class_indices.json": {str(i): name for i, name in enumerate(self._classes)}}
         self.progress = {"mean": training.mean, "std": training.std}
-        self._mix, self._loss = _mixup_and_loss(o, len(self._classes))
+        self._mix: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+        self._loss: nn.Module = LabelSmoothingCrossEntropy(o.smoothing) if o.smoothing else nn.CrossEntropyLoss()
+        if o.mixup or o.cutmix:
+            self._mix = Mixup(o.mixup, o.cutmix, label_smoothing=o.smoothing, num_classes=len(self._classes))
+            self._loss = SoftTargetCrossEntropy()
         return [training, validation]
 
     def model(self) -> ConvNeXtV2:
@@ -191,12 +195,6 @@ class ClassifierTask(Task[FinetuneOptions]):
         if size < 2:
             raise ValueError("--mixup and --cutmix need batches of at least two images")
         return size - size % 2
-
-    def groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        o, depths = self.options, self.options.encoder().depths
-        return parameter_groups(
-            model, o.weight_decay, depths=depths, layer_decay=o.layer_decay, layer_decay_type=o.layer_decay_type
-        )
 
     def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, int]:
         images, labels = batch
@@ -219,8 +217,6 @@ class ClassifierTask(Task[FinetuneOptions]):
         return f"{losses}, top-1 {row['val_top1']:.2f} %{top5}, {row['images_per_s']} images/s"
 
     def pictures(self, folder: RunFolder, model: Any, examples: Tensor, epoch: int, best: Outcome | None) -> None:
-        from convnextv2.training.pictures import save_confusion_matrix
-
         if best is not None:
             save_confusion_matrix(folder.path / "confusion_matrix.png", best.details, self._classes)
 
@@ -240,17 +236,6 @@ class ProbeTask(ClassifierTask):
 
     def begin_epoch(self, accelerator: Accelerator, model: nn.Module, epoch: int) -> None:
         model.eval()
-
-
-def _mixup_and_loss(options: FinetuneOptions, num_classes: int) -> tuple[Mix | None, nn.Module]:
-    from timm.data.mixup import Mixup
-    from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-
-    smoothing = options.smoothing
-    if options.mixup or options.cutmix:
-        mix = Mixup(options.mixup, options.cutmix, label_smoothing=smoothing, num_classes=num_classes)
-        return mix, SoftTargetCrossEntropy()
-    return None, LabelSmoothingCrossEntropy(smoothing) if smoothing else nn.CrossEntropyLoss()
 
 
 @torch.no_grad()

@@ -6,15 +6,13 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from convnextv2.training.device import Accelerator
 from convnextv2.training.signals import StopSignals
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 LOSS_CHECK_EVERY = 20
 """Batches between two looks at the losses on a GPU, where each look waits for it."""
@@ -36,9 +34,9 @@ class Loop:
         schedule: from :func:`~convnextv2.training.optim.create_schedule`.
         stop: signals.
         clip_grad: largest norm of the gradient, or None.
-        after_update: called with the number of updates made so far after each.
         on_loss: called for every batch with the number of updates made before it and its loss in this process, as soon
             as that is read: at once on a processor, every :data:`LOSS_CHECK_EVERY` batches on a GPU.
+        after_update: called with the number of updates made so far after each.
         step: updates made so far.
     """
 
@@ -48,8 +46,8 @@ class Loop:
     schedule: Any
     stop: StopSignals
     clip_grad: float | None = None
-    after_update: Callable[[int], None] | None = None
     on_loss: OnLoss | None = None
+    after_update: Callable[[int], None] | None = None
     step: int = 0
 
     def __post_init__(self) -> None:

@@ -26,10 +26,7 @@ def layer_number(name: str, depths: Sequence[int], layer_decay_type: str = "sing
 
     ``single``: every block is a layer, 1 … sum(depths); the downsampling before a stage goes with its first block.
     ``group``: see :func:`num_layers`; a downsampling goes with the stage after it, but the one before stage 2 with
-    that stage's first group. Final norm and head are one above the last layer.
-
-    Raises:
-        ValueError: if the type is unknown.
+    that stage's first group. Raises ValueError if the type is another one.
     """
     if layer_decay_type not in LAYER_DECAY_TYPES:
         raise ValueError(f"layer_decay_type must be one of {', '.join(LAYER_DECAY_TYPES)}, got {layer_decay_type!r}")
@@ -41,9 +38,7 @@ def layer_number(name: str, depths: Sequence[int], layer_decay_type: str = "sing
     block = int(rest[1]) if kind == "stages" else 0
     if layer_decay_type == "single":
         return sum(depths[:stage]) + block + 1
-    if kind == "downsample_layers":
-        return (0, 2, 3, last)[stage]
-    return (1, 2, 3 + block // 3, last)[stage]
+    return (int(kind == "stages"), 2, 3 + block // 3, last)[stage]
 
 
 def decays(name: str, parameter: nn.Parameter, official_weight_decay: bool = False) -> bool:
@@ -78,8 +73,7 @@ def parameter_groups(
         layer_decay_type: what a layer is, see :func:`layer_number`.
         official_weight_decay: see :func:`decays`.
 
-    Raises:
-        ValueError: if nothing is trainable, or ``layer_decay`` is not in (0, 1].
+    Raises ValueError if nothing is trainable, or ``layer_decay`` is not in (0, 1].
     """
     if not 0 < layer_decay <= 1:
         raise ValueError(f"layer_decay must be in (0, 1], got {layer_decay}; 1 gives every layer the same rate")

@@ -7,8 +7,10 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from convnextv2.data.opening import why_unknown
 from convnextv2.models.config import EncoderConfig, encoder_config
@@ -88,32 +90,29 @@ class RunOptions:
             raise ValueError("--output is missing: the folder to write the run to")
         if problem := why_unknown(self.data):
             raise ValueError(f"--data {problem}")
-        for name in ("epochs", "batch_size", "accum"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{flag(name)} must be at least 1, got {getattr(self, name)}")
-        for name in ("workers", "seed", "warmup_epochs", "weight_decay", "min_lr"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{flag(name)} must be a finite number, not negative, got {getattr(self, name)}")
-        for name in ("lr", "blr", "clip_grad"):
-            value = getattr(self, name, None)
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"{flag(name)} must be positive, got {value}")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"--betas must be in [0, 1), got {self.betas}")
+        self.require("must be at least 1", lambda value: value >= 1, "epochs", "batch_size", "accum")
+        not_negative = "workers", "seed", "warmup_epochs", "weight_decay", "min_lr"
+        self.require("must be a finite number, not negative", lambda value: 0 <= value < math.inf, *not_negative)
+        self.require("must be positive", lambda value: 0 < value < math.inf, "lr", "blr", "clip_grad")
+        self.require("must be in [0, 1)", lambda value: all(0 <= beta < 1 for beta in value), "betas")
         if self.resume and self.overwrite:
             raise ValueError("--resume and --overwrite exclude each other")
-        if self.compile is not None and self.compile not in COMPILE_MODES:
-            raise ValueError(f"--compile must be one of {', '.join(COMPILE_MODES)}, got {self.compile!r}")
+        self.require(f"must be one of {', '.join(COMPILE_MODES)}", COMPILE_MODES.__contains__, "compile")
         if self.compile not in (None, "default") and self.accum > 1:
             raise ValueError(
                 f"--compile {self.compile} and --accum exclude each other: a CUDA graph overwrites the gradients of "
                 "the batch before; use --compile default"
             )
-        if self.tracker is not None:
-            if self.tracker not in TRACKERS:
-                raise ValueError(f"--tracker must be one of {', '.join(TRACKERS)}, got {self.tracker!r}")
-            if importlib.util.find_spec(self.tracker) is None:
-                raise ValueError(f"--tracker {self.tracker} is not installed: pip install {self.tracker}")
+        self.require(f"must be one of {', '.join(TRACKERS)}", TRACKERS.__contains__, "tracker")
+        if self.tracker is not None and importlib.util.find_spec(self.tracker) is None:
+            raise ValueError(f"--tracker {self.tracker} is not installed: pip install {self.tracker}")
+
+    def require(self, rule: str, holds: Callable[[Any], bool], *names: str) -> None:
+        """Raise ValueError, in the words of the rule, unless it holds for each of these options that is given."""
+        for name in names:
+            value = getattr(self, name, None)
+            if value is not None and not holds(value):
+                raise ValueError(f"--{name.replace('_', '-')} {rule}, got {value!r}")
 
     def encoder(self) -> EncoderConfig:
         """The encoder of these options; ValueError if the name is unknown or a value is out of range."""
@@ -123,8 +122,3 @@ class RunOptions:
         if self.depths is not None and self.dims is not None:
             return EncoderConfig(self.depths, self.dims, **shape)  # type: ignore[arg-type]
         return encoder_config(self.model or "", **shape)
-
-
-def flag(name: str) -> str:
-    """``batch_size`` as it is written on the command line."""
-    return f"--{name.replace('_', '-')}"

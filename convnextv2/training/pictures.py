@@ -1,14 +1,15 @@
 """Pictures of a run: reconstructions, loss curves, confusion matrices. PNG files, written atomically.
 
-matplotlib is imported inside the functions and never touches pyplot, so no display and no global state is needed.
+matplotlib is imported when it draws and never touches pyplot, so no display and no global state is needed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,8 +67,7 @@ def reconstruction_panels(
         of more than three the first three, of two the first. Predictions of normalised targets are de-normalised with
         each patch's own mean and variance.
 
-    Raises:
-        ValueError: if shapes do not fit (see :meth:`convnextv2.models.fcmae.FCMAE.forward`).
+    Raises ValueError if shapes do not fit (see :meth:`convnextv2.models.fcmae.FCMAE.forward`).
     """
     was_training = model.training
     images = images.to(next(model.parameters()).device)
@@ -101,39 +101,27 @@ def save_reconstructions(path: str | os.PathLike[str], panels: Tensor, mask: Ten
     ``panels`` and ``mask`` are those of :func:`reconstruction_panels`; each pixel gets a whole number of the screen's,
     so that nothing is blurred. Raises OSError if the file cannot be written.
     """
-    from matplotlib.figure import Figure
+    from torchvision.utils import make_grid
 
     titles = "original", f"masked ({mask.mean():.0%})", "prediction", "prediction + visible"
-    rows, columns, _, height, width = panels.shape
-    scale = max(1, math.ceil(_LEAST_CELL / width))
-    cell_h, cell_w = height * scale, width * scale
-    total_w = columns * cell_w + (columns + 1) * _GAP
-    total_h = rows * (cell_h + _GAP) + _HEADING
-    figure = Figure(figsize=(total_w / _DPI, total_h / _DPI), dpi=_DPI, facecolor="white")
-    for column, title in enumerate(titles):
-        left = _GAP + column * (cell_w + _GAP)
-        figure.text((left + cell_w / 2) / total_w, 1 - _HEADING / 2 / total_h, title, ha="center", va="center", size=11)
-        for row in range(rows):
-            bottom = _GAP + (rows - 1 - row) * (cell_h + _GAP)
-            axes = figure.add_axes((left / total_w, bottom / total_h, cell_w / total_w, cell_h / total_h))
-            axes.imshow(panels[row, column].permute(1, 2, 0).numpy(), interpolation="nearest", aspect="auto")
-            axes.set_axis_off()
-    _save(path, figure)
+    scale = max(1, math.ceil(_LEAST_CELL / panels.shape[-1]))
+    cells = panels.repeat_interleave(scale, -1).repeat_interleave(scale, -2)
+    grid = make_grid(cells.flatten(0, 1), len(titles), _GAP, pad_value=1.0).permute(1, 2, 0).numpy()
+    total_h, total_w = grid.shape[0] - _GAP + _HEADING, grid.shape[1]
+    with _picture(path, total_w / _DPI, total_h / _DPI) as figure:
+        figure.figimage(grid)
+        for column, title in enumerate(titles):
+            centre = _GAP / 2 + (column + 0.5) * (cells.shape[-1] + _GAP)
+            figure.text(centre / total_w, 1 - _HEADING / 2 / total_h, title, ha="center", va="center", size=11)
 
 
 def save_loss_curve(path: str | os.PathLike[str], metrics: Sequence[Mapping[str, Any]]) -> None:
     """Losses over the epochs, and the top-1 accuracy of the validation part where there is one.
 
-    Args:
-        path: the PNG file.
-        metrics: one mapping an epoch, as in ``metrics.jsonl``: ``epoch`` and any of ``loss``, ``train_loss``,
-            ``val_loss``, ``val_top1`` (per cent). Missing values and NaN leave gaps.
-
-    Raises:
-        ValueError: if there is no loss to draw.
-        OSError: if the file cannot be written.
+    ``metrics`` has one mapping an epoch, as ``metrics.jsonl``: ``epoch`` and any of ``loss``, ``train_loss``,
+    ``val_loss``, ``val_top1`` (per cent). Missing values and NaN leave gaps. Raises ValueError if there is no loss to
+    draw, OSError if the file cannot be written.
     """
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     epochs = [row.get("epoch", number) for number, row in enumerate(metrics)]
@@ -143,40 +131,32 @@ def save_loss_curve(path: str | os.PathLike[str], metrics: Sequence[Mapping[str,
     )
     if not any(np.isfinite(values).any() for values in losses):
         raise ValueError(f"no loss to draw in {len(metrics)} epochs; expected 'loss', 'train_loss' or 'val_loss'")
-    figure = Figure(figsize=(8, 4.5), dpi=_DPI, layout="constrained")
-    axes = figure.subplots()
     marker = "o" if len(metrics) <= 30 else None
-    for values, label, colour in zip(losses, ("training", "training", "validation"), ("C0", "C0", "C1"), strict=True):
-        if np.isfinite(values).any():
-            axes.plot(epochs, values, color=colour, label=f"{label} loss", marker=marker, markersize=3)
-    axes.set(xlabel="epoch", ylabel="loss")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(alpha=0.3)
-    handles = axes.get_lines()
-    if np.isfinite(top1).any():
-        right = axes.twinx()
-        handles += right.plot(epochs, top1, "--", color="C2", label="validation top-1", marker=marker, ms=3)
-        right.set_ylabel("top-1 accuracy, %")
-    figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False)
-    _save(path, figure)
+    with _picture(path, 8, 4.5, "constrained") as figure:
+        axes = figure.subplots()
+        lines = zip(losses, ("training", "training", "validation"), ("C0", "C0", "C1"), strict=True)
+        for values, label, colour in lines:
+            if np.isfinite(values).any():
+                axes.plot(epochs, values, color=colour, label=f"{label} loss", marker=marker, markersize=3)
+        axes.set(xlabel="epoch", ylabel="loss")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+        handles = axes.get_lines()
+        if np.isfinite(top1).any():
+            right = axes.twinx()
+            handles += right.plot(epochs, top1, "--", color="C2", label="validation top-1", marker=marker, ms=3)
+            right.set_ylabel("top-1 accuracy, %")
+        figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False)
 
 
 def save_confusion_matrix(
     path: str | os.PathLike[str], matrix: Tensor | NDArray[Any] | Sequence[Sequence[int]], classes: Sequence[str]
 ) -> None:
-    """Confusion matrix; colours are shares of the true class, numbers (up to 20 classes) are images.
+    """Confusion matrix ``[K, K]`` of K named classes: counts, rows are true classes, columns predicted ones.
 
-    Args:
-        path: the PNG file.
-        matrix: ``[K, K]`` counts, rows are true classes, columns predicted ones.
-        classes: K names.
-
-    Raises:
-        ValueError: if the matrix does not fit the names.
-        OSError: if the file cannot be written.
+    Colours are shares of the true class, numbers (up to 20 classes) are images. Raises ValueError if the matrix does
+    not fit the names, OSError if the file cannot be written.
     """
-    from matplotlib.figure import Figure
-
     counts = np.asarray(matrix)
     k = len(classes)
     if counts.shape != (k, k) or k == 0:
@@ -184,27 +164,30 @@ def save_confusion_matrix(
     totals = counts.sum(1, keepdims=True)
     shares = np.divide(counts, totals, out=np.zeros((k, k)), where=totals > 0)
     side = min(16.0, max(4.5, 2.5 + 0.45 * k))
-    figure = Figure(figsize=(side + 1, side), dpi=_DPI, layout="constrained")
-    axes = figure.subplots()
-    shown = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    figure.colorbar(shown, ax=axes, label="share of the true class", shrink=0.8)
-    step = math.ceil(k / 40)
-    ticks = list(range(0, k, step))
+    ticks = range(0, k, math.ceil(k / 40))
     names = [name if len(name) <= 24 else f"{name[:23]}…" for name in (str(classes[i]) for i in ticks)]
-    axes.set_xticks(ticks, names, rotation=90 if k > 5 else 30, ha="center" if k > 5 else "right", parse_math=False)
-    axes.set_yticks(ticks, names, parse_math=False)
     correct, images = int(np.trace(counts)), int(counts.sum())
     title = f"{correct} of {images} right ({correct / max(1, images):.1%})"
-    axes.set(xlabel="predicted class", ylabel="true class", title=title)
-    if k <= 20:
-        for (row, column), count in np.ndenumerate(counts):
+    with _picture(path, side + 1, side, "constrained") as figure:
+        axes = figure.subplots()
+        shown = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+        figure.colorbar(shown, ax=axes, label="share of the true class", shrink=0.8)
+        axes.set_xticks(ticks, names, rotation=90 if k > 5 else 30, ha="center" if k > 5 else "right", parse_math=False)
+        axes.set_yticks(ticks, names, parse_math=False)
+        axes.set(xlabel="predicted class", ylabel="true class", title=title)
+        for (row, column), count in np.ndenumerate(counts if k <= 20 else ()):
             if count:
                 colour = "white" if shares[row, column] > 0.5 else "black"
                 axes.text(column, row, f"{int(count)}", ha="center", va="center", color=colour, fontsize=9)
-    _save(path, figure)
 
 
-def _save(path: str | os.PathLike[str], figure: Figure) -> None:
+@contextlib.contextmanager
+def _picture(path: str | os.PathLike[str], width: float, height: float, layout: Any = None) -> Iterator[Figure]:
+    """A white figure of that size in inches, to be drawn in; written when the block ends well."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=_DPI, facecolor="white", layout=layout)
+    yield figure
     with output_file(Path(path)) as temporary, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # a box for letters that the font lacks will do
         figure.savefig(temporary, format="png", metadata={"Software": _MARK.decode()})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +14,10 @@ from convnextv2.data.build import build_pretrain_dataset
 from convnextv2.data.datasets import ImageDataset
 from convnextv2.data.loading import derived_seed
 from convnextv2.models.fcmae import FCMAE, create_fcmae
+from convnextv2.training.device import Accelerator
 from convnextv2.training.loop import OnLoss
-from convnextv2.training.optim import parameter_groups
 from convnextv2.training.options import RunOptions
+from convnextv2.training.pictures import reconstruction_panels, save_reconstructions
 from convnextv2.training.recipe import option
 from convnextv2.training.reporting import Log, Progress
 from convnextv2.training.result import RunResult
@@ -26,9 +27,6 @@ from convnextv2.training.task import Outcome, Task
 from convnextv2.weights.loading import init_fcmae
 from sparse_ops.grid import GRN_SCOPES
 from sparse_ops.registry import registry
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 MASK_STREAM, PICTURE_SEED = 1, 0
 
@@ -57,8 +55,7 @@ class PretrainOptions(RunOptions):
 
     def check(self) -> None:
         super().check()
-        if self.reconstruct_every is not None and self.reconstruct_every < 0:
-            raise ValueError(f"--reconstruct-every must not be negative, got {self.reconstruct_every}")
+        self.require("must not be negative", lambda value: value >= 0, "reconstruct_every")
         backend = registry().get(self.backend)
         if self.compile is not None and backend is not None and not backend.traceable:
             raise ValueError(
@@ -100,6 +97,7 @@ class PretrainTask(Task[PretrainOptions]):
         with torch.device("meta"):  # wrong options are to be told before a large folder is read
             self.model()
         self.metadata = {"epochs": self.options.epochs, "seed": self.options.seed}
+        self.grouping = {"official_weight_decay": self.options.official_weight_decay}
         every, epochs = self.options.reconstruct_every, self.options.epochs
         if every != 0:
             step = every or max(1, math.ceil(epochs / 5))
@@ -119,10 +117,6 @@ class PretrainTask(Task[PretrainOptions]):
     def initialise(self, model: FCMAE, resumed: bool) -> str:
         return "" if resumed or self.options.init is None else init_fcmae(model, str(self.options.init))
 
-    def groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        o = self.options
-        return parameter_groups(model, o.weight_decay, official_weight_decay=o.official_weight_decay)
-
     def describe(self, model: nn.Module) -> str:
         return f"pre-training {sum(p.numel() for p in model.parameters()):,} parameters"
 
@@ -138,8 +132,6 @@ class PretrainTask(Task[PretrainOptions]):
         return f"{super().line(row)}, feature diversity {row['feature_diversity']:.3f}"
 
     def pictures(self, folder: RunFolder, model: FCMAE, examples: Tensor, epoch: int, best: Outcome | None) -> None:
-        from convnextv2.training.pictures import reconstruction_panels, save_reconstructions
-
         if epoch in self.picture_epochs:
             generator = torch.Generator(examples.device).manual_seed(PICTURE_SEED)
             mean, std = self._data.mean, self._data.std

@@ -75,7 +75,6 @@ def parse_options(cls: type[T], argv: Sequence[str] | None, description: str = "
             values = parser.parse_args([f"--config={own}", *arguments])
     except argparse.ArgumentError as error:
         raise ValueError(" ".join(str(error).split())) from error
-    values = values.as_dict()
     return cls(**{f.name: values[f.name] for f in fields(cls)})  # type: ignore[arg-type]
 
 
@@ -106,7 +105,9 @@ def _parser(cls: type, description: str) -> Any:
     parser.add_argument("--config", action="config", help="YAML recipe: option names with underscores, and values")
     hints = get_type_hints(cls)
     for item in fields(cls):
-        flag, kind = f"--{item.name.replace('_', '-')}", _on_command_line(hints[item.name])
+        flag, kind = f"--{item.name.replace('_', '-')}", hints[item.name]
+        if get_origin(kind) in (Union, types.UnionType):
+            kind = get_args(kind)[0]  # the others are for Python: a path, one number for a square, None
         extra: dict[str, Any] = {"default": _plain(item.default), "help": item.metadata["help"]}
         if kind is bool:
             extra["action"] = ActionYesNo(yes_prefix="", no_prefix="no-")
@@ -120,9 +121,3 @@ def _parser(cls: type, description: str) -> Any:
             extra |= {"type": kind, "metavar": kind.__name__.upper()}
         parser.add_argument(flag, **extra)
     return parser
-
-
-def _on_command_line(hint: Any) -> Any:
-    if get_origin(hint) in (Union, types.UnionType):
-        return get_args(hint)[0]  # the others are for Python: a path, one number for a square, None
-    return hint

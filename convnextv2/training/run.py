@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
 import safetensors.torch
@@ -17,9 +17,10 @@ from convnextv2.files import append_jsonl, write_json
 from convnextv2.models.config import config_to_dict
 from convnextv2.models.diversity import feature_diversity
 from convnextv2.models.encoder import Encoder
-from convnextv2.training.device import fitting_batch_size, make_accelerator
+from convnextv2.training.device import make_accelerator
 from convnextv2.training.loop import Loop, OnLoss
 from convnextv2.training.optim import create_optimizer, create_schedule, scaled_lr
+from convnextv2.training.pictures import save_loss_curve
 from convnextv2.training.recipe import write_recipe
 from convnextv2.training.reporting import Log, Progress, logger, reporters
 from convnextv2.training.result import Metrics, RunResult
@@ -62,10 +63,10 @@ def run_task(
         RunStoppedError: after SIGINT or SIGTERM.
         OSError: if the output cannot be written.
     """
-    run = Run(task, *reporters(log, progress))
+    run = Run(task, *reporters(log, progress), on_loss)
     run.open_folder()
-    with StopSignals(run.folder.path) as stop:
-        run.begin(stop, on_loss)
+    with run.stop:
+        run.begin()
         for epoch in range(run.start, run.options.epochs):
             row, better = run.measure(epoch, *run.train(epoch))
             run.save(row, better)
@@ -77,12 +78,13 @@ def run_task(
 class Run:
     """A run, set up: data, network, optimizer and schedule on their device. No file is written yet."""
 
-    def __init__(self, task: Task[Any], log: Log, progress: Progress) -> None:
+    def __init__(self, task: Task[Any], log: Log, progress: Progress, on_loss: OnLoss | None) -> None:
         from accelerate.utils import set_seed
 
         task.options.check()
         self.task, self._log, self._progress = task, log, progress
         self.folder = RunFolder(task.options.output)
+        self.stop = StopSignals(self.folder.path)
         self.saved = self.folder.check(task.options.resume, task.options.overwrite)
         task.resolve(self.saved)
         self.parts = list(task.data())
@@ -103,20 +105,24 @@ class Run:
         self.best: dict[str, float] | None = None
         self._best_outcome: Outcome | None = None
         self._drawn = -math.inf
-        self._set_up()
+        self._set_up(on_loss)
 
     def say(self, line: str) -> None:
         """Tell the user, in the first process."""
         (self._log if self.main else logger.debug)(line)
 
-    def _set_up(self) -> None:
+    def _set_up(self, on_loss: OnLoss | None) -> None:
         """Batch size, optimizer, loaders, schedule, compilation, averaging."""
         from timm.utils import ModelEmaV3
 
-        task, training = self.task, self.parts[0]
-        size = fitting_batch_size(task.options, len(training), self.accelerator.num_processes, self.say)
+        task, training, asked = self.task, self.parts[0], self.task.options.batch_size
+        images, processes = len(training), self.accelerator.num_processes
+        if images < processes:
+            raise ValueError(f"{images} images cannot be shared among {processes} processes; run fewer")
+        if (size := min(asked, images // processes)) < asked:
+            self.say(f"notice: --batch-size {asked} lowered to {size}: there are {images} images to train on")
         task.options = self.options = options = replace(task.options, batch_size=task.fit_batch(size))
-        self._effective_batch = options.batch_size * options.accum * self.accelerator.num_processes
+        self._effective_batch = options.batch_size * options.accum * processes
         self._lr = scaled_lr(options.blr, self._effective_batch, options.lr)
         steep, advice = task.steep_lr
         if self._lr > steep:
@@ -127,16 +133,20 @@ class Run:
         loaders = [make_loader(training, *batches, self._sampler)]
         loaders += [make_loader(part, *batches) for part in self.parts[1:]]
         prepared = self.accelerator.prepare(self.model, raw_optimizer, *loaders)
-        self.wrapped, self._optimizer, self._loader, *self._others = prepared
+        self.wrapped, optimizer, self._loader, *self._others = prepared
         updates = math.ceil(len(self._loader) / options.accum)
-        self._schedule = create_schedule(raw_optimizer, updates, options.epochs, options.warmup_epochs, options.min_lr)
+        schedule = create_schedule(raw_optimizer, updates, options.epochs, options.warmup_epochs, options.min_lr)
         if options.compile is not None:
             own = type(self.model).compile is not nn.Module.compile  # a network that knows what to leave out
             (self.model if own else self.wrapped).compile(mode=options.compile)
-        self._ema: Any = None
+        stepped = self.accelerator, self.wrapped, optimizer, schedule
+        self.loop = Loop(*stepped, self.stop, options.clip_grad, on_loss if self.main else None)
+        self._kept, self._evaluated = self.model, self.wrapped  # with averaging both are the average
         if task.ema_decay:
-            self._ema = ModelEmaV3(self.model, task.ema_decay, use_warmup=task.ema_warmup)
-            self.accelerator.register_for_checkpointing(self._ema)
+            average = ModelEmaV3(self.model, task.ema_decay, use_warmup=task.ema_warmup)
+            self.accelerator.register_for_checkpointing(average)
+            self.loop.after_update = partial(average.update, self.model)
+            self._kept = self._evaluated = average.module
         self._examples: Tensor = training.examples(PROBE_IMAGES).to(self.accelerator.device)
 
     def open_folder(self) -> None:
@@ -149,22 +159,18 @@ class Run:
                 write_json(self.folder.path / name, content)
         self.accelerator.wait_for_everyone()
 
-    def begin(self, stop: StopSignals, on_loss: OnLoss | None) -> None:
+    def begin(self) -> None:
         """Start the trackers, and load the state of a run to be resumed."""
         options, accelerator = self.options, self.accelerator
         if options.tracker is not None:
             accelerator.init_trackers(self.task.name)
-        ema, model = self._ema, self.model
-        average: Callable[[int], None] | None = None if ema is None else lambda step: ema.update(model, step=step)
-        prepared = accelerator, self.wrapped, self._optimizer, self._schedule
-        self.loop = Loop(*prepared, stop, options.clip_grad, average, on_loss if self.main else None)
         if self.saved is not None:
             self.folder.load_state(accelerator)
             self.start, self.loop.step, self.best = self.saved["epoch"], self.saved["step"], self.saved.get("best")
             done = self.start >= options.epochs
             self.say(f"nothing to do: {self.start} epochs are done" if done else f"resuming after epoch {self.start}")
         self.say(
-            f"{self.task.describe(model)} on {accelerator.device}: "
+            f"{self.task.describe(self.model)} on {accelerator.device}: "
             f"{len(self._loader)} steps an epoch of batch {self._effective_batch}, peak learning rate {self._lr:.2e}, "
             f"mixed precision: {accelerator.mixed_precision}"
         )
@@ -183,15 +189,9 @@ class Run:
             batches = self._progress(batches, len(batches), f"epoch {epoch + 1}/{self.options.epochs}")
         return self.loop.epoch(epoch, batches, lambda batch: self.task.loss(self.wrapped, batch))
 
-    @property
-    def _kept(self) -> Any:
-        """The network that is evaluated and saved."""
-        return self.model if self._ema is None else self._ema.module
-
     def measure(self, epoch: int, loss: float, pace: dict[str, float]) -> tuple[dict[str, Any], bool]:
         """The row of the epoch, and whether it is the best so far."""
-        evaluated = self.wrapped if self._ema is None else self._ema.module
-        outcome = self.task.evaluate(self.accelerator, evaluated, self._others)
+        outcome = self.task.evaluate(self.accelerator, self._evaluated, self._others)
         found = {} if outcome is None else outcome.numbers
         row = {"epoch": epoch + 1, "step": self.loop.step, self.task.loss_name: loss, **found, **pace}
         encoder = getattr(self._kept, "encoder", self._kept)
@@ -220,8 +220,6 @@ class Run:
 
     def draw(self, epoch: int) -> None:
         """The loss curve and the pictures of the task, if they are due."""
-        from convnextv2.training.pictures import save_loss_curve
-
         now = time.monotonic()
         certain = epoch in (*self.task.picture_epochs, self.options.epochs)
         if self.main and (certain or now - self._drawn >= PICTURE_SECONDS):

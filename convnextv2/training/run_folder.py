@@ -6,27 +6,22 @@ import errno
 import json
 import logging
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safetensors import SafetensorError
 
 from convnextv2.files import append_jsonl, atomic_path, write_json
 from convnextv2.models.config import config_to_dict
+from convnextv2.training.device import Accelerator
 from convnextv2.weights.checkpoint import CheckpointError
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 logger = logging.getLogger(__name__)
 
 
 class RunFolder:
-    """Files of a run: ``checkpoints/`` (with the state to resume from), metrics, recipe and pictures.
-
-    Args:
-        path: the folder; nothing is touched before :meth:`prepare`.
-    """
+    """Files of a run in ``path``, of which nothing is touched before :meth:`prepare`."""
 
     OURS = (
         "checkpoints",
@@ -53,20 +48,18 @@ class RunFolder:
 
         Raises:
             ValueError: if the folder is in use and neither flag is given, or there is nothing to resume.
+            CheckpointError: if what there is to resume is damaged.
             NotADirectoryError: if it is a file.
         """
         if self.path.exists() and not self.path.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, "is a file, expected a folder for the run", str(self.path))
-        if resume:
-            return self._progress()
-        if self.path.is_dir() and not overwrite and any(self.path.iterdir()):
-            raise ValueError(
-                f"{self.path} is not empty; continue that run with --resume, replace it with --overwrite, or name "
-                "another --output"
-            )
-        return None
-
-    def _progress(self) -> dict[str, Any]:
+        if not resume:
+            if self.path.is_dir() and not overwrite and any(self.path.iterdir()):
+                raise ValueError(
+                    f"{self.path} is not empty; continue that run with --resume, replace it with --overwrite, or name "
+                    "another --output"
+                )
+            return None
         # A kill between the two renames of save_state leaves the last complete state under its other name.
         folder = next((f for f in (self.state, self._old) if (f / "progress.json").is_file()), None)
         if folder is None:
@@ -83,15 +76,13 @@ class RunFolder:
 
     def prepare(self, progress: dict[str, Any] | None) -> None:
         """Make the folder, empty of an earlier run, or bring the run to be resumed back to its last saved epoch."""
-        (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
         if progress is None:
-            for name in self.OURS:
-                target = self.path / name
+            for target in map(self.path.joinpath, self.OURS):
                 if target.is_dir():
                     shutil.rmtree(target)
                 else:
                     target.unlink(missing_ok=True)
-            self.state.parent.mkdir()
+            self.state.parent.mkdir(parents=True)
             return
         if not self.state.exists():
             self._old.rename(self.state)
@@ -154,13 +145,11 @@ def _row(line: str) -> dict[str, Any] | None:
 def check_same_model(progress: dict[str, Any], config: Any, output: str | Path) -> None:
     """Raise ValueError unless the run to be resumed trains a network of this configuration."""
 
-    def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-        found: dict[str, Any] = {}
+    def flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
         for key, value in values.items():
-            found |= flat(value, f"{key}.") if isinstance(value, dict) else {prefix + key: value}
-        return found
+            yield from flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
 
-    before, now = flat(progress["config"]), flat(json.loads(json.dumps(config_to_dict(config))))
+    before, now = dict(flat(progress["config"])), dict(flat(json.loads(json.dumps(config_to_dict(config)))))
     different = [
         f"{k} {before.get(k)} there, {now.get(k)} here" for k in {**before, **now} if before.get(k) != now.get(k)
     ]

@@ -6,17 +6,15 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from torch import Tensor, nn
 
 from convnextv2.data.datasets import ImageDataset
+from convnextv2.training.device import Accelerator
 from convnextv2.training.optim import parameter_groups
 from convnextv2.training.options import RunOptions
 from convnextv2.training.run_folder import RunFolder
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 O = TypeVar("O", bound=RunOptions)  # noqa: E741  # of options
 
@@ -62,6 +60,7 @@ class Task(ABC, Generic[O]):
         self.metadata: dict[str, Any] = {}  # what a checkpoint says beside normalisation, image size and epoch
         self.files: dict[str, Any] = {}  # JSON files that belong into the folder of the run: name and content
         self.progress: dict[str, Any] = {}  # what a resumed run has to know; resolve() gets it back
+        self.grouping: dict[str, Any] = {}  # what parameter_groups() is told beside the weight decay
 
     def resolve(self, saved: dict[str, Any] | None) -> None:
         """Fill open options and refuse wrong ones, before the data is read; ``saved`` is a resumed run's progress."""
@@ -85,7 +84,7 @@ class Task(ABC, Generic[O]):
 
     def groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """Parameters to train, as :func:`~convnextv2.training.optim.parameter_groups` makes them."""
-        return parameter_groups(model, self.options.weight_decay)
+        return parameter_groups(model, self.options.weight_decay, **self.grouping)
 
     def describe(self, model: nn.Module) -> str:
         """What is trained, for the line that a run begins with."""

@@ -18,34 +18,11 @@ from convnextv2.weights.reading import (
 )
 from convnextv2.weights.verify import Verification, verify_conversion
 
+# The formatter would give every name a line of its own.
 __all__ = [
-    "Checkpoint",
-    "CheckpointError",
-    "Layout",
-    "LoadReport",
-    "Verification",
-    "Weights",
-    "complete_model",
-    "describe",
-    "detect_layout",
-    "encoder_state_dict",
-    "foreign_name",
-    "get_layout",
-    "infer_config",
-    "init_classifier",
-    "init_fcmae",
-    "load_checkpoint",
-    "load_model",
-    "load_strict",
-    "map_to_taps",
-    "official_sparse_features",
-    "read_checkpoint",
-    "read_weights",
-    "register_layout",
-    "save_checkpoint",
-    "taps_to_map",
-    "timm_network",
-    "verify_conversion",
-    "weights_config",
-    "write_layout",
-]
+    "Checkpoint", "CheckpointError", "Layout", "LoadReport", "Verification", "Weights", "complete_model", "describe",
+    "detect_layout", "encoder_state_dict", "foreign_name", "get_layout", "infer_config", "init_classifier",
+    "init_fcmae", "load_checkpoint", "load_model", "load_strict", "map_to_taps", "official_sparse_features",
+    "read_checkpoint", "read_weights", "register_layout", "save_checkpoint", "taps_to_map", "timm_network",
+    "verify_conversion", "weights_config", "write_layout",
+]  # fmt: skip

@@ -8,6 +8,7 @@ Ours are ``.safetensors`` with the configuration as JSON in the header, or ``.pt
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
@@ -56,19 +57,6 @@ class Checkpoint:
     path: Path = Path()
 
 
-def _own_storage(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors on the CPU, contiguous, none of them a view of a larger or a shared storage."""
-    result, seen = {}, set()
-    for name, value in state.items():
-        tensor = value.detach().cpu().contiguous()
-        storage = tensor.untyped_storage()
-        if storage.nbytes() != tensor.numel() * tensor.element_size() or storage.data_ptr() in seen:
-            tensor = tensor.clone()
-        seen.add(tensor.untyped_storage().data_ptr())
-        result[name] = tensor
-    return result
-
-
 def save_checkpoint(
     path: str | os.PathLike[str],
     model: nn.Module | Mapping[str, Tensor],
@@ -94,20 +82,22 @@ def save_checkpoint(
             f"{target}: a checkpoint must end in {', '.join(SUFFIXES)}, got {target.suffix or 'no suffix'!r}"
         )
     module = getattr(model, "_orig_mod", model)
-    state = _own_storage(module.state_dict() if isinstance(module, nn.Module) else module)
-    plain_config = None if config is None else config_to_dict(config)
-    plain_metadata = finite(dict(metadata or {}))
+    source = module.state_dict() if isinstance(module, nn.Module) else module
+    # Copies, for none may be a view of a larger or a shared storage.
+    state = {
+        name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        for name, tensor in source.items()
+    }
+    about = {} if config is None else {"config": config_to_dict(config)}
+    about["metadata"] = finite(dict(metadata or {}))
     with atomic_path(target) as temporary:
         try:
             if target.suffix == ".safetensors":
-                header = {"format": "pt", "metadata": json.dumps(plain_metadata)}
-                if plain_config is not None:
-                    header["config"] = json.dumps(plain_config)
+                header = {"format": "pt", **{key: json.dumps(value) for key, value in about.items()}}
                 safetensors.torch.save_file(state, temporary, metadata=header)
             else:
-                content = {"model": state, "config": plain_config, "metadata": plain_metadata}
                 with temporary.open("wb") as file:
-                    torch.save(content, file)
+                    torch.save({"model": state, "config": None, **about}, file)
         except (SafetensorError, RuntimeError) as error:
             raise OSError(f"cannot write {target}: {_first_line(error)}") from error
 
@@ -117,11 +107,8 @@ def _first_line(error: BaseException) -> str:
 
 
 def resolve_path(path: str | os.PathLike[str]) -> Path:
-    """The checkpoint file that ``path`` means: itself, or the best, else the last one of a run folder.
-
-    Raises:
-        CheckpointError: if there is none.
-    """
+    """The checkpoint file that ``path`` means: itself, or the best, else the last one of a run folder; CheckpointError
+    if there is none."""
     given = Path(path)
     if given.is_file():
         return given
@@ -136,24 +123,22 @@ def resolve_path(path: str | os.PathLike[str]) -> Path:
     )
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _read_safetensors(path: Path) -> dict[str, Any]:
     try:
         with safe_open(path, framework="pt") as file:
-            header = dict(file.metadata() or {})
+            header = file.metadata() or {}
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
     except SafetensorError as error:
         raise CheckpointError(
             f"{path}: truncated or damaged safetensors file ({_first_line(error)}); copy or download it again"
         ) from error
-    content: dict[str, Any] = {}
-    for key in ("config", "metadata"):
-        if key in header:
-            try:
-                content[key] = json.loads(header[key])
-            except json.JSONDecodeError:
-                # Other programs may use these names for text of their own.
-                content[key] = header[key]
-    return state, content
+    if not state:
+        raise CheckpointError(f"{path}: holds no weights")
+    content: dict[str, Any] = {"model": state}
+    for key in header.keys() & {"config", "metadata"}:
+        with contextlib.suppress(json.JSONDecodeError):  # other programs may use these names for text of their own
+            content[key] = json.loads(header[key])
+    return content
 
 
 _DAMAGED = (RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError, OSError, SafetensorError)
@@ -197,37 +182,29 @@ def _check_start(path: Path) -> bytes:
     return start
 
 
-def _is_state_dict(value: Any) -> bool:
-    return isinstance(value, Mapping) and any(isinstance(item, Tensor) for item in value.values())
-
-
 def _find_state(content: Any, path: Path) -> tuple[Mapping[str, Any], str | None]:
     """The mapping that holds the weights, and the name it was nested under."""
-    name = None
-    while isinstance(content, Mapping) and not _is_state_dict(content):
-        key = next((key for key in NESTING if isinstance(content.get(key), Mapping) and content[key]), None)
-        if key is None:
-            break
-        content, name = content[key], key
-    if not _is_state_dict(content):
-        what = type(content).__name__
-        if isinstance(content, Mapping):
-            what = f"keys {', '.join(map(str, list(content)[:5]))}"
-        raise CheckpointError(
-            f"{path}: holds no weights (found {what}); expected a state dict, or one under {', '.join(NESTING)}"
-        )
-    return content, name
+    name, state = None, content if isinstance(content, Mapping) else {}
+    while not any(isinstance(item, Tensor) for item in state.values()):
+        name = next((key for key in NESTING if isinstance(state.get(key), Mapping) and state[key]), None)
+        if name is None:
+            keys = f"keys {', '.join(map(str, list(state)[:5]))}"
+            raise CheckpointError(
+                f"{path}: holds no weights (found {keys if isinstance(content, Mapping) else type(content).__name__}); "
+                f"expected a state dict, or one under {', '.join(NESTING)}"
+            )
+        state = state[name]
+    return state, name
 
 
 def clean_state_dict(state: Mapping[str, Any]) -> dict[str, Tensor]:
     """Names without the prefixes of wrappers: ``module.`` (data parallel, EMA) and ``_orig_mod.`` (torch.compile).
 
-    Raises:
-        CheckpointError: if a value is not a tensor.
+    Raises CheckpointError if a value is not a tensor.
     """
     result = {name.replace("_orig_mod.", ""): value for name, value in state.items() if name != "n_averaged"}
     while result and all(name.startswith("module.") for name in result):
-        result = {name.removeprefix("module.").replace("_orig_mod.", ""): value for name, value in result.items()}
+        result = {name.removeprefix("module."): value for name, value in result.items()}
     for name, value in result.items():
         if not isinstance(value, Tensor):
             raise CheckpointError(f"{name!r} in the state dict is {type(value).__name__}, not a tensor")
@@ -247,16 +224,9 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """
     file = resolve_path(path)
     start = _check_start(file)
-    content: Any
-    if start[:4] != b"PK\x03\x04" and start[8:9] == b"{":
-        state, content = _read_safetensors(file)
-        if not state:
-            raise CheckpointError(f"{file}: holds no weights")
-        nested = None
-    else:
-        content = _read_pickle(file)
-        found, nested = _find_state(content, file)
-        state = dict(found)
+    safe = start[:4] != b"PK\x03\x04" and start[8:9] == b"{"
+    content: Any = _read_safetensors(file) if safe else _read_pickle(file)
+    state, nested = _find_state(content, file)
     config, metadata = content.get("config"), content.get("metadata")
     metadata = dict(metadata) if isinstance(metadata, Mapping) else {}
     if nested is not None and len([key for key in NESTING if isinstance(content.get(key), Mapping)]) > 1:

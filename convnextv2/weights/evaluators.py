@@ -6,7 +6,7 @@ They share no code with the layouts: a wrong tap order in one is not mirrored by
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -28,21 +28,17 @@ def _cells(visible: Tensor, side: int) -> tuple[Tensor, Tensor]:
     return coordinates, index
 
 
-def _rows_at(coordinates: Tensor, index: Tensor) -> Tensor:
-    """Row of each coordinate ``[N, 3]``, or -1 where it is masked or outside."""
-    size = torch.tensor(index.shape[1:])
-    inside = ((coordinates[:, 1:] >= 0) & (coordinates[:, 1:] < size)).all(1)
-    image, y, x = torch.where(inside[:, None], coordinates, 0).unbind(1)
-    return torch.where(inside, index[image, y, x], -1)
+def _taps(x_NC: Tensor, index: Tensor, corners: Tensor, taps: int) -> Iterator[Tensor]:
+    """For each tap the rows ``[M, C]`` under it, 0 where masked or outside; ``corners`` ``[M, 3]`` are where tap 0 is.
 
-
-def _take(x: Tensor, rows: Tensor) -> Tensor:
-    return torch.where((rows >= 0)[:, None], x[rows.clamp_min(0)], 0)
-
-
-def _offset(tap: int, side: int, centre: int) -> Tensor:
-    """Offset (0, dy, dx) of a tap as MinkowskiEngine numbers them: the first spatial axis, y, is the fastest."""
-    return torch.tensor([0, tap % side - centre, tap // side - centre])
+    MinkowskiEngine numbers the taps with the first spatial axis, y, fastest.
+    """
+    side = math.isqrt(taps)
+    for tap in range(taps):
+        places = corners + torch.tensor([0, tap % side, tap // side])
+        inside = ((places >= 0) & (places < torch.tensor(index.shape))).all(1)
+        rows = torch.where(inside, index[torch.where(inside[:, None], places, 0).unbind(1)], -1)
+        yield torch.where((rows >= 0)[:, None], x_NC[rows.clamp_min(0)], 0)
 
 
 def official_sparse_features(state_dict: Mapping[str, Tensor], images: Tensor, visible: Tensor) -> Tensor:
@@ -81,20 +77,16 @@ def official_sparse_features(state_dict: Mapping[str, Tensor], images: Tensor, v
         if stage:
             x = norm(x, f"downsample_layers.{stage}.0.ln")
             fine, (coordinates, index) = index, _cells(visible, 8 >> stage)
-            corner = coordinates * torch.tensor([1, 2, 2])
+            taps = _taps(x, fine, coordinates * torch.tensor([1, 2, 2]), 4)
             kernel = get(f"downsample_layers.{stage}.1.kernel")
-            x = sum(
-                (_take(x, _rows_at(corner + _offset(tap, 2, 0), fine)) @ kernel[tap] for tap in range(4)),
-                start=get(f"downsample_layers.{stage}.1.bias"),
-            )
+            x = sum(map(torch.matmul, taps, kernel), start=get(f"downsample_layers.{stage}.1.bias"))
         block = 0
         while f"stages.{stage}.{block}.dwconv.kernel" in weights:
             name = f"stages.{stage}.{block}"
             kernel = get(f"{name}.dwconv.kernel")
-            width = math.isqrt(kernel.shape[0])
-            h = get(f"{name}.dwconv.bias")
-            for tap in range(kernel.shape[0]):
-                h = h + kernel[tap] * _take(x, _rows_at(coordinates + _offset(tap, width, width // 2), index))
+            centre = math.isqrt(len(kernel)) // 2
+            taps = _taps(x, index, coordinates - torch.tensor([0, centre, centre]), len(kernel))
+            h = sum(map(torch.mul, taps, kernel), start=get(f"{name}.dwconv.bias"))
             h = F.gelu(linear(norm(h, f"{name}.norm.ln"), f"{name}.pwconv1"))
             energy = h.new_zeros(images.shape[0], h.shape[1]).index_add(0, coordinates[:, 0], h * h)
             response = energy.sqrt()
@@ -108,8 +100,7 @@ def official_sparse_features(state_dict: Mapping[str, Tensor], images: Tensor, v
 def timm_network(state_dict: Mapping[str, Tensor], config: EncoderConfig) -> Any:
     """Timm's ConvNeXt with these weights, in float64; the final norm and head may be missing.
 
-    Raises:
-        CheckpointError: if timm cannot represent the configuration, or the names or shapes do not fit.
+    Raises CheckpointError if timm cannot represent the configuration, or the names or shapes do not fit.
     """
     from timm.models.convnext import ConvNeXt
 

@@ -27,11 +27,6 @@ def read_plainly(name: str, source: str, tensor: Tensor) -> Tensor:
     return tensor.flatten(1) if re.search(r"\.pwconv[12]\.weight$", name) and tensor.dim() == 4 else tensor
 
 
-def write_plainly(name: str, tensor: Tensor, config: EncoderConfig) -> Tensor:
-    """The tensor as it is."""
-    return tensor
-
-
 @dataclass(frozen=True, kw_only=True)
 class Layout:
     """All that is known of one project's files. A new one is a file in ``layouts/`` that defines ``LAYOUT``.
@@ -61,7 +56,7 @@ class Layout:
     parts: tuple[str, ...] = ("encoder", "head")
     target: bool = False
     read: Callable[[str, str, Tensor], Tensor] = read_plainly
-    write: Callable[[str, Tensor, EncoderConfig], Tensor] = write_plainly
+    write: Callable[[str, Tensor, EncoderConfig], Tensor] = lambda name, tensor, config: tensor
     sparse_features: Callable[[Mapping[str, Tensor], Tensor, Tensor], Tensor] | None = None
     dense_features: Callable[[Mapping[str, Tensor], EncoderConfig, Tensor], Tensor] | None = None
 

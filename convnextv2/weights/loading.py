@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from convnextv2.models.classifier import ConvNeXtV2
-from convnextv2.models.config import ClassifierConfig, EncoderConfig, FCMAEConfig
+from convnextv2.models.config import EncoderConfig, FCMAEConfig
 from convnextv2.models.fcmae import FCMAE
 from convnextv2.weights.checkpoint import Checkpoint, CheckpointError, as_checkpoint, load_checkpoint
 from convnextv2.weights.layout import DECODER_PARTS
@@ -20,21 +20,15 @@ from sparse_ops.registry import get_backend
 
 
 def load_strict(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
-    """``model.load_state_dict(state, strict=True)`` with a one-line error.
-
-    Raises:
-        CheckpointError: if names or shapes differ; the first few are named.
-    """
+    """``model.load_state_dict(state, strict=True)``, but that names or shapes that differ are a CheckpointError of one
+    line, which names the first few."""
     own = model.state_dict()
-    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    shapes = [
-        f"{name} {tuple(state[name].shape)} instead of {tuple(own[name].shape)}"
-        for name in sorted(own.keys() & state.keys())
-        if own[name].shape != state[name].shape
-    ]
+    shapes = {name: (tuple(state[name].shape), tuple(own[name].shape)) for name in own.keys() & state.keys()}
+    different = {f"{name} {given} instead of {known}" for name, (given, known) in shapes.items() if given != known}
+    kinds = {"missing": own.keys() - state, "unexpected": state.keys() - own, "of another shape": different}
     problems = [
-        f"{len(names)} {what}: {', '.join(names[:3])}{' …' if len(names) > 3 else ''}"
-        for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
+        f"{len(names)} {what}: {', '.join(sorted(names)[:3])}{' …' if len(names) > 3 else ''}"
+        for what, names in kinds.items()
         if names
     ]
     if problems:
@@ -53,7 +47,8 @@ def load_model(
         backend: backend of a masked autoencoder's sparse convolution.
 
     Raises:
-        CheckpointError: if the file cannot be read, does not fit, or holds an encoder alone.
+        CheckpointError: if the file cannot be read, does not fit its configuration, or holds an encoder alone.
+        BackendUnavailableError: if the backend named cannot run here.
     """
     return complete_model(load_checkpoint(path), backend).to(device)
 
@@ -92,10 +87,8 @@ def init_classifier(model: ConvNeXtV2, checkpoint: Checkpoint | str | Path) -> L
     """Start a classifier from the weights of a checkpoint of any layout.
 
     The whole encoder must be there. The final norm and the head may be missing and then keep their initial values; a
-    head with another number of classes, a decoder and a mask token are dropped.
-
-    Raises:
-        CheckpointError: if the file cannot be read, or is of another variant: both are named.
+    head with another number of classes, a decoder and a mask token are dropped. Raises CheckpointError if the file
+    cannot be read, or is of another variant: both are named.
     """
     checkpoint = as_checkpoint(checkpoint)
     weights = _read_for(model.encoder_config, checkpoint)
@@ -110,10 +103,8 @@ def init_classifier(model: ConvNeXtV2, checkpoint: Checkpoint | str | Path) -> L
 def init_fcmae(model: FCMAE, checkpoint: Checkpoint | str | Path) -> str:
     """Start a masked autoencoder from the weights of a checkpoint of any layout; what was loaded and is new, in words.
 
-    The whole encoder must be there. The decoder is taken where there is one of the same shape.
-
-    Raises:
-        CheckpointError: if the file cannot be read, or is of another variant: both are named.
+    The whole encoder must be there. The decoder is taken where there is one of the same shape. Raises as
+    :func:`init_classifier`.
     """
     checkpoint = as_checkpoint(checkpoint)
     weights = _read_for(model.config.encoder, checkpoint)
@@ -126,26 +117,17 @@ def init_fcmae(model: FCMAE, checkpoint: Checkpoint | str | Path) -> str:
 
 
 def complete_model(checkpoint: Checkpoint, backend: str = "auto") -> FCMAE | ConvNeXtV2:
-    """The network of a checkpoint that holds all of it; see :func:`load_model`.
-
-    Raises:
-        CheckpointError: if the weights do not fit the configuration, or are an encoder alone.
-        BackendUnavailableError: if the backend named cannot run here.
-    """
+    """The network of a checkpoint that holds all of it; raises as :func:`load_model`."""
     weights = read_checkpoint(checkpoint)
     config = weights_config(weights) if checkpoint.config is None else checkpoint.config
-    model: FCMAE | ConvNeXtV2
-    if isinstance(config, FCMAEConfig):
-        if backend != "auto":
-            get_backend(backend)
-        model = FCMAE(config, backend)
-    elif isinstance(config, ClassifierConfig):
-        model = ConvNeXtV2(config)
-    else:
+    if isinstance(config, EncoderConfig):
         raise CheckpointError(
             f"{checkpoint.path}: holds an encoder without decoder and without head, so it is no whole network; "
             "start a fine-tuning from it instead"
         )
+    if isinstance(config, FCMAEConfig) and backend != "auto":
+        get_backend(backend)
+    model = FCMAE(config, backend) if isinstance(config, FCMAEConfig) else ConvNeXtV2(config)
     layout = "fcmae" if isinstance(model, FCMAE) else "official-dense"
     load_strict(model, write_layout(weights, layout), checkpoint.path)
     return model

@@ -44,8 +44,7 @@ class Weights:
     widened: bool = False
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        for group in (self.encoder, self.decoder, self.head):
-            yield from group.items()
+        return iter({**self.encoder, **self.decoder, **self.head}.items())
 
     @property
     def num_classes(self) -> int | None:
@@ -62,14 +61,10 @@ def _translate(state_dict: Mapping[str, Tensor], layout: Layout) -> tuple[dict[s
     numbers = (int(number) for name in state_dict for number in re.findall(r"\.(\d{1,3})(?=\.)", name))
     known = {layout.name_of(name): name for name in known_names(max(numbers, default=0) + 1)}
     names: dict[str, str] = {}
-    unknown = []
-    for source_name in state_dict:
-        name = known.get(layout.spelt(source_name))
-        if name is None or name in names:
-            unknown.append(source_name)
-        else:
-            names[name] = source_name
-    if unknown:
+    for source in state_dict:
+        if (name := known.get(layout.spelt(source))) is not None:
+            names.setdefault(name, source)
+    if unknown := state_dict.keys() - names.values():
         v1 = any(re.search(r"\.(\d+)\.(gamma|layer_scale_parameter)$", name) for name in unknown)
         hint = "; layer scale makes this a ConvNeXt V1, which has no GRN" if v1 else ""
         raise CheckpointError(f"{len(unknown)} tensors do not belong to a ConvNeXt V2 ({_some(unknown)}){hint}")
@@ -115,30 +110,21 @@ def _decoder_config(encoder: EncoderConfig, decoder: Mapping[str, Tensor]) -> FC
 
 
 @lru_cache(maxsize=8)
-def _expected(module_class: Callable[[Any], nn.Module], config: Config) -> Mapping[str, torch.Size]:
-    """Names and shapes of a network's tensors; cached because building one takes seconds for the large variants."""
+def _shapes(part: str, network: Callable[[Any], nn.Module], config: Config) -> Mapping[str, torch.Size]:
+    """Names and shapes of a part of a network; cached because building one takes seconds for the large variants."""
     with torch.device("meta"):
-        return {name: tensor.shape for name, tensor in module_class(config).state_dict().items()}
+        state = network(config).state_dict()
+    return {name: tensor.shape for name, tensor in state.items() if part_of(name) == part}
 
 
 def _check(found: Mapping[str, Tensor], expected: Mapping[str, torch.Size], names: Mapping[str, str]) -> None:
-    missing = expected.keys() - found.keys()
-    if missing:
+    if missing := expected.keys() - found.keys():
         raise CheckpointError(f"incomplete: {len(missing)} tensors are missing ({_some(missing)})")
-    unexpected = found.keys() - expected.keys()
-    if unexpected:
+    if unexpected := found.keys() - expected.keys():
         raise CheckpointError(f"{len(unexpected)} tensors too many ({_some(unexpected)})")
     for name, tensor in found.items():
         if tensor.shape != expected[name]:
             raise CheckpointError(f"{names[name]} has the shape {list(tensor.shape)}, expected {list(expected[name])}")
-
-
-def _check_values(found: Mapping[str, Tensor], names: Mapping[str, str]) -> None:
-    for name, tensor in found.items():
-        if not tensor.is_floating_point():
-            raise CheckpointError(f"{names[name]} holds {tensor.dtype}; quantised weights cannot be converted")
-        if not tensor.is_meta and not torch.isfinite(tensor).all():
-            raise CheckpointError(f"{names[name]} holds NaN or infinity: the training that wrote it had diverged")
 
 
 def read_weights(state_dict: Mapping[str, Tensor]) -> Weights:
@@ -152,32 +138,30 @@ def read_weights(state_dict: Mapping[str, Tensor]) -> Weights:
     """
     layout = detect_layout(state_dict)
     found, names = _translate(state_dict, get_layout(layout))
-    _check_values(found, names)
+    for name, tensor in found.items():
+        if not tensor.is_floating_point():
+            raise CheckpointError(f"{names[name]} holds {tensor.dtype}; quantised weights cannot be converted")
+        if not tensor.is_meta and not torch.isfinite(tensor).all():
+            raise CheckpointError(f"{names[name]} holds NaN or infinity: the training that wrote it had diverged")
     narrow = {name for name, tensor in found.items() if tensor.dtype in (torch.float16, torch.bfloat16)}
     encoder, decoder, head = (
         {name: found[name].float() if name in narrow else found[name] for name in found if part_of(name) == part}
         for part in ("encoder", "decoder", "head")
     )
     config = _encoder_config(encoder)
-    _check(encoder, _expected(Encoder, config), names)
+    _check(encoder, _shapes("encoder", Encoder, config), names)
     if decoder:
-        whole = _expected(FCMAE, _decoder_config(config, decoder))
-        _check(decoder, {name: value for name, value in whole.items() if not name.startswith("encoder.")}, names)
+        _check(decoder, _shapes("decoder", FCMAE, _decoder_config(config, decoder)), names)
     if head:
         classes = head["head.weight"].shape[0] if "head.weight" in head else 0
         if "head.bias" in head and not classes:
             raise CheckpointError("incomplete: head.bias without head.weight")
-        whole = _expected(ConvNeXtV2, ClassifierConfig(config, classes))
-        _check(head, {name: value for name, value in whole.items() if name not in encoder}, names)
+        _check(head, _shapes("head", ConvNeXtV2, ClassifierConfig(config, classes)), names)
     return Weights(layout, config, encoder, decoder, head, names, bool(narrow))
 
 
 def infer_config(state_dict: Mapping[str, Tensor]) -> Config:
-    """:func:`weights_config` of the weights of any layout.
-
-    Raises:
-        CheckpointError: as :func:`read_weights`.
-    """
+    """:func:`weights_config` of what :func:`read_weights` reads; raises what that does."""
     return weights_config(read_weights(state_dict))
 
 
@@ -198,21 +182,16 @@ def read_checkpoint(checkpoint: Checkpoint) -> Weights:
 
 
 def encoder_state_dict(checkpoint: Checkpoint | str | Path) -> dict[str, Tensor]:
-    """The encoder's weights in the dense network's names, from a checkpoint of any layout.
-
-    Raises:
-        CheckpointError: as :func:`convnextv2.weights.checkpoint.load_checkpoint` and :func:`read_weights`.
-    """
+    """The encoder's weights in the dense network's names, from a checkpoint of any layout; raises CheckpointError as
+    :func:`~convnextv2.weights.checkpoint.load_checkpoint` and :func:`read_weights`."""
     return read_checkpoint(as_checkpoint(checkpoint)).encoder
 
 
 def write_layout(weights: Weights, layout: str) -> dict[str, Tensor]:
     """State dict in another layout, with the parts that the layout holds.
 
-    The dense layouts leave the decoder out; ``fcmae`` and ``sparse-official`` leave final norm and head out.
-
-    Raises:
-        ValueError: if no layout has that name.
+    The dense layouts leave the decoder out; ``fcmae`` and ``sparse-official`` leave final norm and head out. Raises
+    ValueError if no layout has that name.
     """
     target = get_layout(layout)
     return {

@@ -7,16 +7,16 @@ the weights as they are.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from convnextv2.models.config import EncoderConfig
 from convnextv2.models.encoder import Encoder
 from convnextv2.weights.layouts import get_layout
-from convnextv2.weights.reading import read_weights
+from convnextv2.weights.reading import Weights, read_weights
 from sparse_ops.active_set import ActiveSet
 from sparse_ops.oracle import MaskedDenseGrid
 from sparse_ops.sparse_grid import SparseGrid
@@ -47,7 +47,8 @@ class Verification:
     @property
     def largest(self) -> float:
         """The largest of the errors; NaN where a comparison gave NaN."""
-        return _largest(error for error in (self.masked, self.unmasked, self.foreign) if error is not None)
+        errors = [error for error in (self.masked, self.unmasked, self.foreign) if error is not None]
+        return float(np.max(errors))  # NaN where one is, unlike max()
 
     @property
     def passed(self) -> bool:
@@ -62,15 +63,17 @@ class Verification:
         )
 
 
-def _largest(errors: Iterable[float]) -> float:
-    return torch.tensor([*errors], dtype=torch.float64).max().item()  # NaN where one is, unlike max()
-
-
-def _encoder(weights: Mapping[str, Tensor], config: EncoderConfig) -> Encoder:
+def _encoder(weights: Weights) -> Encoder:
     with torch.device("meta"):
-        encoder = Encoder(config)
-    encoder.load_state_dict({name: value.double() for name, value in weights.items()}, assign=True)
+        encoder = Encoder(weights.config)
+    encoder.load_state_dict({name: value.double() for name, value in weights.encoder.items()}, assign=True)
     return encoder.eval()
+
+
+def _sparse_features(weights: Weights) -> Callable[[Mapping[str, Tensor], Tensor, Tensor], Tensor]:
+    """Our sparse encoder as a layout's ``sparse_features``."""
+    encoder = _encoder(weights)
+    return lambda _, images, visible: encoder(images, SparseGrid(ActiveSet.from_mask(~visible), "reference"))
 
 
 def _relative(actual: Tensor, expected: Tensor) -> float:
@@ -86,10 +89,7 @@ def verify_conversion(source: Mapping[str, Tensor], written: Mapping[str, Tensor
 
     The sparse side runs the source as it was read, the dense side what is about to be written; where only the layout
     that is written has a sparse network of its own, the other way round. A layout's own networks run in place of, or
-    beside, ours.
-
-    Raises:
-        CheckpointError: if either is not a whole encoder.
+    beside, ours. Raises CheckpointError if either is not a whole encoder.
     """
     states = (source, written)
     weights = [read_weights(state) for state in states]
@@ -98,9 +98,8 @@ def verify_conversion(source: Mapping[str, Tensor], written: Mapping[str, Tensor
     if weights[1].config != config:
         return Verification(math.nan, math.nan)
     sparse = 1 if layouts[0].sparse_features is None and layouts[1].sparse_features is not None else 0
-    dense_encoder = _encoder(weights[1 - sparse].encoder, config)
-    official = layouts[sparse].sparse_features
-    sparse_encoder = _encoder(weights[sparse].encoder, config) if official is None else None
+    dense_encoder = _encoder(weights[1 - sparse])
+    sparse_features = layouts[sparse].sparse_features or _sparse_features(weights[sparse])
 
     generator = torch.Generator().manual_seed(seed)
     size = PATCHES * config.patch_size
@@ -108,22 +107,20 @@ def verify_conversion(source: Mapping[str, Tensor], written: Mapping[str, Tensor
     visible = torch.rand(2, PATCHES, PATCHES, generator=generator) < 0.45
     visible[:, 1, 1] = True
 
-    def sparse_features(shown: Tensor) -> Tensor:
-        if sparse_encoder is None:
-            assert official is not None
-            return official(states[sparse], images, shown)
-        return sparse_encoder(images, SparseGrid(ActiveSet.from_mask(~shown), "reference"))
-
     masked_dense = dense_encoder(images, MaskedDenseGrid(visible, dtype=torch.float64)).permute(0, 2, 3, 1)
-    full = sparse_features(torch.ones_like(visible))
-    foreign: list[float] = []
-    for layout, state in zip(layouts, states, strict=True):
-        if layout.dense_features is not None:
-            features = layout.dense_features(state, config, images).permute(0, 2, 3, 1).flatten(0, 2)
-            foreign.append(_relative(features, full))
+    full = sparse_features(states[sparse], images, torch.ones_like(visible))
+
+    def error(features: Tensor) -> float:
+        return _relative(features.permute(0, 2, 3, 1).flatten(0, 2), full)
+
+    foreign = [
+        (layout.name, error(layout.dense_features(state, config, images)))
+        for layout, state in zip(layouts, states, strict=True)
+        if layout.dense_features is not None
+    ]
     return Verification(
-        _relative(masked_dense[visible], sparse_features(visible)),
-        _relative(dense_encoder(images).permute(0, 2, 3, 1).flatten(0, 2), full),
-        _largest(foreign) if foreign else None,
-        tuple(dict.fromkeys(layout.name for layout in layouts if layout.dense_features is not None)),
+        _relative(masked_dense[visible], sparse_features(states[sparse], images, visible)),
+        error(dense_encoder(images)),
+        float(np.max([largest for _, largest in foreign])) if foreign else None,
+        tuple(dict(foreign)),
     )

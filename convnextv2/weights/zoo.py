@@ -88,11 +88,7 @@ PUBLISHED = {file.name: file for file in sorted(_FILES, key=lambda file: ("fcmae
 
 
 def get(name: str) -> PublishedCheckpoint:
-    """The published checkpoint of that name.
-
-    Raises:
-        ValueError: if there is none.
-    """
+    """The published checkpoint of that name; ValueError if there is none."""
     if name not in PUBLISHED:
         raise ValueError(f"no published checkpoint {name!r}; choose one of {', '.join(PUBLISHED)}")
     return PUBLISHED[name]

@@ -16,11 +16,8 @@ LAYOUTS: dict[str, Layout] = {}
 
 
 def register_layout(layout: Layout) -> None:
-    """Make a layout known, to reading, writing, verification and the converter alike.
-
-    Raises:
-        ValueError: if there is one of that name.
-    """
+    """Make a layout known, to reading, writing, verification and the converter alike; ValueError if there is one of
+    that name."""
     if layout.name in LAYOUTS:
         raise ValueError(f"there is a layout {layout.name!r} already; choose another name")
     LAYOUTS[layout.name] = layout
@@ -31,11 +28,7 @@ for _module in pkgutil.iter_modules(__path__):
 
 
 def get_layout(name: str) -> Layout:
-    """The layout of that name.
-
-    Raises:
-        ValueError: if there is none.
-    """
+    """The layout of that name; ValueError if there is none."""
     if name not in LAYOUTS:
         raise ValueError(f"unknown layout {name!r}; choose one of {', '.join(LAYOUTS)}")
     return LAYOUTS[name]
@@ -47,11 +40,7 @@ def foreign_name(name: str, layout: str) -> str:
 
 
 def detect_layout(state_dict: Mapping[str, Tensor]) -> str:
-    """Name of the layout that the names of a state dict follow.
-
-    Raises:
-        CheckpointError: if it is none of ConvNeXt V2's.
-    """
+    """Name of the layout that the names of a state dict follow; CheckpointError if it is none of ConvNeXt V2's."""
     for layout in LAYOUTS.values():
         if layout.recognises(state_dict.keys()):
             return layout.name

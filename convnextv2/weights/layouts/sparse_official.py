@@ -16,63 +16,53 @@ from convnextv2.weights.checkpoint import CheckpointError
 from convnextv2.weights.evaluators import official_sparse_features
 from convnextv2.weights.layout import Layout, read_plainly
 
-_AXES = {"depthwise": 2, "pointwise": 2, "downsample": 3}
-
 
 def _kind(name: str) -> str | None:
-    """Kind of a kernel by our name of it; its rank does not tell."""
-    found = re.match(r"(stages\.\d+\.\d+\.(dw|pw)conv\d?|downsample_layers\.[1-9]\.1)\.weight$", name)
+    """Kind of a convolution by our name of its weight, whose rank does not tell, or of its bias."""
+    found = re.match(r"(stages\.\d+\.\d+\.(dw|pw)conv\d?|downsample_layers\.[1-9]\.1)\.(?:weight|bias)$", name)
     return {"dw": "depthwise", "pw": "pointwise", None: "downsample"}[found[2]] if found else None
-
-
-def _is_bias(name: str) -> bool:
-    """Whether MinkowskiEngine's layer would store this bias with two axes."""
-    return bool(re.match(r"(stages\.\d+\.\d+\.(dwconv|pwconv\d)|downsample_layers\.[1-9]\.1)\.bias$", name))
 
 
 def taps_to_map(kernel: Tensor) -> Tensor:
     """Kernel with its taps along the first axis, rows fastest, as ``[y, x]`` in the last two axes.
 
-    Args:
-        kernel: ``[K², C]`` or ``[K², Cin, Cout]``.
-
-    Returns:
-        ``[C, K, K]`` or ``[Cout, Cin, K, K]``.
-
-    Raises:
-        CheckpointError: if the number of taps is not a square.
+    ``[K², C]`` becomes ``[C, K, K]``, and ``[K², Cin, Cout]`` ``[Cout, Cin, K, K]``. Raises CheckpointError if the
+    number of taps is not a square.
     """
     side = math.isqrt(kernel.shape[0])
     if side * side != kernel.shape[0]:
         raise CheckpointError(f"a kernel has {kernel.shape[0]} taps, which is not a square")
-    axes = tuple(reversed(range(kernel.dim())))
-    return kernel.permute(axes).unflatten(-1, (side, side)).transpose(-1, -2).contiguous()
+    return kernel.transpose(0, -1).unflatten(-1, (side, side)).transpose(-1, -2).contiguous()
 
 
 def map_to_taps(weight: Tensor) -> Tensor:
     """Inverse of :func:`taps_to_map`."""
-    flat = weight.transpose(-1, -2).flatten(-2)
-    return flat.permute(tuple(reversed(range(flat.dim())))).contiguous()
+    return weight.transpose(-1, -2).flatten(-2).transpose(0, -1).contiguous()
 
 
 def _read(name: str, source: str, tensor: Tensor) -> Tensor:
     kind = _kind(name)
+    if kind is not None and name.endswith(".bias"):
+        return tensor.flatten()
     if kind is None or not source.endswith(".kernel"):
-        return tensor.flatten() if _is_bias(name) else read_plainly(name, source, tensor)
-    if tensor.dim() != _AXES[kind]:
-        raise CheckpointError(f"{source}: a {kind} kernel has {_AXES[kind]} axes, this one {list(tensor.shape)}")
+        return read_plainly(name, source, tensor)
+    axes = 3 if kind == "downsample" else 2
+    if tensor.dim() != axes:
+        raise CheckpointError(f"{source}: a {kind} kernel has {axes} axes, this one {list(tensor.shape)}")
     if kind == "pointwise":
         return tensor.t().contiguous()
     return taps_to_map(tensor).unsqueeze(1) if kind == "depthwise" else taps_to_map(tensor)
 
 
 def _write(name: str, tensor: Tensor, config: EncoderConfig) -> Tensor:
-    kind = _kind(name)
-    if kind in ("depthwise", "downsample"):
-        return map_to_taps(tensor.squeeze(1) if kind == "depthwise" else tensor)
     if name.startswith("stages.") and ".grn." in name:
         return tensor.view(1, -1)
-    return tensor[None] if _is_bias(name) and ".pwconv" not in name else tensor
+    kind = _kind(name)
+    if kind is None or kind == "pointwise":
+        return tensor
+    if name.endswith(".bias"):
+        return tensor[None]
+    return map_to_taps(tensor.squeeze(1) if kind == "depthwise" else tensor)
 
 
 LAYOUT = Layout(
