@@ -11,7 +11,7 @@ from sparse_ops import ActiveSet, Backend, convnext_mlp, depthwise_conv, get_bac
 from sparse_ops.backend import MLPCall
 from sparse_ops.conformance import check_conformance, check_mlp_conformance
 from sparse_ops.conformance_cases import CASES, MLP_CASES, ConformanceCase, MLPCase, random_case
-from sparse_ops.oracle import oracle_depthwise
+from sparse_ops.oracle import dense_depthwise
 from sparse_ops.pointwise import MLPWeights
 from sparse_ops.workspace import Workspace
 
@@ -301,9 +301,9 @@ def test_mlp_conformance_refuses_backends_that_do_not_fuse():
 
 def test_oracle_equals_a_sum_written_out():
     visible = torch.tensor([[[True, False, True]]])
-    x = torch.tensor([[1.0], [2.0]], requires_grad=True)
-    weight = torch.arange(25.0).view(1, 1, 5, 5)
-    out = oracle_depthwise(x, weight, torch.tensor([100.0]), visible, side=1)
+    x = torch.tensor([[1.0], [2.0]], dtype=torch.float64, requires_grad=True)
+    weight = torch.arange(25.0, dtype=torch.float64).view(1, 1, 5, 5)
+    out = dense_depthwise(x, weight, torch.tensor([100.0], dtype=torch.float64), visible, side=1)
     centre = 12
     assert out.flatten().tolist() == [100 + centre + 2 * (centre + 2), 100 + 2 * centre + (centre - 2)]
     out.sum().backward()
