@@ -100,9 +100,25 @@ class ActiveSet:
 
     def __init__(self, patches: _PatchIndex, side: int) -> None:
         morton_coordinates(side)
-        self._patches = patches
-        self.side = side
+        self._patches, self.side = patches, side
         self._tables: dict[Any, Tensor] = {}
+        self.device, self.batch_size = patches.flat_P.device, patches.batch_size
+        self.grid_size = patches.grid_size
+        """Patches (gh, gw) of an image, masked ones included."""
+        self.map_size = patches.grid_size[0] * side, patches.grid_size[1] * side
+        """Cells (H, W) of the dense feature map at this stage."""
+        self.num_patches = patches.flat_P.numel()
+        """P, the visible patches of the whole batch."""
+        self.num_cells = self.num_patches * side * side
+        """N, the rows of a feature matrix."""
+        self.workspace = patches.workspace
+        """Memory for temporaries, shared by all stages of a pass."""
+        self.backend_cache = patches.backend_cache
+        """What backends keep about the visible patches; shared by all stages of a pass, as the patches are."""
+        self.patch_index = patches.flat_P
+        """``[P]`` int64: each visible patch's place among all patches of the batch, ``image · L + patch``."""
+        self.patch_coordinates = patches.coordinates_P3
+        """``[P, 3]`` int64: image, patch row, patch column."""
 
     @classmethod
     def from_mask(
@@ -165,34 +181,6 @@ class ActiveSet:
         return ActiveSet(self._patches, self.side // 2)
 
     @property
-    def device(self) -> torch.device:
-        return self._patches.flat_P.device
-
-    @property
-    def batch_size(self) -> int:
-        return self._patches.batch_size
-
-    @property
-    def grid_size(self) -> tuple[int, int]:
-        """Patches (gh, gw) of an image, masked ones included."""
-        return self._patches.grid_size
-
-    @property
-    def map_size(self) -> tuple[int, int]:
-        """Cells (H, W) of the dense feature map at this stage."""
-        return self.grid_size[0] * self.side, self.grid_size[1] * self.side
-
-    @property
-    def num_patches(self) -> int:
-        """P, the visible patches of the whole batch."""
-        return self._patches.flat_P.numel()
-
-    @property
-    def num_cells(self) -> int:
-        """N, the rows of a feature matrix."""
-        return self.num_patches * self.side * self.side
-
-    @property
     def cell_counts(self) -> tuple[int, ...]:
         """Active cells of each image."""
         return tuple(c * self.side * self.side for c in self._patches.counts)
@@ -202,26 +190,6 @@ class ActiveSet:
         """Active cells of every image if all have the same number, else None."""
         counts = self._patches.counts
         return counts[0] * self.side * self.side if counts and min(counts) == max(counts) else None
-
-    @property
-    def workspace(self) -> Workspace:
-        """Memory for temporaries, shared by all stages of a pass."""
-        return self._patches.workspace
-
-    @property
-    def backend_cache(self) -> dict[Any, Any]:
-        """What backends keep about the visible patches; shared by all stages of a pass, as the patches are."""
-        return self._patches.backend_cache
-
-    @property
-    def patch_index(self) -> Tensor:
-        """``[P]`` int64: each visible patch's place among all patches of the batch, ``image · L + patch``."""
-        return self._patches.flat_P
-
-    @property
-    def patch_coordinates(self) -> Tensor:
-        """``[P, 3]`` int64: image, patch row, patch column."""
-        return self._patches.coordinates_P3
 
     @property
     @_kept

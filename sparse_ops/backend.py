@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,23 @@ from sparse_ops.active_set import ActiveSet
 from sparse_ops.grid import Grid, GRNScope
 from sparse_ops.pointwise import MLPWeights
 from sparse_ops.workspace import Workspace
+
+
+class MLPCall(NamedTuple):
+    """The arguments of :meth:`Backend.mlp`. Tensors are contiguous."""
+
+    x: Tensor
+    """``[N, C]``."""
+    row_offsets: Tensor
+    """``[G + 1]`` int64 on the device of ``x``: GRN norms are taken over the rows of each group."""
+    rows: Tensor | None
+    """``[M]`` int64, distinct: the rows of the result to compute; all of them if None."""
+    weights: MLPWeights
+    """Of any C and D."""
+    eps: tuple[float, float]
+    """Added to the variance of the LayerNorm, and to the mean of GRN's norms."""
+    workspace: Workspace
+    """Memory for temporaries."""
 
 
 class Backend(ABC):
@@ -92,40 +109,14 @@ class Backend(ABC):
         which is wider under autocast."""
         return False
 
-    def mlp(
-        self,
-        x: Tensor,
-        weights: MLPWeights,
-        row_offsets: Tensor,
-        rows: Tensor | None,
-        eps: tuple[float, float],
-        workspace: Workspace,
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def mlp(self, call: MLPCall) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The pointwise half of a block in one piece, from LayerNorm to projection.
-
-        Args:
-            x: ``[N, C]``, contiguous, as all tensors are.
-            weights: of any C and D.
-            row_offsets: ``[G + 1]`` int64 on the device of ``x``: GRN norms are taken over the rows of each group.
-            rows: ``[M]`` int64, distinct: the rows of the result to compute; all of them if None.
-            eps: added to the variance of the LayerNorm, and to the mean of GRN's norms.
-            workspace: memory for temporaries.
 
         Returns:
             The result, ``[N, C]`` or ``[M, C]``, and the tensors that :meth:`mlp_backward` needs.
         """
         raise NotImplementedError(f"backend {self.name!r} has no fused MLP")
 
-    def mlp_backward(
-        self,
-        grad: Tensor,
-        x: Tensor,
-        weights: MLPWeights,
-        row_offsets: Tensor,
-        rows: Tensor | None,
-        kept: tuple[Tensor, ...],
-        eps: tuple[float, float],
-        workspace: Workspace,
-    ) -> list[Tensor]:
+    def mlp_backward(self, grad: Tensor, call: MLPCall, kept: tuple[Tensor, ...]) -> list[Tensor]:
         """Gradients for ``x`` and for the eight weights, from ``grad`` (of the result) and what :meth:`mlp` kept."""
         raise NotImplementedError(f"backend {self.name!r} has no fused MLP")

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sparse_ops.active_set import ActiveSet
-from sparse_ops.backend import Backend
+from sparse_ops.backend import Backend, MLPCall
 from sparse_ops.pointwise import MLPWeights, autocast_dtype, wide_dtype
 from sparse_ops.workspace import Workspace
 
@@ -91,30 +91,20 @@ def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None, active: Activ
 
 class _MLP(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        row_offsets: Tensor,
-        rows: Tensor | None,
-        eps: tuple[float, float],
-        backend: Backend,
-        workspace: Workspace,
-        *tensors: Tensor,
-    ) -> Tensor:
-        out, kept = backend.mlp(x, MLPWeights(*tensors), row_offsets, rows, eps, workspace)
-        ctx.save_for_backward(x, row_offsets, rows, *tensors, *kept)
-        ctx.eps, ctx.backend, ctx.workspace = eps, backend, workspace
+    def forward(ctx: Any, backend: Backend, eps: tuple[float, float], workspace: Workspace, *tensors: Any) -> Tensor:
+        x, row_offsets, rows, *weights = tensors
+        out, kept = backend.mlp(MLPCall(x, row_offsets, rows, MLPWeights(*weights), eps, workspace))
+        ctx.save_for_backward(*tensors, *kept)
+        ctx.backend, ctx.eps, ctx.workspace = backend, eps, workspace
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, row_offsets, rows, *rest = ctx.saved_tensors
-        weights, kept = MLPWeights(*rest[:8]), tuple(rest[8:])
-        grad_x, *grads = ctx.backend.mlp_backward(
-            grad.contiguous(), x, weights, row_offsets, rows, kept, ctx.eps, ctx.workspace
-        )
-        return grad_x, None, None, None, None, None, *grads
+        call = MLPCall(x, row_offsets, rows, MLPWeights(*rest[:8]), ctx.eps, ctx.workspace)
+        grad_x, *grads = ctx.backend.mlp_backward(grad.contiguous(), call, tuple(rest[8:]))
+        return None, None, None, grad_x, None, None, *grads
 
 
 def convnext_mlp(
@@ -153,11 +143,8 @@ def convnext_mlp(
     if x.dim() != 2 or found != expected:
         raise ValueError(f"expected x [N, C] and weights {expected} for C={channels}, got {tuple(x.shape)} and {found}")
     return _MLP.apply(
-        x.contiguous(),
-        row_offsets.contiguous(),
-        None if rows is None else rows.contiguous(),
-        eps,
         backend,
+        eps,
         Workspace() if workspace is None else workspace,
-        *(tensor.contiguous() for tensor in weights),
+        *(None if tensor is None else tensor.contiguous() for tensor in (x, row_offsets, rows, *weights)),
     )

@@ -82,22 +82,9 @@ def pointwise_conv(layer: nn.Conv2d, cells: Tensor) -> Tensor:
 def mlp_weights(layers: MLP) -> MLPWeights | None:
     """What the layers compute with, or None where calling them does more than that."""
     norm, pwconv1, act, grn, pwconv2 = layers
-    own = (
-        _computes_as(norm, nn.LayerNorm)
-        and _computes_as(pwconv1, nn.Linear)
-        and _computes_as(act, nn.GELU)
-        and _computes_as(grn, GRN)
-        and _computes_as(pwconv2, nn.Linear)
-    )
-    if not own or any(has_hooks(layer) for layer in layers) or act.approximate != "none":
+    kinds = nn.LayerNorm, nn.Linear, nn.GELU, GRN, nn.Linear
+    own = all(_computes_as(layer, kind) and not has_hooks(layer) for layer, kind in zip(layers, kinds, strict=True))
+    if not own or act.approximate != "none":
         return None
-    return MLPWeights(
-        norm.weight,
-        norm.bias,
-        pwconv1.weight,
-        pwconv1.bias,
-        grn.gamma.flatten(),
-        grn.beta.flatten(),
-        pwconv2.weight,
-        pwconv2.bias,
-    )
+    of_grn = grn.gamma.flatten(), grn.beta.flatten()
+    return MLPWeights(norm.weight, norm.bias, pwconv1.weight, pwconv1.bias, *of_grn, pwconv2.weight, pwconv2.bias)

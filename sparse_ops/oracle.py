@@ -1,7 +1,7 @@
 """The dense truth: sparse operations computed the obvious way, through dense maps that are masked again and again.
 
-Rows are put on a dense map, which is convolved, and the visible cells are read, all in float64. Coordinates come from
-plain loops below and share no code with the active set or a backend.
+Rows are put on a dense map, which is convolved, and the visible cells are read; the truth is what comes of float64.
+Coordinates come from plain loops below and share no code with the active set or a backend.
 """
 
 from __future__ import annotations
@@ -61,12 +61,6 @@ def dense_depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, visible: Ten
     dense = rows.view(batch, height, width, -1).permute(0, 3, 1, 2)
     out = F.conv2d(dense, weight, bias, padding=weight.shape[-1] // 2, groups=weight.shape[0])
     return out.permute(0, 2, 3, 1).reshape(batch * height * width, -1).index_select(0, flat)
-
-
-def oracle_depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, visible: Tensor, side: int) -> Tensor:
-    """:func:`dense_depthwise` in float64, whatever the dtype of ``x``."""
-    wide_bias = None if bias is None else bias.double()
-    return dense_depthwise(x.double(), weight.double(), wide_bias, visible, side)
 
 
 def plain_mlp(x: Tensor, weights: MLPWeights, row_offsets: Tensor, eps: tuple[float, float] = (1e-6, 1e-6)) -> Tensor:

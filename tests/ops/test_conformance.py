@@ -8,9 +8,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from sparse_ops import ActiveSet, Backend, convnext_mlp, depthwise_conv, get_backend, registry
+from sparse_ops.backend import MLPCall
 from sparse_ops.conformance import check_conformance, check_mlp_conformance
 from sparse_ops.conformance_cases import CASES, MLP_CASES, ConformanceCase, MLPCase, random_case
-from sparse_ops.oracle import oracle_depthwise
+from sparse_ops.oracle import dense_depthwise
 from sparse_ops.pointwise import MLPWeights
 from sparse_ops.workspace import Workspace
 
@@ -161,13 +162,13 @@ class Correct(type(get_backend("reference"))):
     def fuses_mlp(self, device, dtype, weights_dtype) -> bool:
         return True
 
-    def mlp(self, x, weights, row_offsets, rows, eps, workspace):
-        return self._mlp(x, *weights, row_offsets=row_offsets), ()
+    def mlp(self, call):
+        return self._mlp(call.x, *call.weights, row_offsets=call.row_offsets), ()
 
-    def mlp_backward(self, grad, x, weights, row_offsets, rows, kept, eps, workspace):
+    def mlp_backward(self, grad, call, kept):
         with torch.enable_grad():
-            leaves = [t.detach().requires_grad_() for t in (x, *weights)]
-            return list(torch.autograd.grad(self._mlp(*leaves, row_offsets=row_offsets), leaves, grad))
+            leaves = [t.detach().requires_grad_() for t in (call.x, *call.weights)]
+            return list(torch.autograd.grad(self._mlp(*leaves, row_offsets=call.row_offsets), leaves, grad))
 
     approximate = "none"
 
@@ -300,9 +301,9 @@ def test_mlp_conformance_refuses_backends_that_do_not_fuse():
 
 def test_oracle_equals_a_sum_written_out():
     visible = torch.tensor([[[True, False, True]]])
-    x = torch.tensor([[1.0], [2.0]], requires_grad=True)
-    weight = torch.arange(25.0).view(1, 1, 5, 5)
-    out = oracle_depthwise(x, weight, torch.tensor([100.0]), visible, side=1)
+    x = torch.tensor([[1.0], [2.0]], dtype=torch.float64, requires_grad=True)
+    weight = torch.arange(25.0, dtype=torch.float64).view(1, 1, 5, 5)
+    out = dense_depthwise(x, weight, torch.tensor([100.0], dtype=torch.float64), visible, side=1)
     centre = 12
     assert out.flatten().tolist() == [100 + centre + 2 * (centre + 2), 100 + 2 * centre + (centre - 2)]
     out.sum().backward()
@@ -337,11 +338,11 @@ def run_every_kernel(backend: Backend, device: str) -> None:
         values = case.values(torch.float32, device)
         features, grad = values.pop("x"), values.pop("grad")
         weights, offsets = MLPWeights(**values), case.row_offsets.to(device)
-        eps, workspace = (1e-6, 1e-6), Workspace()
-        out, kept = backend.mlp(features, weights, offsets, some_rows, eps, workspace)
+        call = MLPCall(features, offsets, some_rows, weights, (1e-6, 1e-6), Workspace())
+        out, kept = backend.mlp(call)
         grad = grad if some_rows is None else grad[some_rows]
         assert out.shape == grad.shape
-        backend.mlp_backward(grad, features, weights, offsets, some_rows, kept, eps, workspace)
+        backend.mlp_backward(grad, call, kept)
 
 
 @pytest.mark.parametrize("device", DEVICES)

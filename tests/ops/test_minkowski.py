@@ -19,7 +19,7 @@ from sparse_ops.backends.minkowski import layers as minkowski
 from sparse_ops.backends.minkowski.backend import Coordinates, MinkowskiGrid
 from sparse_ops.conformance import check_conformance
 from sparse_ops.conformance_cases import CASES
-from sparse_ops.oracle import oracle_depthwise, visible_from_text
+from sparse_ops.oracle import dense_depthwise, visible_from_text
 
 ROOT = Path(__file__).parents[2]
 VISIBLE = visible_from_text("..#./#.#.", "####/####", ".#.#/##..")
@@ -76,7 +76,7 @@ def test_depthwise_layer_against_the_oracle_in_a_shuffled_order(kernel_size, dty
     out = rows_of(layer(sparse_tensor(ours, active, order.to(device))), active)
     found = [out, *torch.autograd.grad(out, [ours, layer.kernel, layer.bias], grad.to(device, dtype))]
     leaves = [t.requires_grad_() for t in (x, weight, bias)]
-    oracle = oracle_depthwise(*leaves, VISIBLE, side=4)
+    oracle = dense_depthwise(*leaves, VISIBLE, side=4)
     expected = [oracle, *torch.autograd.grad(oracle, leaves, grad)]
     expected[2], expected[3] = taps(expected[2]), expected[3][None]
     errors = [relative_error(a.detach().cpu(), b.detach()) for a, b in zip(found, expected, strict=True)]

@@ -11,13 +11,11 @@ import torch
 from torch import Tensor
 
 from sparse_ops.active_set import ActiveSet
-from sparse_ops.backend import Backend
+from sparse_ops.backend import Backend, MLPCall
 from sparse_ops.backends._operators import run
 from sparse_ops.backends.cpu import composed
 from sparse_ops.backends.cpu.library import DTYPES, load
 from sparse_ops.backends.cpu.operators import cpu_depthwise, cpu_depthwise_weight_grad, cpu_mlp, cpu_mlp_backward
-from sparse_ops.pointwise import MLPWeights
-from sparse_ops.workspace import Workspace
 
 KERNEL_SIZES = (3, 5, 7)
 
@@ -68,39 +66,22 @@ class CPUBackend(Backend):
     def fuses_mlp(self, device: torch.device, dtype: torch.dtype, weights_dtype: torch.dtype) -> bool:
         return device.type == "cpu" and dtype in (torch.float32, torch.float64) and weights_dtype == dtype
 
-    def mlp(
-        self,
-        x: Tensor,
-        weights: MLPWeights,
-        row_offsets: Tensor,
-        rows: Tensor | None,
-        eps: tuple[float, float],
-        workspace: Workspace,
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        if not _fits(x.shape[1], rows):
-            return composed.forward(x, weights, row_offsets, rows, eps, workspace)
-        *kept, out = run(cpu_mlp, x, list(weights), row_offsets, *eps)
+    def mlp(self, call: MLPCall) -> tuple[Tensor, tuple[Tensor, ...]]:
+        if not _fits(call):
+            return composed.forward(call)
+        *kept, out = run(cpu_mlp, call.x, list(call.weights), call.row_offsets, *call.eps)
         return out, tuple(kept)
 
-    def mlp_backward(
-        self,
-        grad: Tensor,
-        x: Tensor,
-        weights: MLPWeights,
-        row_offsets: Tensor,
-        rows: Tensor | None,
-        kept: tuple[Tensor, ...],
-        eps: tuple[float, float],
-        workspace: Workspace,
-    ) -> list[Tensor]:
-        if not _fits(x.shape[1], rows):
-            return composed.backward(grad, x, weights, row_offsets, rows, kept, eps[1], workspace)
-        return run(cpu_mlp_backward, grad, x, list(weights), row_offsets, list(kept), *eps)
+    def mlp_backward(self, grad: Tensor, call: MLPCall, kept: tuple[Tensor, ...]) -> list[Tensor]:
+        if not _fits(call):
+            return composed.backward(grad, call, kept)
+        return run(cpu_mlp_backward, grad, call.x, list(call.weights), call.row_offsets, list(kept), *call.eps)
 
 
-def _fits(channels: int, rows: Tensor | None) -> bool:
+def _fits(call: MLPCall) -> bool:
     """Whether the whole pointwise half is one kernel; else it is composed of several and of torch's products."""
-    return rows is None and channels <= MLP_MAX_CHANNELS and channels % MLP_CHANNELS_MULTIPLE == 0
+    channels = call.x.shape[1]
+    return call.rows is None and channels <= MLP_MAX_CHANNELS and channels % MLP_CHANNELS_MULTIPLE == 0
 
 
 BACKEND = CPUBackend()

@@ -8,22 +8,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparse_ops.backend import MLPCall
 from sparse_ops.backends._operators import run
 from sparse_ops.backends.cpu.operators import cpu_gelu_grn, cpu_gelu_grn_backward, cpu_layer_norm_backward
-from sparse_ops.pointwise import MLPWeights
-from sparse_ops.workspace import Workspace
 
 
-def forward(
-    x: Tensor,
-    weights: MLPWeights,
-    row_offsets: Tensor,
-    rows: Tensor | None,
-    eps: tuple[float, float],
-    workspace: Workspace,
-) -> tuple[Tensor, tuple[Tensor, ...]]:
+def forward(call: MLPCall) -> tuple[Tensor, tuple[Tensor, ...]]:
     """See :meth:`sparse_ops.backend.Backend.mlp`."""
-    norm_weight, norm_bias, w1, b1, gamma, beta, w2, b2 = weights
+    x, row_offsets, rows, (norm_weight, norm_bias, w1, b1, gamma, beta, w2, b2), eps, workspace = call
     normed, mean, rstd = torch.native_layer_norm(x, [x.shape[1]], norm_weight, norm_bias, eps[0])
     h = normed @ w1.t()
     y = workspace.take("y", h.shape, h)
@@ -31,18 +23,9 @@ def forward(
     return torch.addmm(b2, y if rows is None else y[rows], w2.t()), (h, mean, rstd, norms)
 
 
-def backward(
-    grad: Tensor,
-    x: Tensor,
-    weights: MLPWeights,
-    row_offsets: Tensor,
-    rows: Tensor | None,
-    kept: tuple[Tensor, ...],
-    grn_eps: float,
-    workspace: Workspace,
-) -> list[Tensor]:
+def backward(grad: Tensor, call: MLPCall, kept: tuple[Tensor, ...]) -> list[Tensor]:
     """See :meth:`sparse_ops.backend.Backend.mlp_backward`."""
-    norm_weight, norm_bias, w1, b1, gamma, beta, w2, _ = weights
+    x, row_offsets, rows, (norm_weight, norm_bias, w1, b1, gamma, beta, w2, _), eps, workspace = call
     h, mean, rstd, norms = kept
     grad_h, y = (workspace.take(slot, h.shape, h) for slot in ("grad", "y"))
     if rows is None:
@@ -50,7 +33,7 @@ def backward(
     else:
         grad_h.zero_().index_copy_(0, rows, grad @ w2)
     grad_gamma, grad_beta, grad_b1 = run(
-        cpu_gelu_grn_backward, grad_h, h, b1, gamma, beta, norms, row_offsets, grn_eps, y
+        cpu_gelu_grn_backward, grad_h, h, b1, gamma, beta, norms, row_offsets, eps[1], y
     )
     grad_w2, grad_b2 = grad.t() @ (y if rows is None else y[rows]), grad.sum(0)
     normed, grad_normed = (workspace.take(slot, x.shape, x) for slot in ("normed", "grad_normed"))

@@ -1,4 +1,4 @@
-"""The compiled library: finding it, its structures of arguments, calling it.
+"""The compiled library: finding it, its functions and their structures of arguments, calling them.
 
 ``SPARSE_OPS_CPU_LIBRARY`` names another build of it than the one beside this file: that of ``make sanitize``.
 """
@@ -9,14 +9,18 @@ import ctypes
 import os
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from sparse_ops.pointwise import MLPWeights
+
 INTERFACE_VERSION = 4
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
-MLP_PARAMETERS = ("norm_weight", "norm_bias", "w1", "b1", "gamma", "beta", "w2", "b2")
+MLP_PARAMETERS = MLPWeights._fields
 MLP_OUTPUTS = ("h", "mean", "rstd", "norms", "out")
+MLP_GRADS = tuple(f"grad_{name}" for name in ("x", *MLP_PARAMETERS))
 
 _REMEDY = (
     "install a C++ compiler (Debian: apt install g++; conda: conda install -c conda-forge gxx) "
@@ -24,51 +28,33 @@ _REMEDY = (
 )
 
 
-class DepthwiseArgs(ctypes.Structure):
-    """Arguments of the convolution and its weight gradient; meanings are in csrc/kernels.h."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("x", "other", "bias", "neighbours", "out")),
-        *((name, ctypes.c_int64) for name in ("patches", "channels")),
-        *((name, ctypes.c_int) for name in ("side", "kernel", "reverse_taps", "threads")),
-    )
+_KINDS = {"pointers": ctypes.c_void_p, "doubles": ctypes.c_double, "sizes": ctypes.c_int64, "ints": ctypes.c_int}
 
 
-class GeluGrnArgs(ctypes.Structure):
-    """Arguments of GELU with GRN, both ways."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("h", "bias", "gamma", "beta", "offsets", "norms", "y", "grad")),
-        *((name, ctypes.c_void_p) for name in ("grad_gamma", "grad_beta", "grad_bias")),
-        ("eps", ctypes.c_double),
-        *((name, ctypes.c_int64) for name in ("groups", "dim")),
-        ("threads", ctypes.c_int),
-    )
+def _structure(**names: str) -> type[ctypes.Structure]:
+    """Arguments of kernels: the names of each kind, in the order of csrc/kernels.h, which says what they mean."""
+    fields = [(name, _KINDS[kind]) for kind, own in names.items() for name in own.split()]
+    return type("Arguments", (ctypes.Structure,), {"_fields_": fields})
 
 
-class LayerNormArgs(ctypes.Structure):
-    """Arguments of LayerNorm's backward pass."""
-
-    _fields_ = (
-        *(
-            (name, ctypes.c_void_p)
-            for name in ["grad", "x", "mean", "rstd", "weight", "bias", "normed", "grad_x", "grad_weight", "grad_bias"]
-        ),
-        *((name, ctypes.c_int64) for name in ("rows", "channels")),
-        ("threads", ctypes.c_int),
-    )
-
-
-class MLPArgs(ctypes.Structure):
-    """Arguments of the pointwise half of a block, both ways."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ["x", *MLP_PARAMETERS, "offsets", *MLP_OUTPUTS]),
-        *((name, ctypes.c_void_p) for name in ["grad", "grad_x", *(f"grad_{name}" for name in MLP_PARAMETERS)]),
-        *((name, ctypes.c_double) for name in ("norm_eps", "grn_eps")),
-        *((name, ctypes.c_int64) for name in ("groups", "channels", "dim")),
-        ("threads", ctypes.c_int),
-    )
+DEPTHWISE = _structure(
+    pointers="x other bias neighbours out", sizes="patches channels", ints="side kernel reverse_taps threads"
+)
+GELU_GRN = _structure(
+    pointers="h bias gamma beta offsets norms y grad grad_gamma grad_beta grad_bias",
+    doubles="eps",
+    sizes="groups dim",
+    ints="threads",
+)
+LAYER_NORM = _structure(
+    pointers="grad x mean rstd weight bias normed grad_x grad_weight grad_bias", sizes="rows channels", ints="threads"
+)
+MLP = _structure(
+    pointers=" ".join(["x", *MLP_PARAMETERS, "offsets", *MLP_OUTPUTS, "grad", *MLP_GRADS]),
+    doubles="norm_eps grn_eps",
+    sizes="groups channels dim",
+    ints="threads",
+)
 
 
 @cache
@@ -94,15 +80,14 @@ def load() -> tuple[ctypes.CDLL | None, str | None]:
     return library, None
 
 
-def call(function: str, args: ctypes.Structure, dtype: torch.dtype) -> None:
-    """Call the library's function of that name for tensors of ``dtype``."""
+def call(function: str, arguments: type[ctypes.Structure], dtype: torch.dtype, **fields: Any) -> None:
+    """Call the library's function of that name for numbers of ``dtype``; contiguous tensors go as pointers."""
     library, _ = load()
     assert library is not None
+    for name, value in fields.items():
+        if isinstance(value, Tensor):
+            assert value.is_contiguous()
+            fields[name] = value.data_ptr()
+    args = arguments(threads=torch.get_num_threads(), **fields)
     status = getattr(library, function)(ctypes.byref(args), DTYPES[dtype])
     assert status == 0, f"{function} has no kernel for {dtype}"
-
-
-def pointer(tensor: Tensor | None) -> int | None:
-    """Address of a contiguous tensor's numbers."""
-    assert tensor is None or tensor.is_contiguous()
-    return None if tensor is None else tensor.data_ptr()

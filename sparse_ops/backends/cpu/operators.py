@@ -2,28 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sparse_ops.backends.cpu.library import (
-    MLP_OUTPUTS,
-    MLP_PARAMETERS,
-    DepthwiseArgs,
-    GeluGrnArgs,
-    LayerNormArgs,
-    MLPArgs,
-    call,
-    pointer,
-)
-
-
-def _launch(function: str, kind: type[ctypes.Structure], dtype: torch.dtype, **fields: Any) -> None:
-    """Call the library with the fields of a structure of arguments: tensors as pointers, and torch's threads."""
-    values = {name: pointer(value) if isinstance(value, Tensor) else value for name, value in fields.items()}
-    call(function, kind(threads=torch.get_num_threads(), **values), dtype)
+from sparse_ops.backends.cpu import library
+from sparse_ops.backends.cpu.library import MLP_GRADS, MLP_OUTPUTS, MLP_PARAMETERS, call
 
 
 def _alike(*tensors: Tensor) -> list[Tensor]:
@@ -38,7 +23,7 @@ def cpu_depthwise(
     out = torch.empty_like(x)
     tensors = {"x": x, "other": weight, "bias": bias, "neighbours": neighbours, "out": out}
     sizes = {"patches": neighbours.shape[0], "channels": x.shape[1], "side": side, "kernel": weight.shape[-1]}
-    _launch("sparse_ops_depthwise", DepthwiseArgs, x.dtype, **tensors, **sizes, reverse_taps=reverse_taps)
+    call("sparse_ops_depthwise", library.DEPTHWISE, x.dtype, **tensors, **sizes, reverse_taps=reverse_taps)
     return out
 
 
@@ -51,13 +36,11 @@ def cpu_depthwise_weight_grad(x: Tensor, grad: Tensor, neighbours: Tensor, side:
     out = x.new_empty(x.shape[1], 1, kernel_size, kernel_size)
     sizes = {"patches": neighbours.shape[0], "channels": x.shape[1], "side": side, "kernel": kernel_size}
     tensors = {"x": x, "other": grad, "neighbours": neighbours, "out": out}
-    _launch("sparse_ops_depthwise_weight_grad", DepthwiseArgs, x.dtype, **tensors, **sizes)
+    call("sparse_ops_depthwise_weight_grad", library.DEPTHWISE, x.dtype, **tensors, **sizes)
     return out
 
 
-@cpu_depthwise_weight_grad.register_fake
-def _(x: Tensor, grad: Tensor, neighbours: Tensor, side: int, kernel_size: int) -> Tensor:
-    return x.new_empty(x.shape[1], 1, kernel_size, kernel_size)
+cpu_depthwise_weight_grad.register_fake(lambda x, *rest: x.new_empty(x.shape[1], 1, rest[-1], rest[-1]))
 
 
 @torch.library.custom_op("sparse_ops::cpu_gelu_grn", mutates_args=("out",), device_types="cpu")
@@ -74,7 +57,7 @@ def cpu_gelu_grn(
     groups, dim = row_offsets.numel() - 1, h.shape[1]
     norms = h.new_empty(groups, dim)
     tensors = {"h": h, "bias": bias, "gamma": gamma, "beta": beta, "offsets": row_offsets, "norms": norms, "y": out}
-    _launch("sparse_ops_gelu_grn", GeluGrnArgs, h.dtype, **tensors, eps=eps, groups=groups, dim=dim)
+    call("sparse_ops_gelu_grn", library.GELU_GRN, h.dtype, **tensors, eps=eps, groups=groups, dim=dim)
     return norms
 
 
@@ -102,7 +85,7 @@ def cpu_gelu_grn_backward(
     grads = _alike(gamma, beta, beta)
     tensors |= {"grad": grad, **dict(zip(("grad_gamma", "grad_beta", "grad_bias"), grads, strict=True))}
     sizes = {"groups": row_offsets.numel() - 1, "dim": h.shape[1]}
-    _launch("sparse_ops_gelu_grn_backward", GeluGrnArgs, h.dtype, **tensors, **sizes, eps=eps)
+    call("sparse_ops_gelu_grn_backward", library.GELU_GRN, h.dtype, **tensors, **sizes, eps=eps)
     return grads[0], grads[1], grads[2]
 
 
@@ -123,19 +106,17 @@ def cpu_layer_norm_backward(
     grads = _alike(x, weight, bias)
     tensors |= zip(("grad_x", "grad_weight", "grad_bias"), grads, strict=True)
     sizes = {"rows": x.shape[0], "channels": x.shape[1]}
-    _launch("sparse_ops_layer_norm_backward", LayerNormArgs, x.dtype, **tensors, **sizes)
+    call("sparse_ops_layer_norm_backward", library.LAYER_NORM, x.dtype, **tensors, **sizes)
     return grads[0], grads[1], grads[2]
 
 
 cpu_layer_norm_backward.register_fake(lambda grad, x, mean, rstd, weight, bias, _: tuple(_alike(x, weight, bias)))
 
 
-def _mlp_fields(
-    x: Tensor, parameters: list[Tensor], row_offsets: Tensor, norm_eps: float, grn_eps: float
-) -> dict[str, Any]:
+def _call_mlp(function: str, x: Tensor, parameters: list[Tensor], row_offsets: Tensor, **fields: Any) -> None:
     sizes = {"groups": row_offsets.numel() - 1, "channels": x.shape[1], "dim": parameters[2].shape[0]}
-    named = zip(MLP_PARAMETERS, parameters, strict=True)
-    return {"x": x, **dict(named), "offsets": row_offsets, "norm_eps": norm_eps, "grn_eps": grn_eps, **sizes}
+    fields |= zip(MLP_PARAMETERS, parameters, strict=True)
+    call(function, library.MLP, x.dtype, x=x, offsets=row_offsets, **sizes, **fields)
 
 
 def _mlp_outputs(
@@ -152,8 +133,7 @@ def cpu_mlp(x: Tensor, parameters: list[Tensor], row_offsets: Tensor, norm_eps: 
     """See :meth:`sparse_ops.backend.Backend.mlp`: what is kept, then the result."""
     outputs = _mlp_outputs(x, parameters, row_offsets, norm_eps, grn_eps)
     named = dict(zip(MLP_OUTPUTS, outputs, strict=True))
-    fields = _mlp_fields(x, parameters, row_offsets, norm_eps, grn_eps)
-    _launch("sparse_ops_mlp", MLPArgs, x.dtype, **fields, **named)
+    _call_mlp("sparse_ops_mlp", x, parameters, row_offsets, norm_eps=norm_eps, grn_eps=grn_eps, **named)
     return outputs
 
 
@@ -172,10 +152,8 @@ def cpu_mlp_backward(
 ) -> list[Tensor]:
     """See :meth:`sparse_ops.backend.Backend.mlp_backward`."""
     grads = _alike(x, *parameters)
-    named = {f"grad_{name}": value for name, value in zip(("x", *MLP_PARAMETERS), grads, strict=True)}
-    named |= zip(MLP_OUTPUTS[:-1], kept, strict=True)
-    fields = _mlp_fields(x, parameters, row_offsets, norm_eps, grn_eps)
-    _launch("sparse_ops_mlp_backward", MLPArgs, x.dtype, **fields, **named, grad=grad)
+    named = {"grad": grad, **dict(zip(MLP_GRADS, grads, strict=True)), **dict(zip(MLP_OUTPUTS[:-1], kept, strict=True))}
+    _call_mlp("sparse_ops_mlp_backward", x, parameters, row_offsets, norm_eps=norm_eps, grn_eps=grn_eps, **named)
     return grads
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sparse_ops.active_set import ActiveSet
-from sparse_ops.backend import Backend
+from sparse_ops.backend import Backend, MLPCall
 from sparse_ops.backends._operators import run
 from sparse_ops.backends.triton.depthwise import (
     DTYPES,
@@ -28,8 +28,6 @@ from sparse_ops.backends.triton.launch import interpreting, only_compiling
 from sparse_ops.backends.triton.mlp import triton_mlp, triton_mlp_backward
 from sparse_ops.conformance import check_conformance, check_mlp_conformance
 from sparse_ops.conformance_cases import ConformanceCase, MLPCase
-from sparse_ops.pointwise import MLPWeights
-from sparse_ops.workspace import Workspace
 
 
 def _compile_stage(side: int, channels: int, kernel_size: int, device: torch.device, dtype: torch.dtype) -> None:
@@ -126,29 +124,12 @@ class TritonBackend(Backend):
     def fuses_mlp(self, device: torch.device, dtype: torch.dtype, weights_dtype: torch.dtype) -> bool:
         return self.rejects(device, dtype, KERNEL_SIZES[0]) is None and weights_dtype in (dtype, torch.float32)
 
-    def mlp(
-        self,
-        x: Tensor,
-        weights: MLPWeights,
-        row_offsets: Tensor,
-        rows: Tensor | None,
-        eps: tuple[float, float],
-        workspace: Workspace,
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        *kept, out = run(triton_mlp, x, list(weights), row_offsets, rows, *eps)
+    def mlp(self, call: MLPCall) -> tuple[Tensor, tuple[Tensor, ...]]:
+        *kept, out = run(triton_mlp, call.x, list(call.weights), call.row_offsets, call.rows, *call.eps)
         return out, tuple(kept)
 
-    def mlp_backward(
-        self,
-        grad: Tensor,
-        x: Tensor,
-        weights: MLPWeights,
-        row_offsets: Tensor,
-        rows: Tensor | None,
-        kept: tuple[Tensor, ...],
-        eps: tuple[float, float],
-        workspace: Workspace,
-    ) -> list[Tensor]:
+    def mlp_backward(self, grad: Tensor, call: MLPCall, kept: tuple[Tensor, ...]) -> list[Tensor]:
+        x, row_offsets, rows, weights, eps, _ = call
         return run(triton_mlp_backward, grad, x, list(weights), row_offsets, rows, list(kept), *eps)
 
 

@@ -92,22 +92,16 @@ void parallel_tasks(int64_t tasks, int threads, void (*body)(void*, int64_t), vo
 EXPORT int sparse_ops_interface_version() { return 4; }
 EXPORT const char* sparse_ops_instruction_set() { return sparse_ops::kernels().name; }
 EXPORT const char* sparse_ops_threads() { return sparse_ops::gomp_parallel() ? "OpenMP of torch" : "std::thread"; }
-EXPORT int sparse_ops_depthwise(const sparse_ops::DepthwiseArgs* args, int dtype) {
-    return sparse_ops::kernels().depthwise(*args, dtype);
-}
-EXPORT int sparse_ops_depthwise_weight_grad(const sparse_ops::DepthwiseArgs* args, int dtype) {
-    return sparse_ops::kernels().depthwise_weight_grad(*args, dtype);
-}
-EXPORT int sparse_ops_gelu_grn(const sparse_ops::GeluGrnArgs* args, int dtype) {
-    return sparse_ops::kernels().gelu_grn(*args, dtype);
-}
-EXPORT int sparse_ops_gelu_grn_backward(const sparse_ops::GeluGrnArgs* args, int dtype) {
-    return sparse_ops::kernels().gelu_grn_backward(*args, dtype);
-}
-EXPORT int sparse_ops_layer_norm_backward(const sparse_ops::LayerNormArgs* args, int dtype) {
-    return sparse_ops::kernels().layer_norm_backward(*args, dtype);
-}
-EXPORT int sparse_ops_mlp(const sparse_ops::MlpArgs* args, int dtype) { return sparse_ops::kernels().mlp(*args, dtype); }
-EXPORT int sparse_ops_mlp_backward(const sparse_ops::MlpArgs* args, int dtype) {
-    return sparse_ops::kernels().mlp_backward(*args, dtype);
-}
+
+#define EXPORT_KERNEL(name)                                                  \
+    EXPORT int sparse_ops_##name(const void* args, int dtype) {              \
+        const sparse_ops::Kernel kernel = sparse_ops::kernels().name[dtype]; \
+        return kernel ? kernel(args) : -1;                                   \
+    }
+EXPORT_KERNEL(depthwise)
+EXPORT_KERNEL(depthwise_weight_grad)
+EXPORT_KERNEL(gelu_grn)
+EXPORT_KERNEL(gelu_grn_backward)
+EXPORT_KERNEL(layer_norm_backward)
+EXPORT_KERNEL(mlp)
+EXPORT_KERNEL(mlp_backward)

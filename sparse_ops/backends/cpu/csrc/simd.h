@@ -104,6 +104,13 @@ template <typename S> inline void store_part(S* to, Vec<typename Accumulator<S>:
     for (int i = 0; i < n; ++i) to[i] = narrow<S, A>(lanes[i]);
 }
 
+// The polynomial of x with these coefficients, that of the highest power first.
+template <typename... Rest> inline Vec<float> polynomial(Vec<float> x, float first, Rest... rest) {
+    Vec<float> p = splat(first);
+    ((p = p * x + rest), ...);
+    return p;
+}
+
 // exp(v) for v <= 0, relative error about 1e-7; 1e-38 and less become about 1e-38.
 inline Vec<float> exp_negative(Vec<float> v) {
     const Vec<float> lowest = splat(-87.0f);
@@ -112,12 +119,8 @@ inline Vec<float> exp_negative(Vec<float> v) {
     const Vec<float> shifted = v * 1.44269504088896341f + magic;
     const Vec<float> n = shifted - magic;
     const Vec<float> r = (v - n * 0.693359375f) + n * 2.12194440e-4f;
-    Vec<float> p = splat(1.9875691500e-4f);
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
+    Vec<float> p = polynomial(r, 1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f,
+                              1.6666665459e-1f, 5.0000001201e-1f);
     p = p * (r * r) + r + 1.0f;
     Simd<float>::U bits, scale;
     std::memcpy(&bits, &shifted, sizeof bits);
@@ -135,18 +138,10 @@ inline Vec<float> gelu(Vec<float> x) {
     z = z > bound ? bound : z;
     z = z < -bound ? -bound : z;
     const Vec<float> s = z * z;
-    Vec<float> p = splat(0.00022905065861350646f);
-    p = p * s + 0.0034082910107109506f;
-    p = p * s + 0.050955695062380861f;
-    p = p * s + 0.18520832239976145f;
-    p = p * s + 1.128379143519084f;
-    Vec<float> q = splat(-1.1791602954361697e-7f);
-    q = q * s + 0.000023547966471313185f;
-    q = q * s + 0.0010179625278914885f;
-    q = q * s + 0.014070470171167667f;
-    q = q * s + 0.11098505178285362f;
-    q = q * s + 0.49746925110067538f;
-    q = q * s + 1.0f;
+    const Vec<float> p = polynomial(s, 0.00022905065861350646f, 0.0034082910107109506f, 0.050955695062380861f,
+                                    0.18520832239976145f, 1.128379143519084f);
+    const Vec<float> q = polynomial(s, -1.1791602954361697e-7f, 0.000023547966471313185f, 0.0010179625278914885f,
+                                    0.014070470171167667f, 0.11098505178285362f, 0.49746925110067538f, 1.0f);
     const Vec<float> half = 0.5f * x;
     return half + half * (z * p / q);
 }
@@ -156,15 +151,8 @@ inline Vec<float> gelu(Vec<float> x) {
 inline Vec<float> gelu(Vec<float> x, Vec<float>* derivative) {
     const Vec<float> magnitude = x < 0.0f ? -x : x;
     const Vec<float> t = 1.0f / (1.0f + 0.35f * magnitude);
-    Vec<float> q = splat(-0.02914625973f);
-    q = q * t + 0.1439732583f;
-    q = q * t + -0.2557173755f;
-    q = q * t + 0.1591775882f;
-    q = q * t + -0.02311208494f;
-    q = q * t + 0.1055089027f;
-    q = q * t + 0.1198326555f;
-    q = q * t + 0.1398618966f;
-    q = q * t + 0.1396214029f;
+    const Vec<float> q = polynomial(t, -0.02914625973f, 0.1439732583f, -0.2557173755f, 0.1591775882f, -0.02311208494f,
+                                    0.1055089027f, 0.1198326555f, 0.1398618966f, 0.1396214029f);
     const Vec<float> e = exp_negative(-0.5f * x * x);
     const Vec<float> tail = e * (q * t);
     const Vec<float> cdf = x < 0.0f ? tail : 1.0f - tail;
