@@ -28,7 +28,7 @@ def scan_images(folder: str | Path, *, in_chans: int = 3, labelled: bool = False
     Hidden files and folders (a leading dot) are passed over in silence. Links are followed; loops are not.
 
     Args:
-        folder: searched at all depths; the first subfolder level names the classes.
+        folder: searched at all depths; the subfolders in it that hold a usable image are the classes, sorted.
         in_chans: channels that the images must provide.
         labelled: insist on classes: images directly in ``folder`` are skipped, and so are class folders without a
             usable image (both with a reason).
