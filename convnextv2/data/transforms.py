@@ -6,6 +6,7 @@ import contextlib
 import functools
 import itertools
 import json
+import math
 import operator
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,6 +24,9 @@ Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 DEFAULT_STATISTICS: Mapping[int, Statistics] = {1: ((0.5,), (0.5,)), 3: ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))}
 """Mean and standard deviation for pixels in [0, 1], by number of channels; ImageNet's for 3."""
 
+IMAGE_METADATA = ("mean", "std", "img_size")
+MOST_PIXELS = 2**24
+"""Of an image as a checkpoint says it should be, 4096×4096: more has to be asked for."""
 WIDEST_ASPECT = 8
 """Longer sides are cut to this multiple of the shorter one before the evaluation's resize, which scales the shorter
 side: the centre crop throws the rest away anyhow, but a 1×20000 image would first become gigabytes."""
@@ -68,6 +72,30 @@ def check_statistics(mean: Sequence[float], std: Sequence[float], in_chans: int)
         raise ValueError(f"mean must be finite and std positive, got mean={list(mean)}, std={list(std)}")
 
 
+def numbers_of(metadata: Mapping[str, Any], name: str) -> tuple[float, ...] | None:
+    """The numbers of an entry of :data:`IMAGE_METADATA`, a list or JSON text; None where there is none.
+
+    Raises:
+        ValueError: if they are none, not finite, or cannot be what the entry stands for.
+    """
+    value = metadata.get(name)
+    if value is None:
+        return None
+    try:
+        value = json.loads(value) if isinstance(value, str) else value
+        found = tuple(map(float, value if isinstance(value, list | tuple) else [value]))
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise ValueError(f"the checkpoint's {name!r} should be a list of numbers, got {value!r:.60}") from error
+    least = {"mean": -math.inf, "std": math.ulp(0), "img_size": 1}[name]
+    if not all(math.isfinite(number) and number >= least for number in found):
+        raise ValueError(f"the checkpoint's {name!r} holds {found}; expected finite numbers of at least {least}")
+    if name == "img_size" and (len(found) not in (1, 2) or found[0] * found[-1] > MOST_PIXELS):
+        raise ValueError(
+            f"the checkpoint's 'img_size' should be a height and a width of at most {MOST_PIXELS} pixels, got {found}"
+        )
+    return found
+
+
 def preprocessing_from_metadata(
     metadata: Mapping[str, Any], in_chans: int, default_size: tuple[int, int] = (224, 224)
 ) -> tuple[tuple[float, ...], tuple[float, ...], tuple[int, int]]:
@@ -80,23 +108,13 @@ def preprocessing_from_metadata(
         ValueError: if an entry is malformed, or nothing is known for this number of channels.
     """
 
-    def numbers(name: str) -> tuple[float, ...] | None:
-        value = metadata.get(name)
-        try:
-            value = json.loads(value) if isinstance(value, str) else value
-            return None if value is None else tuple(map(float, value if isinstance(value, list | tuple) else [value]))
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"the checkpoint's {name!r} should be a list of numbers, got {value!r}") from error
-
-    mean, std, size = numbers("mean"), numbers("std"), numbers("img_size")
+    mean, std, size = (numbers_of(metadata, name) for name in IMAGE_METADATA)
     if mean is None or std is None:
         if in_chans not in DEFAULT_STATISTICS:
             raise ValueError(f"the checkpoint does not say the mean and std of its {in_chans} channels")
         mean, std = DEFAULT_STATISTICS[in_chans]
     check_statistics(mean, std, in_chans)
     size = default_size if size is None else size
-    if len(size) > 2 or min(size) < 1:
-        raise ValueError(f"the checkpoint's 'img_size' should be a height and a width, got {list(size)}")
     return mean, std, (int(size[0]), int(size[-1]))
 
 

@@ -36,13 +36,13 @@ class EncoderConfig:
         for name in ("depths", "dims"):
             value = tuple(getattr(self, name))
             object.__setattr__(self, name, value)
-            if len(value) != NUM_STAGES or any(not isinstance(v, int) or v < 1 for v in value):
+            if len(value) != NUM_STAGES or not all(_is_count(v) for v in value):
                 raise ValueError(f"{name} must be four positive integers, got {value}")
         if self.patch_size not in PATCH_SIZES:
             raise ValueError(f"patch_size must be one of {PATCH_SIZES}, got {self.patch_size}")
-        if self.in_chans < 1:
+        if not _is_count(self.in_chans):
             raise ValueError(f"in_chans must be at least 1, got {self.in_chans}")
-        if self.kernel_size < 1 or self.kernel_size % 2 == 0:
+        if not _is_count(self.kernel_size) or self.kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be odd, got {self.kernel_size}")
         if not 0 <= self.drop_path_rate < 1:
             raise ValueError(f"drop_path_rate must be in [0, 1), got {self.drop_path_rate}")
@@ -84,7 +84,7 @@ class FCMAEConfig:
         object.__setattr__(self, "img_size", size)
         check_image_size(size, self.encoder.patch_size)
         depth, dim = self.decoder_depth, self.decoder_dim
-        if depth < 1 or dim < 1:
+        if not _is_count(depth) or not _is_count(dim):
             raise ValueError(f"decoder_depth and decoder_dim must be positive, got {depth}, {dim}")
         if self.grn_scope not in GRN_SCOPES:
             raise ValueError(f"grn_scope must be one of {GRN_SCOPES}, got {self.grn_scope!r}")
@@ -111,8 +111,18 @@ class ClassifierConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "class_names", tuple(self.class_names))
-        if self.num_classes < 0:
-            raise ValueError(f"num_classes must not be negative, got {self.num_classes}")
+        if self.num_classes != 0 and not _is_count(self.num_classes):
+            raise ValueError(f"num_classes must be a whole number, not negative, got {self.num_classes}")
+        if not all(isinstance(name, str) for name in self.class_names):
+            raise ValueError("class_names must be text")
+        if len(self.class_names) not in (0, self.num_classes):
+            raise ValueError(
+                f"expected {self.num_classes} class_names, one for each class, got {len(self.class_names)}"
+            )
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def check_image_size(size: tuple[int, ...], patch_size: int) -> None:
@@ -172,19 +182,21 @@ def config_from_dict(data: Mapping[str, Any]) -> EncoderConfig | FCMAEConfig | C
     """Inverse of :func:`config_to_dict`.
 
     Raises:
-        ValueError: if the kind is unknown or a field is missing or unknown.
+        ValueError: if the kind is unknown, or a field is missing, unknown, or of a wrong type.
     """
     kinds = {cls.__name__: cls for cls in (EncoderConfig, FCMAEConfig, ClassifierConfig)}
     values = dict(data)
     kind = values.pop("kind", None)
-    if kind not in kinds:
+    if not isinstance(kind, str) or kind not in kinds:
         raise ValueError(f"unknown configuration kind {kind!r}; expected one of {', '.join(kinds)}")
     cls = kinds[kind]
     if unknown := set(values) - {f.name for f in fields(cls)}:
         raise ValueError(f"{kind} has no field {', '.join(sorted(unknown))}; written by a newer version?")
-    if "encoder" in values:
-        values["encoder"] = config_from_dict({"kind": "EncoderConfig", **values["encoder"]})
     try:
+        if "encoder" in values:
+            values["encoder"] = config_from_dict({"kind": "EncoderConfig", **values["encoder"]})
+        if not 0 <= values.get("mask_ratio", 0) <= 1:
+            raise ValueError(f"mask_ratio must be between 0 and 1, got {values['mask_ratio']}")
         return cls(**values)
-    except TypeError as error:
+    except (TypeError, OverflowError) as error:
         raise ValueError(f"incomplete {kind}: {error}") from error

@@ -13,6 +13,7 @@ import itertools
 import json
 import os
 import pickle
+import struct
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -24,8 +25,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from convnextv2.data.transforms import IMAGE_METADATA, numbers_of
 from convnextv2.files import atomic_path, finite
 from convnextv2.models.config import ClassifierConfig, EncoderConfig, FCMAEConfig, config_from_dict, config_to_dict
+from convnextv2.weights.guard import DEEPEST, CheckpointError, check_old_format, check_state, check_zip, plain
 
 Config = EncoderConfig | FCMAEConfig | ClassifierConfig
 
@@ -33,10 +36,6 @@ SUFFIXES = (".safetensors", ".pth", ".pt")
 
 NESTING = ("model_ema", "state_dict_ema", "ema", "model", "state_dict", "model_state_dict", "module")
 """Where training scripts put the weights, best first: an averaged copy (EMA) is preferred to the raw weights."""
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be read, is of another network, or does not fit: names the file, reason and remedy."""
 
 
 @dataclass(frozen=True)
@@ -137,16 +136,23 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
     content: dict[str, Any] = {"model": state}
     for key in header.keys() & {"config", "metadata"}:
         with contextlib.suppress(json.JSONDecodeError):  # other programs may use these names for text of their own
-            content[key] = json.loads(header[key])
+            try:
+                content[key] = json.loads(header[key])
+            except RecursionError as error:
+                raise CheckpointError(f"{path}: its {key} is nested deeper than {DEEPEST} levels") from error
     return content
 
 
-_DAMAGED = (RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError, OSError, SafetensorError)
+_DAMAGED = (
+    RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError, ArithmeticError, MemoryError,
+    AssertionError, OSError, SafetensorError, struct.error,
+)  # fmt: skip
 """What torch.load raises for damaged files depends on where the damage is. An OSError without a file name comes from a
 seek beyond the end; torch 2.15 reads .safetensors, too."""
 
 
-def _read_pickle(path: Path) -> Any:
+def _read_pickle(path: Path, archive: bool) -> Any:
+    (check_zip if archive else check_old_format)(path)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Detected pickle protocol")
@@ -185,9 +191,11 @@ def _check_start(path: Path) -> bytes:
 def _find_state(content: Any, path: Path) -> tuple[Mapping[str, Any], str | None]:
     """The mapping that holds the weights, and the name it was nested under."""
     name, state = None, content if isinstance(content, Mapping) else {}
+    levels = 0
     while not any(isinstance(item, Tensor) for item in state.values()):
         name = next((key for key in NESTING if isinstance(state.get(key), Mapping) and state[key]), None)
-        if name is None:
+        levels += 1
+        if name is None or levels > DEEPEST:
             keys = f"keys {', '.join(map(str, list(state)[:5]))}"
             raise CheckpointError(
                 f"{path}: holds no weights (found {keys if isinstance(content, Mapping) else type(content).__name__}); "
@@ -198,16 +206,10 @@ def _find_state(content: Any, path: Path) -> tuple[Mapping[str, Any], str | None
 
 
 def clean_state_dict(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Names without the prefixes of wrappers: ``module.`` (data parallel, EMA) and ``_orig_mod.`` (torch.compile).
-
-    Raises CheckpointError if a value is not a tensor.
-    """
+    """Names without the prefixes of wrappers: ``module.`` (data parallel, EMA) and ``_orig_mod.`` (torch.compile)."""
     result = {name.replace("_orig_mod.", ""): value for name, value in state.items() if name != "n_averaged"}
     while result and all(name.startswith("module.") for name in result):
         result = {name.removeprefix("module."): value for name, value in result.items()}
-    for name, value in result.items():
-        if not isinstance(value, Tensor):
-            raise CheckpointError(f"{name!r} in the state dict is {type(value).__name__}, not a tensor")
     return result
 
 
@@ -224,19 +226,36 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """
     file = resolve_path(path)
     start = _check_start(file)
-    safe = start[:4] != b"PK\x03\x04" and start[8:9] == b"{"
-    content: Any = _read_safetensors(file) if safe else _read_pickle(file)
+    archive = start[:4] == b"PK\x03\x04"
+    safe = not archive and start[8:9] == b"{"
+    content: Any = _read_safetensors(file) if safe else _read_pickle(file, archive)
     state, nested = _find_state(content, file)
     config, metadata = content.get("config"), content.get("metadata")
-    metadata = dict(metadata) if isinstance(metadata, Mapping) else {}
-    if nested is not None and len([key for key in NESTING if isinstance(content.get(key), Mapping)]) > 1:
-        metadata["weights"] = nested
     try:
+        check_state(state, file.stat().st_size)
         ours = isinstance(config, Mapping) and "kind" in config
-        architecture = config_from_dict(config) if ours else None
-        return Checkpoint(clean_state_dict(state), architecture, metadata, file)
+        architecture = config_from_dict(plain(config)) if ours else None
+        about = _metadata(metadata, architecture)
+        if nested is not None and len([key for key in NESTING if isinstance(content.get(key), Mapping)]) > 1:
+            about["weights"] = nested
+        return Checkpoint(clean_state_dict(state), architecture, about, file)
     except ValueError as error:
         raise CheckpointError(f"{file}: {error}") from error
+
+
+def _metadata(found: Any, config: Config | None) -> dict[str, Any]:
+    """What a file says beside weights and configuration; of files of others nothing, if JSON cannot hold it."""
+    try:
+        metadata = plain(found) if isinstance(found, Mapping) else {}
+    except ValueError as error:
+        if config is None:
+            return {}
+        raise CheckpointError(f"its metadata {error}") from error
+    if config is not None:
+        sizes = [{"img_size": config.img_size}] if isinstance(config, FCMAEConfig) else []
+        for source, name in itertools.product((metadata, *sizes), IMAGE_METADATA):
+            numbers_of(source, name)  # raises where they are malformed
+    return metadata
 
 
 def as_checkpoint(checkpoint: Checkpoint | str | os.PathLike[str]) -> Checkpoint:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
@@ -19,6 +19,11 @@ from convnextv2.models.fcmae import FCMAE
 from convnextv2.weights.checkpoint import Checkpoint, CheckpointError, Config, as_checkpoint
 from convnextv2.weights.layout import Layout, known_names, part_of
 from convnextv2.weights.layouts import detect_layout, get_layout
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_HEAD_SIZES = ("decoder_depth", "decoder_dim", "num_classes")
+LEAST_A_BLOCK = 5
+"""Tensors of a block, which has ten, below which it is not worth building a network to say which are missing."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,8 @@ def _some(names: Iterable[str]) -> str:
 
 def _translate(state_dict: Mapping[str, Tensor], layout: Layout) -> tuple[dict[str, Tensor], dict[str, str]]:
     numbers = (int(number) for name in state_dict for number in re.findall(r"\.(\d{1,3})(?=\.)", name))
-    known = {layout.name_of(name): name for name in known_names(max(numbers, default=0) + 1)}
+    blocks = min(max(numbers, default=0) + 1, len(state_dict))
+    known = {layout.name_of(name): name for name in known_names(blocks)}
     names: dict[str, str] = {}
     for source in state_dict:
         if (name := known.get(layout.spelt(source))) is not None:
@@ -139,7 +145,7 @@ def read_weights(state_dict: Mapping[str, Tensor]) -> Weights:
     layout = detect_layout(state_dict)
     found, names = _translate(state_dict, get_layout(layout))
     for name, tensor in found.items():
-        if not tensor.is_floating_point():
+        if tensor.dtype not in DTYPES:
             raise CheckpointError(f"{names[name]} holds {tensor.dtype}; quantised weights cannot be converted")
         if not tensor.is_meta and not torch.isfinite(tensor).all():
             raise CheckpointError(f"{names[name]} holds NaN or infinity: the training that wrote it had diverged")
@@ -149,6 +155,8 @@ def read_weights(state_dict: Mapping[str, Tensor]) -> Weights:
         for part in ("encoder", "decoder", "head")
     )
     config = _encoder_config(encoder)
+    if len(encoder) < LEAST_A_BLOCK * sum(config.depths):
+        raise CheckpointError(f"incomplete: {len(encoder)} tensors for {sum(config.depths)} blocks")
     _check(encoder, _shapes("encoder", Encoder, config), names)
     if decoder:
         _check(decoder, _shapes("decoder", FCMAE, _decoder_config(config, decoder)), names)
@@ -174,11 +182,29 @@ def weights_config(weights: Weights) -> Config:
 
 
 def read_checkpoint(checkpoint: Checkpoint) -> Weights:
-    """:func:`read_weights`, with the file named in errors."""
+    """:func:`read_weights`, with the file named in errors; also if its configuration is of other weights."""
     try:
-        return read_weights(checkpoint.state_dict)
+        weights = read_weights(checkpoint.state_dict)
+        if checkpoint.config is not None:
+            stated, found = _sizes(checkpoint.config), _sizes(weights_config(weights))
+            if wrong := [name for name in stated if stated[name] != found.get(name)]:
+                said = "; ".join(f"{name} {_shown(stated[name])}, not {found.get(name, 'there')}" for name in wrong)
+                raise CheckpointError(f"the weights are of another shape than the configuration says: {said}")
+        return weights
     except CheckpointError as error:
         raise CheckpointError(f"{checkpoint.path}: {error}") from error
+
+
+def _sizes(config: Config) -> dict[str, Any]:
+    """What a configuration says about the shapes of the weights."""
+    encoder = config if isinstance(config, EncoderConfig) else config.encoder
+    sizes = {**asdict(replace(encoder, drop_path_rate=0.0))}
+    return sizes | {name: getattr(config, name) for name in _HEAD_SIZES if hasattr(config, name)}
+
+
+def _shown(value: Any) -> str:
+    text = str(value) if not isinstance(value, int) or abs(value) < 10**20 else "a number of over 20 digits"
+    return text if len(text) <= 60 else f"{text[:60]}…"
 
 
 def encoder_state_dict(checkpoint: Checkpoint | str | Path) -> dict[str, Tensor]:

@@ -1,0 +1,114 @@
+"""Gives hostile checkpoints to the scripts, each in a process forked off this one, and tells what came of it.
+
+Arguments: a folder to work in, which has ``photos/`` and ``run/`` (a run to resume), and an entry of :data:`ENTRIES`.
+Prints one line of JSON a file: its name, exit status, seconds, most memory in MB, what it said, what it wrote.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import hostile
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+import _cli
+import convert_sparse_to_dense
+import finetune
+import predict
+import pretrain
+import torch
+import visualize
+
+RUN = ["--device", "cpu", "--workers", "0", "--data", "photos", "--img-size", "32", "--epochs", "1"]
+CUSTOM = ["--depths", "1", "1", "1", "1", "--dims", "8", "16", "16", "24", "--patch-size", "16"]
+ENTRIES = {
+    "convert": (convert_sparse_to_dense, lambda file: [file, "out.pth"]),
+    "predict": (predict, lambda file: [file, "photos", "--device", "cpu", "--output", "out.csv"]),
+    "visualize": (visualize, lambda file: [file, "photos", "--device", "cpu", "--output", "out.png"]),
+    "pretrain": (pretrain, lambda file: [*RUN, *CUSTOM, "--decoder-dim", "16", "--init", file, "--output", "out"]),
+    "finetune": (finetune, lambda file: [*RUN, "--init", file, "--output", "out"]),
+    "resume": (pretrain, lambda file: ["--output", "resumed", "--resume", "--epochs", "3"]),
+}
+SECONDS = 60
+
+
+def child(entry: str, file: Path, log: int) -> None:
+    """Run the script; never returns."""
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    module, arguments = ENTRIES[entry]
+    sys.argv = [f"{entry}.py", *map(str, arguments(file))]
+    status = 99
+    try:
+        _cli.run(module.main)
+    except SystemExit as stop:
+        status = int(stop.code or 0)
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def run(entry: str, name: str, file: Path) -> dict[str, object]:
+    """One script on one file."""
+    if entry == "resume":
+        shutil.copytree("run", "resumed")
+        state = Path("resumed/checkpoints/state")
+        shutil.copy(file, state / ("model.safetensors" if file.suffix == ".safetensors" else "optimizer.bin"))
+    before = {path for path in Path().rglob("*") if "resumed" not in path.parts}
+    log = os.open("log", os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+    start = time.monotonic()
+    process = os.fork()
+    if process == 0:
+        child(entry, file.absolute(), log)
+    while time.monotonic() - start < SECONDS:
+        done, code, usage = os.wait4(process, os.WNOHANG)
+        if done:
+            break
+        time.sleep(0.01)
+    else:
+        os.kill(process, 9)
+        _, code, usage = os.wait4(process, 0)
+    seconds = time.monotonic() - start
+    os.close(log)
+    written = sorted(str(path) for path in set(Path().rglob("*")) - before if "resumed" not in path.parts)
+    shutil.rmtree("resumed", ignore_errors=True)
+    shutil.rmtree("out", ignore_errors=True)
+    for extra in ("out.pth", "out.csv", "out.png"):
+        Path(extra).unlink(missing_ok=True)
+    return {
+        "name": name,
+        "status": os.waitstatus_to_exitcode(code),
+        "seconds": round(seconds, 2),
+        "megabytes": usage.ru_maxrss // 1024,
+        "lines": Path("log").read_text(errors="replace").splitlines(),
+        "written": [path for path in written if path != "log"],
+    }
+
+
+def main() -> None:
+    folder, entry = sys.argv[1:]
+    torch.set_num_threads(1)
+    os.chdir(folder)
+    files = hostile.write_all(Path("files"), hostile.classifier if entry == "predict" else hostile.fcmae)
+    import accelerate  # what the scripts import when they need it; a second
+    import timm.data  # noqa: F401
+
+    assert accelerate.__version__
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("log").touch()
+    for name, file in files.items():
+        sys.stdout.write(json.dumps(run(entry, name, file)) + "\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

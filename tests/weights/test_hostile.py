@@ -1,0 +1,60 @@
+"""Hostile checkpoints through every script that reads one: a line, status 2, little time and memory, nothing written."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import hostile
+import pytest
+from hostile_run import ENTRIES, RUN
+
+HERE = Path(__file__).parent
+SCRIPTS = HERE.parents[1] / "scripts"
+SECONDS, MEGABYTES = 5, 1500
+HARMLESS = {
+    "convert": {"one_mean_for_three_channels", "zip_of_entries_that_share_their_bytes"},
+    "resume": {"a_namespace_of_weights"},
+}
+"""Of these the entry needs nothing that is wrong with them."""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    import numpy as np
+    from PIL import Image
+
+    root = tmp_path_factory.mktemp("hostile")
+    for name in "ab":
+        (root / "photos" / name).mkdir(parents=True)
+        for number in range(3):
+            pixels = np.random.default_rng(number).integers(0, 255, (40, 40, 3)).astype(np.uint8)
+            Image.fromarray(pixels).save(root / "photos" / name / f"{number}.png")
+    custom = "--depths 1 1 1 1 --dims 8 16 16 24 --patch-size 16 --decoder-dim 16 --output run".split()
+    command = [sys.executable, SCRIPTS / "pretrain.py", *RUN, *custom]
+    subprocess.run(list(map(str, command)), cwd=root, check=True, capture_output=True)
+    return root
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_one_line_and_nothing_written(place, entry):
+    assert len(hostile.HOSTILE) > 60
+    command = [sys.executable, "-W", "ignore", HERE / "hostile_run.py", place, entry]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    rows = [json.loads(line) for line in result.stdout.splitlines()]
+    assert {row["name"] for row in rows} == set(hostile.HOSTILE)
+    wrong = {}
+    for row in rows:
+        told = [line for line in row["lines"] if line.startswith("error: ")]
+        traced = any("Traceback" in line for line in row["lines"])
+        ended = row["status"] == 2 and len(told) == 1 and row["lines"][-1] == told[0] and not row["written"]
+        harmless = row["name"] in HARMLESS.get(entry, ()) and row["status"] == 0
+        if traced or not (ended or harmless) or row["seconds"] > SECONDS or row["megabytes"] > MEGABYTES:
+            wrong[row["name"]] = row
+    assert not wrong, json.dumps(wrong, indent=1)
