@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,9 @@ class Grid(ABC):
         grn_scope: whether GRN norms are taken over each image ("image") or over the whole batch ("batch", as the
             official sparse pre-training does).
     """
+
+    takes_any_size: ClassVar[bool] = False
+    """Whether images need not divide into whole patches."""
 
     def __init__(self, grn_scope: GRNScope = "image") -> None:
         if grn_scope not in GRN_SCOPES:
@@ -121,6 +124,8 @@ class Grid(ABC):
 
 class DenseGrid(Grid):
     """Every cell of ``[B, C, H, W]``: the layers themselves are called."""
+
+    takes_any_size = True
 
     def __init__(self, batch_size: int, grn_scope: GRNScope = "image") -> None:
         super().__init__(grn_scope)

@@ -94,6 +94,8 @@ class MaskedDenseGrid(DenseGrid):
         dtype: of the mask that features are multiplied by; that of the features saves a conversion.
     """
 
+    takes_any_size = False
+
     def __init__(
         self, visible: Tensor, side: int = 8, grn_scope: GRNScope = "image", dtype: torch.dtype = torch.float32
     ) -> None:

@@ -65,7 +65,7 @@ def load_classifier(
         raise CheckpointError(f"{checkpoint.path}: has no classifier; fine-tune it first (scripts/finetune.py)")
     classes = class_names(checkpoint, model)
     mean, std, own_size = preprocessing_from_metadata(checkpoint.metadata, model.encoder_config.in_chans)
-    check_image_size(img_size or own_size, model.encoder_config.patch_size)
+    check_image_size(img_size or own_size, model.encoder_config.patch_size, dense=True)
     return Classifier(model, classes, mean, std, img_size or own_size)
 
 

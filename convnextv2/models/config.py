@@ -125,9 +125,14 @@ def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-def check_image_size(size: tuple[int, ...], patch_size: int) -> None:
-    """Raise ValueError unless ``size`` is (H, W), both positive multiples of ``patch_size``."""
-    if len(size) != 2 or any(s < 1 or s % patch_size for s in size):
+def check_image_size(size: tuple[int, ...], patch_size: int, *, dense: bool = False) -> None:
+    """Raise ValueError unless ``size`` is (H, W), both positive multiples of ``patch_size``; for a ``dense`` network,
+    in which strides leave out what does not fill a cell, both at least ``patch_size``."""
+    if dense and len(size) == 2 and min(size) < patch_size:
+        raise ValueError(
+            f"image size {size[0]} × {size[1]} is smaller than the patch size {patch_size}, the network's total stride"
+        )
+    if len(size) != 2 or (not dense and any(s < 1 or s % patch_size for s in size)):
         near = tuple(max(1, round(s / patch_size)) * patch_size for s in size)
         raise ValueError(
             f"image size {' × '.join(map(str, size))} is not divisible by the patch size {patch_size}; "

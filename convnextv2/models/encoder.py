@@ -81,11 +81,12 @@ class Downsample(nn.Sequential):
         return grid.downsample(conv, grid.pointwise(norm, x))
 
 
-def check_images(images: Tensor, in_chans: int, patch_size: int) -> None:
-    """Raise ValueError unless images are ``[B, in_chans, H, W]`` with H and W divisible by the patch size."""
+def check_images(images: Tensor, in_chans: int, patch_size: int, *, dense: bool = False) -> None:
+    """Raise ValueError unless images are ``[B, in_chans, H, W]`` of a size that
+    :func:`~convnextv2.models.config.check_image_size` lets pass."""
     if images.dim() != 4 or images.shape[1] != in_chans:
         raise ValueError(f"expected images [B, {in_chans}, H, W], got {tuple(images.shape)}")
-    check_image_size(tuple(images.shape[2:]), patch_size)
+    check_image_size(tuple(images.shape[2:]), patch_size, dense=dense)
 
 
 torch.fx.wrap("check_images")  # a symbolic trace knows no shapes
@@ -115,10 +116,11 @@ class Encoder(nn.Module):
             grid: the grid after the stem (8 cells a patch side).
 
         Raises:
-            ValueError: if the channels do not fit, or H or W is not divisible by the patch size.
+            ValueError: if the channels do not fit, or H or W is not divisible by the patch size; a dense grid takes any
+                size from the patch size on, and leaves out what does not fill a cell, as the official network does.
         """
         config = self.encoder_config
-        check_images(images, config.in_chans, config.patch_size)
+        check_images(images, config.in_chans, config.patch_size, dense=grid.takes_any_size)
         grid = grid.native(images, config.kernel_size)
         x = images
         for index, (reduce, stage) in enumerate(zip(self.downsample_layers, self.stages, strict=True)):

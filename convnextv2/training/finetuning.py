@@ -155,7 +155,7 @@ class ClassifierTask(Task[FinetuneOptions]):
         self.ema_decay, self.ema_warmup = o.ema_decay, o.ema_warmup
         depths = self.options.encoder().depths
         self.grouping = {"depths": depths, "layer_decay": o.layer_decay, "layer_decay_type": o.layer_decay_type}
-        check_image_size(self.options.size, self.options.encoder().patch_size)
+        check_image_size(self.options.size, self.options.encoder().patch_size, dense=True)
 
     def data(self) -> Sequence[ImageDataset]:
         from timm.data.mixup import Mixup

@@ -7,6 +7,7 @@ from model_helpers import images_for, randomise, tiny_config, tiny_fcmae
 from torch import nn
 
 from convnextv2 import ConvNeXtV2, create_model
+from convnextv2.weights.reading import read_weights, write_layout
 from sparse_ops.oracle import visible_from_text
 
 VISIBLE = visible_from_text("..../....", "..../....")
@@ -76,8 +77,8 @@ def test_options_reach_the_encoder():
 
 def test_wrong_images_are_refused():
     model = tiny_classifier()
-    with pytest.raises(ValueError, match="not divisible by the patch size 16"):
-        model(torch.zeros(1, 3, 20, 32))
+    with pytest.raises(ValueError, match="15 × 32 is smaller than the patch size 16"):
+        model(torch.zeros(1, 3, 15, 32))
     with pytest.raises(ValueError, match=r"expected images \[B, 3, H, W\], got \(1, 1, 32, 32\)"):
         model(torch.zeros(1, 1, 32, 32))
 
@@ -96,3 +97,24 @@ def test_autocast_trains_near_float32():
     logits.float().square().sum().backward()
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
     assert (logits.float() - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+@pytest.mark.parametrize("size", [(100, 100), (250, 250), (299, 411), (33, 63)])
+def test_any_size_is_taken_as_timm_takes_it(size):
+    """What does not fill a cell is left out, at every stride."""
+    import timm
+
+    torch.manual_seed(0)
+    theirs = timm.create_model("convnextv2_atto", num_classes=5).eval()
+    torch.nn.init.normal_(theirs.head.norm.bias)
+    for name, parameter in theirs.named_parameters():
+        if ".grn." in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    ours = create_model("convnextv2_atto", num_classes=5).eval()
+    ours.load_state_dict(write_layout(read_weights(theirs.state_dict()), "official-dense"))
+    images = torch.randn(2, 3, *size)
+    with torch.no_grad():
+        expected, found = theirs(images), ours(images)
+        features = theirs.forward_features(images)
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert ours.forward_features(images).shape == features.shape

@@ -43,7 +43,7 @@ def test_inputs(script: Any, place: Path, name: str) -> None:
     checkpoint = place / CHECKPOINTS[name]
     fails(script, place, name, checkpoint, place / "nowhere", word="no such file")
     fails(script, place, name, checkpoint, place / "empty", word="found none")
-    fails(script, place, name, checkpoint, place / "images", "--img-size", 40, word="divisible")
+    fails(script, place, name, checkpoint, place / "images", "--img-size", 8, word="the patch size 16")
     fails(script, place, name, checkpoint, place / "images", "--img-size", "0", word="size in pixels")
     fails(script, place, name, checkpoint, place / "images", "--device", "toaster", word="toaster")
 

@@ -100,7 +100,8 @@ def test_command_line(script: Any, tmp_path: Path, tiny_encoder: EncoderConfig) 
     [
         (["zeppo"], "unknown model"),
         (["nowhere.pth"], "no such checkpoint"),
-        (["atto", "--img-size", "100"], "divisible"),
+        (["atto", "--fcmae", "--img-size", "100"], "divisible"),
+        (["atto", "--img-size", "31"], "smaller than the patch size 32"),
         (["atto", "--fcmae", "--mask-ratio", "1"], "mask_ratio"),
         (["atto", "--fcmae", "--mask-ratio", "0"], "mask_ratio"),
         (["atto", "--fcmae", "--mask-ratio", "nan"], "mask_ratio"),

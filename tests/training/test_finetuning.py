@@ -172,7 +172,7 @@ def test_resume_refuses_other_classes(images: Path, tmp_path: Path) -> None:
         ({"ema_decay": 1.0}, "--ema-decay"),
         ({"val_fraction": 0.0}, "--val-fraction"),
         ({"layer_decay": 1.5}, "--layer-decay"),
-        ({"img_size": (36, 32)}, "not divisible by the patch size 8"),
+        ({"img_size": (36, 7)}, "smaller than the patch size 8"),
         ({"crop_scale": (0.5, 0.1)}, "crop_scale"),
     ],
 )

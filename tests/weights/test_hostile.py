@@ -1,4 +1,4 @@
-"""Hostile checkpoints through every script that reads one: a line, status 2, little time and memory, nothing written."""
+"""Hostile checkpoints through every script that reads one: a line, status 2, little time, nothing written."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import hostile
 import pytest
-from hostile_run import ENTRIES, RUN
+from hostile_run import CUSTOM, ENTRIES, RUN
 
 HERE = Path(__file__).parent
 SCRIPTS = HERE.parents[1] / "scripts"
@@ -33,7 +33,7 @@ def place(tmp_path_factory) -> Path:
         for number in range(3):
             pixels = np.random.default_rng(number).integers(0, 255, (40, 40, 3)).astype(np.uint8)
             Image.fromarray(pixels).save(root / "photos" / name / f"{number}.png")
-    custom = "--depths 1 1 1 1 --dims 8 16 16 24 --patch-size 16 --decoder-dim 16 --output run".split()
+    custom = [*CUSTOM, "--decoder-dim", "16", "--output", "run"]
     command = [sys.executable, SCRIPTS / "pretrain.py", *RUN, *custom]
     subprocess.run(list(map(str, command)), cwd=root, check=True, capture_output=True)
     return root
