@@ -15,7 +15,6 @@ import torch
 
 from convnextv2 import FCMAE
 from convnextv2.data import DataError, build_predict_dataset
-from convnextv2.data.transforms import preprocessing_from_metadata
 from convnextv2.models.config import check_image_size
 from convnextv2.models.masking import parse_mask
 from convnextv2.outputs import check_output, is_stream
@@ -50,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not isinstance(model, FCMAE):
         raise CheckpointError(f"{checkpoint.path}: is a classifier; expected a checkpoint of scripts/pretrain.py")
     encoder = model.config.encoder
-    mean, std, img_size = preprocessing_from_metadata(checkpoint.metadata, encoder.in_chans, model.config.img_size)
+    mean, std, img_size = checkpoint.preprocessing(encoder.in_chans, model.config.img_size)
     img_size = options.img_size or img_size
     check_image_size(img_size, encoder.patch_size)
     mask = None

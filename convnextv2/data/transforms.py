@@ -20,6 +20,8 @@ from torch import Tensor
 
 Transform = Callable[[Any], Tensor]
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]
+Preprocessing = tuple[tuple[float, ...], tuple[float, ...], tuple[int, int]]
+"""Mean, standard deviation, (height, width)."""
 
 DEFAULT_STATISTICS: Mapping[int, Statistics] = {1: ((0.5,), (0.5,)), 3: ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))}
 """Mean and standard deviation for pixels in [0, 1], by number of channels; ImageNet's for 3."""
@@ -98,7 +100,7 @@ def numbers_of(metadata: Mapping[str, Any], name: str) -> tuple[float, ...] | No
 
 def preprocessing_from_metadata(
     metadata: Mapping[str, Any], in_chans: int, default_size: tuple[int, int] = (224, 224)
-) -> tuple[tuple[float, ...], tuple[float, ...], tuple[int, int]]:
+) -> Preprocessing:
     """What a checkpoint says about its images: (mean, std, (H, W)).
 
     ``metadata`` has ``mean``, ``std`` and ``img_size`` as lists or JSON text; what is missing gets the default for

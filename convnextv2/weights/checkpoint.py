@@ -25,7 +25,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from convnextv2.data.transforms import IMAGE_METADATA, numbers_of
+from convnextv2.data.transforms import IMAGE_METADATA, Preprocessing, numbers_of, preprocessing_from_metadata
 from convnextv2.files import atomic_path, finite
 from convnextv2.models.config import ClassifierConfig, EncoderConfig, FCMAEConfig, config_from_dict, config_to_dict
 from convnextv2.weights.guard import DEEPEST, CheckpointError, check_old_format, check_state, check_zip, plain
@@ -54,6 +54,13 @@ class Checkpoint:
     config: Config | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
     path: Path = Path()
+
+    def preprocessing(self, in_chans: int, default_size: tuple[int, int] = (224, 224)) -> Preprocessing:
+        """:func:`~convnextv2.data.transforms.preprocessing_from_metadata`, with the file named in errors."""
+        try:
+            return preprocessing_from_metadata(self.metadata, in_chans, default_size)
+        except ValueError as error:
+            raise CheckpointError(f"{self.path}: {error}") from error
 
 
 def save_checkpoint(
