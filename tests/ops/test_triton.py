@@ -16,6 +16,7 @@ from sparse_ops.backends.triton.depthwise import (
     ANY,
     KERNEL_SIZES,
     TILE,
+    Stage,
     depthwise_blocks,
     kernel_width,
     weight_grad_blocks,
@@ -212,7 +213,6 @@ def test_depthwise_kernels_compile_without_spilling(architecture, side, channels
     from sparse_ops.backends.triton import depthwise_kernels as kernels
 
     every_block = (architecture, dtype) == (90, "bf16")
-    constants = {"CHANNELS": channels, "KERNEL": 7}
     types = dict.fromkeys(("x", "grad", "out"), f"*{dtype}")
     types |= dict.fromkeys(("weight", "partial"), "*fp32") | {"neighbours": "*i32"}
     for kernel, most, blocks in (
@@ -221,8 +221,9 @@ def test_depthwise_kernels_compile_without_spilling(architecture, side, channels
     ):
         cells = min(side, most)
         for block in blocks(cells, channels)[: 2 if every_block else 1]:
-            shape = {"SIDE": cells, "REACH": reach(7, cells), "PATCHES": block.patches, "BLOCK_C": block.channels}
-            check_compiles(kernel, architecture, types, constants | shape, block.warps, tmp_path)
+            stage = Stage(channels, cells, 7, reach(7, cells))
+            constants = {"STAGE": stage, "PATCHES": block.patches, "BLOCK": block.channels}
+            check_compiles(kernel, architecture, types, constants, block.warps, tmp_path)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
@@ -238,19 +239,15 @@ def test_mlp_kernels_compile_without_spilling(architecture, channels, dtype, tmp
     types = dict.fromkeys(features, f"*{dtype}") | dict.fromkeys(sums, "*fp32")
     types |= {"offsets": "*i64", "eps": "fp32"}
     tiles = {
-        norm_tile(channels): (channels, [kernels.layer_norm_kernel, kernels.layer_norm_backward_kernel]),
-        hidden_tile(4 * channels): (
-            4 * channels,
-            [
-                kernels.gelu_energy_kernel,
-                kernels.grn_apply_kernel,
-                kernels.grn_backward_sums_kernel,
-                kernels.grn_backward_apply_kernel,
-            ],
-        ),
-        scale_tile(4 * channels): (4 * channels, [kernels.grn_scale_kernel, kernels.grn_backward_scale_kernel]),
+        norm_tile(channels): [kernels.layer_norm_kernel, kernels.layer_norm_backward_kernel],
+        hidden_tile(4 * channels): [
+            kernels.gelu_energy_kernel,
+            kernels.grn_apply_kernel,
+            kernels.grn_backward_sums_kernel,
+            kernels.grn_backward_apply_kernel,
+        ],
+        scale_tile(4 * channels): [kernels.grn_scale_kernel, kernels.grn_backward_scale_kernel],
     }
-    for tile, (width, some) in tiles.items():
-        constants = {"WIDTH": width, "ROWS": tile.rows, "BLOCK": tile.columns}
+    for tile, some in tiles.items():
         for kernel in some:
-            check_compiles(kernel, architecture, types, constants, tile.warps, tmp_path)
+            check_compiles(kernel, architecture, types, {"TILE": tile}, tile.warps, tmp_path)

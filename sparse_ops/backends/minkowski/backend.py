@@ -3,8 +3,6 @@
 Two things are offered. The backend's own contract, depthwise convolutions of rows, takes its neighbours from
 MinkowskiEngine's kernel map. And :class:`MinkowskiGrid`, which an encoder gets for this backend, keeps the features of
 the whole network in a ``MinkowskiEngine.SparseTensor``, from the stem to the last stage.
-
-MinkowskiEngine is imported when it is asked for, never before.
 """
 
 from __future__ import annotations
@@ -49,16 +47,8 @@ class Coordinates:
         self.manager, self.key = manager, key
         stride = torch.tensor([1, *key.get_tensor_stride()], device=active.device)
         engine_N3 = manager.get_coordinates(key).to(active.device, torch.int64) // stride
-        height, width = active.map_size
-
-        def place(coordinates_N3: Tensor) -> Tensor:
-            image, y, x = coordinates_N3.unbind(1)
-            return (image * height + y) * width + x
-
-        row_of_place = torch.full((active.batch_size * height * width,), -1, device=active.device)
         ours = torch.arange(active.num_cells, device=active.device)
-        row_of_place[place(active.coordinates)] = ours
-        order = row_of_place[place(engine_N3)]
+        order = active.densify(ours[:, None], -1)[tuple(engine_N3.unbind(1))].flatten()
         assert order.numel() == ours.numel() and bool((order >= 0).all()), "the coordinate map is of other cells"
         self._same = torch.equal(order, ours)
         self.order = order
@@ -103,11 +93,9 @@ class Coordinates:
         if kernel_size not in self._tables:
             cells = self.order.numel()
             engine_NT = layers.neighbour_table(self.manager, self.key, kernel_size, 1).to(self.order.device)
-            ours_NT = torch.cat((self.order, self.order.new_full((1,), cells)))[engine_NT]
-            table_NT = torch.empty_like(ours_NT)
-            table_NT[self.order] = ours_NT
-            by_tap = table_NT.view(cells, kernel_size, kernel_size)
-            self._tables[kernel_size] = by_tap.transpose(1, 2).reshape(cells, -1)
+            ours_NT = torch.cat((self.order, self.order.new_full((1,), cells)))[engine_NT[self.place]]
+            by_tap = ours_NT.view(cells, kernel_size, kernel_size).transpose(1, 2)
+            self._tables[kernel_size] = by_tap.reshape(cells, -1)
         return self._tables[kernel_size]
 
 
@@ -172,10 +160,7 @@ class MinkowskiGrid(SparseGrid):
         """
         if rows is not None:
             raise ValueError("a network on MinkowskiEngine computes every cell; rows must be None")
-        h = self.pointwise(block.norm, x)
-        h = self.pointwise(block.act, self.pointwise(block.pwconv1, h))
-        h = self.pointwise(lambda cells: block.grn(cells, self), h)
-        return self.pointwise(block.pwconv2, h)
+        return self.pointwise(lambda cells: Grid.mlp(self, cells, block), x)
 
 
 class MinkowskiBackend(Backend):

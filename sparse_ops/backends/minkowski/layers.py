@@ -7,7 +7,7 @@ that was written for the official FCMAE finds the modules after :func:`provide_o
 MinkowskiEngine numbers the taps of a kernel with the first spatial axis fastest: tap ``x·K + y`` on (y, x).
 
 Shape letters: N cells, C channels, D hidden channels, T taps (K² in two dimensions), G groups of GRN's norms.
-Importing this module does not import MinkowskiEngine.
+Importing this module does not import MinkowskiEngine, which happens when it is asked for.
 """
 
 from __future__ import annotations
@@ -71,13 +71,9 @@ def neighbour_table(manager: Any, key: Any, kernel_size: int, dilation: int) -> 
     """``[N, T]`` int64: the row under each tap, N where there is none; from MinkowskiEngine's kernel map."""
     cells, taps = manager.size(key), kernel_size**manager.D
     pairs = manager.kernel_map(key, key, stride=1, kernel_size=kernel_size, dilation=dilation)
-    table_NT = torch.full((cells, taps), cells, dtype=torch.int64)
-    if pairs:
-        source, target = torch.cat(list(pairs.values()), dim=1).long()
-        counts = torch.tensor([pair.shape[1] for pair in pairs.values()], device=source.device)
-        tap = torch.tensor(list(pairs), device=source.device).repeat_interleave(counts)
-        table_NT = table_NT.to(source.device)
-        table_NT.view(-1).scatter_(0, target * taps + tap, source)
+    table_NT = torch.full((cells, taps), cells, device=manager.get_coordinates(key).device)
+    for tap, (source, target) in pairs.items():
+        table_NT[target.long(), tap] = source.long()
     return table_NT
 
 
@@ -112,7 +108,7 @@ def sum_taps(x_NC: Tensor, kernel_TC: Tensor, table_NT: Tensor) -> Tensor:
 
 
 def sum_taps_backward(
-    grad_NC: Tensor, x_NC: Tensor, kernel_TC: Tensor, table_NT: Tensor, wanted: tuple[bool, bool] = (True, True)
+    grad_NC: Tensor, x_NC: Tensor, kernel_TC: Tensor, table_NT: Tensor, wanted: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of :func:`sum_taps` for ``x`` and for the kernel, None where not wanted.
 
@@ -146,11 +142,10 @@ class _Depthwise(torch.autograd.Function):
         return *sum_taps_backward(grad.contiguous(), x, kernel, table, wanted), None
 
 
-def with_features(sparse: SparseTensor, features: Tensor) -> SparseTensor:
-    """A sparse tensor on the coordinates of another."""
-    return type(sparse)(
-        features, coordinate_map_key=sparse.coordinate_map_key, coordinate_manager=sparse.coordinate_manager
-    )
+def with_features(sparse: SparseTensor, features: Tensor, key: Any = None) -> SparseTensor:
+    """A sparse tensor on the coordinates of another, or on the map ``key`` of the same manager."""
+    key = sparse.coordinate_map_key if key is None else key
+    return type(sparse)(features, coordinate_map_key=key, coordinate_manager=sparse.coordinate_manager)
 
 
 def check_dtype(dtype: torch.dtype) -> None:
@@ -201,9 +196,7 @@ def strided_conv(sparse: SparseTensor, kernel: Tensor, bias: Tensor | None, stri
     features = engine.MinkowskiConvolutionFunction.apply(
         sparse.F, kernel.contiguous(), generator, mode, sparse.coordinate_map_key, out_key, manager
     )
-    return type(sparse)(
-        features if bias is None else features + bias, coordinate_map_key=out_key, coordinate_manager=manager
-    )
+    return with_features(sparse, features if bias is None else features + bias, out_key)
 
 
 def grn(sparse: SparseTensor, gamma: Tensor, beta: Tensor, scope: GRNScope, eps: float = EPS) -> SparseTensor:

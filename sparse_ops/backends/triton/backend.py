@@ -6,7 +6,6 @@ tests.
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 from collections.abc import Sequence
 
@@ -38,13 +37,9 @@ def _compile_stage(side: int, channels: int, kernel_size: int, device: torch.dev
     convolved, summed = (active.tile_neighbours(kernel_size, tile) for tile in (TILE, WEIGHT_TILE))
     triton_depthwise(x, weight, None, convolved, min(side, TILE), False)
     triton_depthwise_weight_grad(x, x, summed, min(side, WEIGHT_TILE), kernel_size)
-
-    def parameter(*shape: int) -> Tensor:
-        return torch.empty(shape, device=device)
-
     dim = 4 * channels
-    norm, hidden = [parameter(channels), parameter(channels)], [parameter(dim), parameter(dim), parameter(dim)]
-    parameters = [*norm, parameter(dim, channels), *hidden, parameter(channels, dim), parameter(channels)]
+    shapes = [(channels,)] * 2 + [(dim, channels), *[(dim,)] * 3, (channels, dim), (channels,)]
+    parameters = [torch.empty(shape, device=device) for shape in shapes]
     *kept, out = triton_mlp(x, parameters, active.row_offsets, None, 1e-6, 1e-6)
     triton_mlp_backward(out, x, parameters, active.row_offsets, None, kept, 1e-6, 1e-6)
 

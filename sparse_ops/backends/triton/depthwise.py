@@ -25,11 +25,21 @@ class ProgramShape(NamedTuple):
     warps: int
 
 
+class Stage(NamedTuple):
+    """What a kernel knows of its inputs when it is compiled."""
+
+    channels: int
+    """Or :data:`ANY`."""
+    side: int
+    kernel_size: int
+    reach: int
+
+
 INTERPRETED = {
-    "depthwise_kernel": ProgramShape(patches=64, channels=64, warps=1),
-    "depthwise_weight_grad_kernel": ProgramShape(patches=16, channels=64, warps=1),
+    "depthwise_kernel": {"PATCHES": 64, "BLOCK": 64},
+    "depthwise_weight_grad_kernel": {"PATCHES": 16, "BLOCK": 64},
 }
-"""For the interpreter, where every program costs much the same however much it takes."""
+"""What one program takes in the interpreter, where every program costs much the same however much it takes."""
 
 TILE, WEIGHT_TILE = 4, 8
 """Cells a side that the convolution and the weight gradient take for a patch; larger ones are cut into tiles."""
@@ -66,27 +76,27 @@ def weight_grad_blocks(side: int, channels: int) -> list[ProgramShape]:
 
 
 @cache
-def _tuned(name: str, side: int, width: int, kernel_size: int, dtype: torch.dtype) -> Any:
+def _tuned(name: str, stage: Stage, dtype: torch.dtype) -> Any:
     """The kernel, which times the block shapes when it first runs and keeps the fastest, also on disk."""
     import triton
 
+    blocks = depthwise_blocks if name == "depthwise_kernel" else weight_grad_blocks
     configs = [
-        triton.Config({"PATCHES": block.patches, "BLOCK_C": block.channels}, num_warps=block.warps)
-        for block in (depthwise_blocks if name == "depthwise_kernel" else weight_grad_blocks)(side, width)
+        triton.Config({"PATCHES": block.patches, "BLOCK": block.channels}, num_warps=block.warps)
+        for block in blocks(stage.side, stage.channels)
     ]
-    tune = triton.autotune(configs, key=["KERNEL", "SIDE", "CHANNELS"], cache_results=True)
+    tune = triton.autotune(configs, key=["STAGE"], cache_results=True)
     return tune(getattr(kernels_of("depthwise"), name))
 
 
-def _launch_depthwise(name: str, grid: Any, side: int, channels: int, kernel_size: int, x: Tensor, *args: Any) -> None:
-    width = kernel_width(channels)
-    constants = {"CHANNELS": width, "SIDE": side, "KERNEL": kernel_size, "REACH": reach(kernel_size, side)}
+def _launch_depthwise(name: str, grid: Any, side: int, kernel_size: int, x: Tensor, *args: Any) -> None:
+    channels = x.shape[1]
+    stage = Stage(kernel_width(channels), side, kernel_size, reach(kernel_size, side))
+    constants: dict[str, Any] = {"STAGE": stage}
     if interpreting():
-        block = INTERPRETED[name]
-        kernel = getattr(kernels_of("depthwise"), name)
-        constants |= {"PATCHES": block.patches, "BLOCK_C": block.channels, "num_warps": block.warps}
+        kernel, constants = getattr(kernels_of("depthwise"), name), constants | INTERPRETED[name]
     else:
-        kernel = _tuned(name, side, width, kernel_size, x.dtype)
+        kernel = _tuned(name, stage, x.dtype)
         chosen = getattr(kernel, "best_config", None)
         if chosen is None and x.numel() < TUNED_FROM and not compiling_only():
             chosen = kernel.configs[0]
@@ -110,9 +120,9 @@ def triton_depthwise(
     taps[-1] = 0 if bias is None else bias
 
     def grid(sizes: dict[str, int]) -> tuple[int, int]:
-        return -(-patches // sizes["PATCHES"]), -(-channels // sizes["BLOCK_C"])
+        return -(-patches // sizes["PATCHES"]), -(-channels // sizes["BLOCK"])
 
-    _launch_depthwise("depthwise_kernel", grid, side, channels, kernel_size, x, taps, neighbours, out, patches)
+    _launch_depthwise("depthwise_kernel", grid, side, kernel_size, x, taps, neighbours, out, patches)
     return out
 
 
@@ -129,10 +139,9 @@ def triton_depthwise_weight_grad(x: Tensor, grad: Tensor, neighbours: Tensor, si
     partial = x.new_empty(slices, kernel_size**2, channels, dtype=torch.float32)
 
     def grid(sizes: dict[str, int]) -> tuple[int, int, int]:
-        return slices, -(-channels // sizes["BLOCK_C"]), kernel_size
+        return slices, -(-channels // sizes["BLOCK"]), kernel_size
 
-    name = "depthwise_weight_grad_kernel"
-    _launch_depthwise(name, grid, side, channels, kernel_size, x, grad, neighbours, partial, patches)
+    _launch_depthwise("depthwise_weight_grad_kernel", grid, side, kernel_size, x, grad, neighbours, partial, patches)
     return partial.sum(0).t().to(x.dtype).contiguous().view(channels, 1, kernel_size, kernel_size)
 
 

@@ -11,15 +11,16 @@ from sparse_ops.backends.triton.launch import PROGRAMS, interpreting, kernels_of
 
 
 class RowTile(NamedTuple):
-    """Rows and columns that a program of a pointwise kernel takes at a time, and its warps."""
+    """Rows and columns of a width that a program of a pointwise kernel takes at a time, and its warps."""
 
+    width: int
     rows: int
     columns: int
     warps: int = 4
 
     @property
-    def constants(self) -> dict[str, int]:
-        return {"ROWS": self.rows, "BLOCK": self.columns, "num_warps": self.warps}
+    def blocks(self) -> int:
+        return -(-self.width // self.columns)
 
 
 def _power_of_two(number: int, least: int = 16) -> int:
@@ -29,51 +30,49 @@ def _power_of_two(number: int, least: int = 16) -> int:
 def norm_tile(channels: int) -> RowTile:
     """For LayerNorm, whose programs hold whole rows: 16 numbers a thread or so."""
     columns = _power_of_two(channels)
-    return RowTile(128 if interpreting() else max(1, 2048 // columns), columns, 8 if columns > 2048 else 4)
+    return RowTile(channels, 128 if interpreting() else max(1, 2048 // columns), columns, 8 if columns > 2048 else 4)
 
 
 def hidden_tile(dim: int) -> RowTile:
     """For GELU and GRN."""
-    return RowTile(256, min(256, _power_of_two(dim))) if interpreting() else RowTile(32, min(64, _power_of_two(dim)))
+    rows, most = (256, 256) if interpreting() else (32, 64)
+    return RowTile(dim, rows, min(most, _power_of_two(dim)))
 
 
 def scale_tile(dim: int) -> RowTile:
     """For the kernels that take a group's norms, a row of them at a time."""
-    return RowTile(1, min(512 if interpreting() else 2048, _power_of_two(dim, 128)))
+    return RowTile(dim, 1, min(512 if interpreting() else 2048, _power_of_two(dim, 128)))
 
 
-def _parts(rows: int, groups: int, dim: int, tile: RowTile) -> int:
+def _launch(kernel: Any, grid: tuple[int, ...], tile: RowTile, *args: Any) -> None:
+    if all(grid):
+        launch(kernel, grid, *args, TILE=tile, num_warps=tile.warps)
+
+
+def _parts(rows: int, groups: int, tile: RowTile) -> int:
     """Parts that the rows of each group are cut into: enough programs for a GPU, by the shapes alone."""
-    wanted = 2 * PROGRAMS // max(1, groups * -(-dim // tile.columns))
+    wanted = 2 * PROGRAMS // max(1, groups * tile.blocks)
     return max(1, min(wanted, 256, -(-rows // (max(1, groups) * tile.rows))))
 
 
 class _Hidden:
-    """Launches the kernels that walk over the hidden layer: program (part, group, block of columns)."""
+    """Launches the kernels of the hidden layer."""
 
     def __init__(self, h: Tensor, row_offsets: Tensor) -> None:
-        self.groups, self.dim = row_offsets.numel() - 1, h.shape[1]
-        self.tile = hidden_tile(self.dim)
-        self.parts = _parts(h.shape[0], self.groups, self.dim, self.tile)
+        self.groups, self.tile = row_offsets.numel() - 1, hidden_tile(h.shape[1])
+        self.parts = _parts(h.shape[0], self.groups, self.tile)
         self._h = h
 
     def partial(self) -> Tensor:
         """Memory for a sum of each part, ``[groups, parts, dim]`` float32."""
-        return self._h.new_empty(self.groups, self.parts, self.dim, dtype=torch.float32)
-
-    def of_groups(self) -> Tensor:
-        """Memory for a number of each group and channel, ``[groups, dim]`` float32."""
-        return self._h.new_empty(self.groups, self.dim, dtype=torch.float32)
+        return self._h.new_empty(self.groups, self.parts, self.tile.width, dtype=torch.float32)
 
     def walk(self, kernel: Any, *args: Any) -> None:
-        if self.groups:
-            grid = self.parts, self.groups, -(-self.dim // self.tile.columns)
-            launch(kernel, grid, *args, WIDTH=self.dim, **self.tile.constants)
+        """Over all rows: program (part, group, block of columns)."""
+        _launch(kernel, (self.parts, self.groups, self.tile.blocks), self.tile, *args)
 
     def each_group(self, kernel: Any, *args: Any) -> None:
-        if self.groups:
-            tile = scale_tile(self.dim)
-            launch(kernel, (self.groups,), *args, WIDTH=self.dim, BLOCK=tile.columns, num_warps=tile.warps)
+        _launch(kernel, (self.groups,), scale_tile(self.tile.width), *args)
 
 
 def _mlp_outputs(
@@ -98,14 +97,12 @@ def triton_mlp(
     norm_weight, norm_bias, w1, b1, gamma, beta, w2, b2 = parameters
     h, mean, rstd, norms, out = _mlp_outputs(x, parameters, row_offsets, rows, norm_eps, grn_eps)
     normed = torch.empty_like(x)
-    if x.numel():
-        tile = norm_tile(x.shape[1])
-        (count, width), norm = x.shape, (norm_weight, norm_bias, normed, mean, rstd)
-        grid = (-(-count // tile.rows),)
-        launch(kernels.layer_norm_kernel, grid, x, *norm, count, norm_eps, WIDTH=width, **tile.constants)
+    tile = norm_tile(x.shape[1])
+    grid = (-(-x.shape[0] // tile.rows), tile.blocks)
+    _launch(kernels.layer_norm_kernel, grid, tile, x, norm_weight, norm_bias, normed, mean, rstd, x.shape[0], norm_eps)
     torch.mm(normed, w1.to(x.dtype).t(), out=h)
     hidden = _Hidden(h, row_offsets)
-    partial, scale, y = hidden.partial(), hidden.of_groups(), torch.empty_like(h)
+    partial, scale, y = hidden.partial(), torch.empty_like(norms), torch.empty_like(h)
     hidden.walk(kernels.gelu_energy_kernel, h, b1, row_offsets, partial)
     hidden.each_group(kernels.grn_scale_kernel, partial, gamma, norms, scale, hidden.parts, grn_eps)
     hidden.walk(kernels.grn_apply_kernel, h, b1, scale, beta, row_offsets, y)
@@ -142,7 +139,7 @@ def triton_mlp_backward(
     hidden = _Hidden(h, row_offsets)
     product, plain = hidden.partial(), hidden.partial()
     hidden.walk(kernels.grn_backward_sums_kernel, grad_h, h, b1, row_offsets, product, plain)
-    found = scale, pull, grad_gamma, grad_beta = tuple(hidden.of_groups() for _ in range(4))
+    found = scale, pull, grad_gamma, grad_beta = tuple(torch.empty_like(norms) for _ in range(4))
     kernel = kernels.grn_backward_scale_kernel
     hidden.each_group(kernel, product, plain, gamma, norms, *found, hidden.parts, grn_eps)
     y, grad_b1 = torch.empty_like(h), product
@@ -154,12 +151,8 @@ def triton_mlp_backward(
     tile = norm_tile(x.shape[1])
     programs = min(512, -(-x.shape[0] // tile.rows))
     grad_x, partial = torch.empty_like(x), x.new_empty(2, programs, x.shape[1], dtype=torch.float32)
-    if programs:
-        given = grad_normed, x, norm_weight, norm_bias, mean, rstd
-        constants = {"WIDTH": x.shape[1], **tile.constants}
-        launch(
-            kernels.layer_norm_backward_kernel, (programs,), *given, grad_x, normed, *partial, x.shape[0], **constants
-        )
+    given = grad_normed, x, norm_weight, norm_bias, mean, rstd
+    _launch(kernels.layer_norm_backward_kernel, (programs,), tile, *given, grad_x, normed, *partial, x.shape[0])
     grad_norm, grad_w1 = [part.sum(0) for part in partial], grad_h.t() @ normed
     of_groups = grad_b1.sum((0, 1)), grad_gamma.sum(0), grad_beta.sum(0)
     grads = *grad_norm, grad_w1, *of_groups, grad_w2, grad.sum(0, dtype=torch.float32)
