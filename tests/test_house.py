@@ -10,8 +10,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("convnextv2", "sparse_ops")
 MOST_LINES = 10_800
-"""Of the rooms that were there when the house was built, to be lowered only. They had 10,804 before it, and 10,569 when it
-stood: with runs from Python, kinds of sources, layouts as objects and prediction in the package."""
+"""Of the rooms that were there when the house was built, to be lowered only. They had 10,804 before it, and
+10,569 when it stood: with runs from Python, kinds of sources, layouts as objects and prediction in the package."""
 ROOMS_SINCE = {"convnextv2/outputs.py", "convnextv2/weights/guard.py"}
 """What has been added for purposes of its own; a file that takes over from an older one does not belong here."""
 BANNER = re.compile(r"^[ \t]*(?:#|//)[^\n]*[-=*#]{8,}\s*$", re.M)
@@ -67,7 +67,7 @@ def test_banners_are_recognised(text: str) -> None:
 
 
 def test_the_house_has_fewer_lines_than_it_had() -> None:
-    assert ROOMS_SINCE <= {relative(file) for file in SOURCES}
+    assert {relative(file) for file in SOURCES} >= ROOMS_SINCE
     counts = {relative(file): lines_of(file) for file in SOURCES if relative(file) not in ROOMS_SINCE}
     assert sum(counts.values()) < MOST_LINES, sorted(counts.items(), key=lambda item: -item[1])[:10]
 
