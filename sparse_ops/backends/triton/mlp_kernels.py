@@ -138,7 +138,7 @@ def _sum_of_parts(partial, group, parts, columns, inside, TILE: tl.constexpr):
 @triton.jit(do_not_specialize=["parts"])
 def grn_scale_kernel(partial, gamma, norms, scale, parts, eps, TILE: tl.constexpr):
     """Norms ``[G, D]`` of a group's channels, and scale = 1 + gamma · norm / (mean of the norms + eps)."""
-    BLOCKS: tl.constexpr = TILE.blocks
+    BLOCKS: tl.constexpr = (TILE.width + TILE.columns - 1) // TILE.columns  # Triton 3.8 knows fields, not properties
     group = tl.program_id(0)
     total = 0.0
     for block in tl.static_range(BLOCKS):
@@ -194,7 +194,7 @@ def grn_backward_scale_kernel(
     ``scale`` receives the factor of the forward pass again, ``pull`` the derivative through a channel's norm,
     dL/dnorm / norm; ``grad_gamma`` and ``grad_beta`` are to be summed over the groups.
     """
-    BLOCKS: tl.constexpr = TILE.blocks
+    BLOCKS: tl.constexpr = (TILE.width + TILE.columns - 1) // TILE.columns  # Triton 3.8 knows fields, not properties
     group = tl.program_id(0)
     total = 0.0
     inner = 0.0
