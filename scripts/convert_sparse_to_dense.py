@@ -16,7 +16,7 @@ from convnextv2.outputs import Kind, check_output, is_stream, output_file, outpu
 from convnextv2.weights.checkpoint import SUFFIXES, CheckpointError, Config, load_checkpoint, save_checkpoint
 from convnextv2.weights.layout import DECODER_PARTS, HEAD_PARTS, Layout
 from convnextv2.weights.layouts import LAYOUTS, get_layout
-from convnextv2.weights.reading import Weights, describe, read_checkpoint, weights_config, write_layout
+from convnextv2.weights.reading import Weights, describe, read_checkpoint, weights_config, with_norm, write_layout
 from convnextv2.weights.verify import verify_conversion
 
 
@@ -150,7 +150,15 @@ def main() -> None:
     source = read_checkpoint(checkpoint)
     weights, new = (source, []) if args.num_classes is None else add_head(source, args.num_classes, args.seed)
     to = get_layout(args.to)
-    written = write_layout(weights, to.name)
+    if to.norm and not weights.head:
+        weights, new = with_norm(weights), ["norm.weight", "norm.bias"]
+    try:
+        written = write_layout(weights, to.name)
+        loading = to.loading(
+            written, weights.config, f"FILE{SUFFIXES[0]}" if is_stream(args.output) else str(args.output)
+        )
+    except CheckpointError as error:
+        raise CheckpointError(f"{checkpoint.path}: {error}") from error
 
     say(f"source: {checkpoint.path}, layout {source.layout}, {describe(source.config)}")
     if "weights" in checkpoint.metadata:
@@ -185,6 +193,8 @@ def main() -> None:
     with output_file(args.output, stream_suffix=SUFFIXES[0]) as path:
         save_checkpoint(path, written, output_config(weights, to, checkpoint.config), metadata)
     say(f"written: {args.output}, {len(written)} tensors, {sum(t.numel() for t in written.values()):,} parameters")
+    for line in loading:
+        say(line)
 
 
 if __name__ == "__main__":

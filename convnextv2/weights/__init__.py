@@ -14,6 +14,7 @@ from convnextv2.weights.reading import (
     read_checkpoint,
     read_weights,
     weights_config,
+    with_norm,
     write_layout,
 )
 from convnextv2.weights.verify import Verification, verify_conversion
@@ -24,5 +25,5 @@ __all__ = [
     "detect_layout", "encoder_state_dict", "foreign_name", "get_layout", "infer_config", "init_classifier",
     "init_fcmae", "load_checkpoint", "load_model", "load_strict", "map_to_taps", "official_sparse_features",
     "read_checkpoint", "read_weights", "register_layout", "save_checkpoint", "taps_to_map", "timm_network",
-    "verify_conversion", "weights_config", "write_layout",
+    "verify_conversion", "weights_config", "with_norm", "write_layout",
 ]  # fmt: skip

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from convnextv2.models.config import EncoderConfig
-from convnextv2.weights.checkpoint import CheckpointError
+from convnextv2.weights.loaders import load_timm
 
 EPS = 1e-6
 
@@ -97,34 +97,45 @@ def official_sparse_features(state_dict: Mapping[str, Tensor], images: Tensor, v
     return x
 
 
+def official_dense_features(state_dict: Mapping[str, Tensor], config: EncoderConfig, images: Tensor) -> Tensor:
+    """Last-stage features ``[B, C, h, w]`` of an official dense network, from its own weights as they are, by torch's
+    functions alone; ``images`` ``[B, C, H, W]`` float64."""
+
+    def get(name: str) -> Tensor:
+        return state_dict[name].to(images.dtype)
+
+    def convolution(x: Tensor, name: str, **options: int) -> Tensor:
+        return F.conv2d(x, get(f"{name}.weight"), get(f"{name}.bias"), **options)
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        centred = x - x.mean(1, keepdim=True)
+        x = centred / (centred.square().mean(1, keepdim=True) + EPS).sqrt()
+        return x * get(f"{name}.weight")[:, None, None] + get(f"{name}.bias")[:, None, None]
+
+    def linear(x: Tensor, name: str) -> Tensor:
+        return torch.einsum("oc,bchw->bohw", get(f"{name}.weight"), x) + get(f"{name}.bias")[:, None, None]
+
+    x = norm(convolution(images, "downsample_layers.0.0", stride=config.stem_stride), "downsample_layers.0.1")
+    for stage, depth in enumerate(config.depths):
+        if stage:
+            x = convolution(norm(x, f"downsample_layers.{stage}.0"), f"downsample_layers.{stage}.1", stride=2)
+        for name in (f"stages.{stage}.{block}" for block in range(depth)):
+            h = convolution(x, f"{name}.dwconv", padding=config.kernel_size // 2, groups=x.shape[1])
+            h = F.gelu(linear(norm(h, f"{name}.norm"), f"{name}.pwconv1"))
+            response = h.square().sum((2, 3), keepdim=True).sqrt()
+            response = response / (response.mean(1, keepdim=True) + EPS)
+            gamma, beta = (get(f"{name}.grn.{end}").flatten()[:, None, None] for end in ("gamma", "beta"))
+            x = x + linear(gamma * (h * response) + beta + h, f"{name}.pwconv2")
+    return x
+
+
 def timm_network(state_dict: Mapping[str, Tensor], config: EncoderConfig) -> Any:
-    """Timm's ConvNeXt with these weights, in float64; the final norm and head may be missing.
+    """Timm's network with these weights, in float64, of the kind that they are: 1×1 convolutions or linear layers.
 
-    Raises CheckpointError if timm cannot represent the configuration, or the names or shapes do not fit.
+    The final norm may be missing, and is as initialised then. Raises CheckpointError if timm cannot represent the
+    configuration, or the names or shapes do not fit.
     """
-    from timm.models.convnext import ConvNeXt
-
-    if config.stem_stride == 2:
-        # Timm then adds a downsampling of its own before the first stage.
-        raise CheckpointError("timm has no ConvNeXt with a stem of stride 2 (patch size 16)")
-    classes = state_dict["head.fc.weight"].shape[0] if "head.fc.weight" in state_dict else 0
-    network = ConvNeXt(
-        in_chans=config.in_chans,
-        num_classes=classes,
-        depths=config.depths,
-        dims=config.dims,
-        kernel_sizes=config.kernel_size,
-        patch_size=config.stem_stride,
-        conv_mlp=state_dict["stages.0.blocks.0.mlp.fc1.weight"].dim() == 4,
-        use_grn=True,
-        ls_init_value=None,
-        norm_eps=EPS,
-    ).double()
-    try:
-        result = network.load_state_dict(dict(state_dict), strict=False)
-    except RuntimeError as error:
-        raise CheckpointError(f"timm's network does not take the weights: {' '.join(str(error).split())}") from error
-    missing = [name for name in result.missing_keys if not name.startswith("head.")]
-    if missing or result.unexpected_keys:
-        raise CheckpointError(f"timm's network misses {missing} and does not know {result.unexpected_keys}")
-    return network.eval()
+    width = config.dims[-1]
+    norm = {"head.norm.weight": torch.ones(width), "head.norm.bias": torch.zeros(width)}
+    kind = state_dict["stages.0.blocks.0.mlp.fc1.weight"].dim() == 4
+    return load_timm({**norm, **state_dict}, config, conv_mlp=kind)

@@ -213,11 +213,19 @@ def encoder_state_dict(checkpoint: Checkpoint | str | Path) -> dict[str, Tensor]
     return read_checkpoint(as_checkpoint(checkpoint)).encoder
 
 
+def with_norm(weights: Weights) -> Weights:
+    """The weights with a final norm, as it is initialised (ones and zeros) where they have none: for a network that
+    always has one, such as timm's."""
+    like = weights.encoder["downsample_layers.3.1.bias"]
+    norm = {"norm.weight": torch.ones_like(like), "norm.bias": torch.zeros_like(like)}
+    return replace(weights, head=weights.head or norm)
+
+
 def write_layout(weights: Weights, layout: str) -> dict[str, Tensor]:
     """State dict in another layout, with the parts that the layout holds.
 
     The dense layouts leave the decoder out; ``fcmae`` and ``sparse-official`` leave final norm and head out. Raises
-    ValueError if no layout has that name.
+    ValueError if no layout has that name, CheckpointError if the layout cannot have these weights.
     """
     target = get_layout(layout)
     return {

@@ -56,7 +56,8 @@ class Verification:
         return self.largest <= TOLERANCE
 
     def __str__(self) -> str:
-        foreign = "" if self.foreign is None else f", {' and '.join(self.whose)}'s network {self.foreign:.1e}"
+        whose = " and ".join(f"{name}'s network" for name in self.whose)
+        foreign = "" if self.foreign is None else f", {whose} {self.foreign:.1e}"
         return (
             f"largest relative error {self.largest:.1e} (random mask {self.masked:.1e}, nothing masked "
             f"{self.unmasked:.1e}{foreign}; float64, tolerance {TOLERANCE:.1e})"
@@ -89,7 +90,8 @@ def verify_conversion(source: Mapping[str, Tensor], written: Mapping[str, Tensor
 
     The sparse side runs the source as it was read, the dense side what is about to be written; where only the layout
     that is written has a sparse network of its own, the other way round. A layout's own networks run in place of, or
-    beside, ours. Raises CheckpointError if either is not a whole encoder.
+    beside, ours. Raises CheckpointError if either is not a whole encoder, or if the network that users load the layout
+    into does not take ``written``.
     """
     states = (source, written)
     weights = [read_weights(state) for state in states]
@@ -97,6 +99,7 @@ def verify_conversion(source: Mapping[str, Tensor], written: Mapping[str, Tensor
     config = weights[0].config
     if weights[1].config != config:
         return Verification(math.nan, math.nan)
+    layouts[1].loading(written, config, "")
     sparse = 1 if layouts[0].sparse_features is None and layouts[1].sparse_features is not None else 0
     dense_encoder = _encoder(weights[1 - sparse])
     sparse_features = layouts[sparse].sparse_features or _sparse_features(weights[sparse])

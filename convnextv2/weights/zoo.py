@@ -5,24 +5,19 @@ The weights are under CC-BY-NC 4.0: not for commercial use. That licence is thei
 
 from __future__ import annotations
 
-import http.client
-import logging
-import urllib.error
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 
-from convnextv2.files import atomic_path
-from convnextv2.weights.checkpoint import CheckpointError
+from convnextv2.weights.download import cached
 
 BASE_URL = "https://dl.fbaipublicfiles.com/convnext/convnextv2/"
 LICENCE = "CC-BY-NC 4.0"
 
 Kind = Literal["fcmae", "1k", "22k"]
-
-_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -95,27 +90,19 @@ def get(name: str) -> PublishedCheckpoint:
 
 
 def fetch(name: str, progress: bool = True) -> Path:
-    """The file of a published checkpoint, downloaded into torch's hub cache unless it is there.
+    """The file of a published checkpoint, downloaded into torch's hub cache unless it is there and whole.
 
-    The licence of the weights (:data:`LICENCE`) is logged as a warning with each download.
+    The licence of the weights (:data:`LICENCE`) is logged as a warning with each download. ``CONVNEXTV2_MIRROR`` in the
+    environment stands for :data:`BASE_URL`. What counts as whole: :func:`~convnextv2.weights.download.cached`.
 
     Raises:
         ValueError: if there is no such checkpoint.
-        CheckpointError: if it cannot be downloaded.
-        OSError: if the cache cannot be written.
+        CheckpointError: if it cannot be downloaded whole.
+        OSError: if the cache cannot be read or written.
     """
     file = get(name)
     target = Path(torch.hub.get_dir()) / "checkpoints" / Path(file.path).name
-    if target.is_file():
-        return target
-    _logger.warning("%s: the published weights are under %s, not for commercial use", file.name, LICENCE)
-    with atomic_path(target) as temporary:
-        try:
-            torch.hub.download_url_to_file(file.url, str(temporary), progress=progress)
-        except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
-            reason = getattr(error, "reason", None) or error
-            raise CheckpointError(
-                f"cannot download {file.url} ({reason}); check the connection, or fetch the file elsewhere and "
-                f"put it at {target}"
-            ) from error
-    return target
+    url = f"{(os.environ.get('CONVNEXTV2_MIRROR') or BASE_URL).rstrip('/')}/{file.path}"
+    return cached(
+        url, target, progress, f"{file.name}: the published weights are under {LICENCE}, not for commercial use"
+    )

@@ -9,7 +9,7 @@ import torch
 
 from convnextv2.models.classifier import ConvNeXtV2
 from convnextv2.models.config import VARIANTS, ClassifierConfig, encoder_config
-from convnextv2.weights import zoo
+from convnextv2.weights import download, zoo
 from convnextv2.weights.checkpoint import CheckpointError
 
 VARIANT_NAMES = [f"convnextv2_{size}" for size in ("atto", "femto", "pico", "nano", "tiny", "base", "large", "huge")]
@@ -76,6 +76,7 @@ def test_unknown_name():
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch) -> Path:
+    monkeypatch.delenv("CONVNEXTV2_MIRROR", raising=False)
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
     return tmp_path / "checkpoints"
 
@@ -84,11 +85,11 @@ def hub(tmp_path, monkeypatch) -> Path:
     "error", [urllib.error.URLError("no route"), ConnectionResetError("reset"), TimeoutError("timed out")]
 )
 def test_offline_is_one_clear_line(hub, monkeypatch, error):
-    def download(url: str, target: str, progress: bool) -> None:
-        Path(target).write_bytes(b"half")
+    def half(url: str, target: Path, progress: bool) -> None:
+        target.write_bytes(b"half")
         raise error
 
-    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    monkeypatch.setattr(download, "_download", half)
     with pytest.raises(CheckpointError, match=r"cannot download https://.*atto.*check the connection") as caught:
         zoo.fetch("convnextv2_atto_1k_224_fcmae")
     assert "\n" not in str(caught.value)
@@ -98,14 +99,14 @@ def test_offline_is_one_clear_line(hub, monkeypatch, error):
 def test_fetch_downloads_once_and_names_the_licence(hub, monkeypatch, caplog):
     urls = []
 
-    def download(url: str, target: str, progress: bool) -> None:
+    def whole(url: str, target: Path, progress: bool) -> None:
         urls.append(url)
-        Path(target).write_bytes(b"weights")
+        torch.save({"weights": torch.arange(3)}, target)
 
-    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    monkeypatch.setattr(download, "_download", whole)
     with caplog.at_level(logging.WARNING):
         paths = [zoo.fetch("convnextv2_tiny_1k_224_ema") for _ in range(2)]
     assert paths == [hub / "convnextv2_tiny_1k_224_ema.pt"] * 2
-    assert paths[0].read_bytes() == b"weights"
+    assert torch.load(paths[0])["weights"].tolist() == [0, 1, 2]
     assert urls == ["https://dl.fbaipublicfiles.com/convnext/convnextv2/im1k/convnextv2_tiny_1k_224_ema.pt"]
     assert caplog.text.count("CC-BY-NC 4.0") == 1

@@ -15,6 +15,7 @@ from convnextv2.models.config import EncoderConfig
 from convnextv2.weights.checkpoint import CheckpointError
 from convnextv2.weights.evaluators import official_sparse_features
 from convnextv2.weights.layout import Layout, read_plainly
+from convnextv2.weights.loaders import official_loading
 
 
 def _kind(name: str) -> str | None:
@@ -87,4 +88,5 @@ LAYOUT = Layout(
     read=_read,
     write=_write,
     sparse_features=official_sparse_features,
+    loading=official_loading,
 )

@@ -1,7 +1,22 @@
-"""timm's ``convnextv2_*``, built with linear layers; those with 1×1 convolutions (``conv_mlp``) are read, too."""
+"""timm's ``convnextv2_*``: atto to nano have 1×1 convolutions (``conv_mlp``) where the others have linear layers.
 
+Files of either kind are read for any variant; what is written is what ``timm.create_model`` makes.
+"""
+
+from torch import Tensor
+
+from convnextv2.models.config import EncoderConfig
 from convnextv2.weights.evaluators import timm_network
 from convnextv2.weights.layout import Layout
+from convnextv2.weights.loaders import timm_loading, timm_model
+
+
+def _write(name: str, tensor: Tensor, config: EncoderConfig) -> Tensor:
+    if ".grn." in name:
+        return tensor.flatten()
+    convolutions = timm_model(config)[2]
+    return tensor[:, :, None, None] if convolutions and ".pwconv" in name and tensor.dim() == 2 else tensor
+
 
 LAYOUT = Layout(
     name="timm",
@@ -21,6 +36,8 @@ LAYOUT = Layout(
         (r"\.grn\.beta$", ".mlp.grn.bias"),
     ),
     target=True,
-    write=lambda name, tensor, config: tensor.flatten() if ".grn." in name else tensor,
+    write=_write,
     dense_features=lambda state_dict, config, images: timm_network(state_dict, config).forward_features(images),
+    norm=True,
+    loading=timm_loading,
 )
