@@ -15,18 +15,17 @@ import torch
 
 from convnextv2 import FCMAE
 from convnextv2.data import DataError, build_predict_dataset
-from convnextv2.data.transforms import preprocessing_from_metadata
 from convnextv2.models.config import check_image_size
 from convnextv2.models.masking import parse_mask
 from convnextv2.outputs import check_output, is_stream
 from convnextv2.training.pictures import PICTURE, reconstruction_panels, save_reconstructions
-from convnextv2.weights.checkpoint import CheckpointError, load_checkpoint
+from convnextv2.weights.checkpoint import CheckpointError, load_checkpoint, preprocessing_of
 from convnextv2.weights.loading import load_model
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse, load, draw."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = _cli.Parser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="checkpoint of a pre-training run, or its run folder")
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files, and folders of images")
     _cli.add_output(parser, "reconstructions.png", "PNG file to write, - for standard output")
@@ -50,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not isinstance(model, FCMAE):
         raise CheckpointError(f"{checkpoint.path}: is a classifier; expected a checkpoint of scripts/pretrain.py")
     encoder = model.config.encoder
-    mean, std, img_size = preprocessing_from_metadata(checkpoint.metadata, encoder.in_chans, model.config.img_size)
+    mean, std, img_size = preprocessing_of(checkpoint, encoder.in_chans, model.config.img_size)
     img_size = options.img_size or img_size
     check_image_size(img_size, encoder.patch_size)
     mask = None

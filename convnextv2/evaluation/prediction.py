@@ -13,10 +13,9 @@ import torch
 
 from convnextv2.data import PredictDataset, build_predict_dataset
 from convnextv2.data.loading import make_loader
-from convnextv2.data.transforms import preprocessing_from_metadata
 from convnextv2.models.classifier import ConvNeXtV2
 from convnextv2.models.config import check_image_size
-from convnextv2.weights.checkpoint import Checkpoint, CheckpointError, load_checkpoint
+from convnextv2.weights.checkpoint import Checkpoint, CheckpointError, load_checkpoint, preprocessing_of
 from convnextv2.weights.loading import complete_model
 
 
@@ -64,7 +63,7 @@ def load_classifier(
     if not isinstance(model, ConvNeXtV2) or model.config.num_classes == 0:
         raise CheckpointError(f"{checkpoint.path}: has no classifier; fine-tune it first (scripts/finetune.py)")
     classes = class_names(checkpoint, model)
-    mean, std, own_size = preprocessing_from_metadata(checkpoint.metadata, model.encoder_config.in_chans)
+    mean, std, own_size = preprocessing_of(checkpoint, model.encoder_config.in_chans)
     check_image_size(img_size or own_size, model.encoder_config.patch_size)
     return Classifier(model, classes, mean, std, img_size or own_size)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from convnextv2.data.build import build_finetune_datasets
 from convnextv2.data.datasets import ImageDataset
-from convnextv2.data.transforms import Augmentation, preprocessing_from_metadata
+from convnextv2.data.transforms import Augmentation
 from convnextv2.models.classifier import ConvNeXtV2
 from convnextv2.models.config import ClassifierConfig, EncoderConfig, FCMAEConfig, check_image_size, variant_name
 from convnextv2.training.device import Accelerator
@@ -27,7 +27,7 @@ from convnextv2.training.result import RunResult
 from convnextv2.training.run import run_task
 from convnextv2.training.run_folder import RunFolder
 from convnextv2.training.task import Outcome, Task
-from convnextv2.weights.checkpoint import Checkpoint, load_checkpoint
+from convnextv2.weights.checkpoint import Checkpoint, load_checkpoint, preprocessing_of
 from convnextv2.weights.loading import init_classifier
 from convnextv2.weights.reading import read_checkpoint, weights_config
 
@@ -131,7 +131,7 @@ def resolve(options: FinetuneOptions) -> tuple[FinetuneOptions, Checkpoint | Non
         default_size = config.img_size if isinstance(config, FCMAEConfig) else (224, 224)
         in_chans = options.in_chans or encoder.in_chans
         if in_chans == encoder.in_chans:
-            mean, std, found["img_size"] = preprocessing_from_metadata(checkpoint.metadata, in_chans, default_size)
+            mean, std, found["img_size"] = preprocessing_of(checkpoint, in_chans, default_size)
             statistics = mean, std
         if name is None and options.model is None and options.depths is None:
             found |= {"depths": encoder.depths, "dims": encoder.dims}

@@ -25,7 +25,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from convnextv2.data.transforms import IMAGE_METADATA, numbers_of
+from convnextv2.data.transforms import IMAGE_METADATA, numbers_of, preprocessing_from_metadata
 from convnextv2.files import atomic_path, finite
 from convnextv2.models.config import ClassifierConfig, EncoderConfig, FCMAEConfig, config_from_dict, config_to_dict
 from convnextv2.weights.guard import DEEPEST, CheckpointError, check_old_format, check_state, check_zip, plain
@@ -155,7 +155,7 @@ def _read_pickle(path: Path, archive: bool) -> Any:
     (check_zip if archive else check_old_format)(path)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Detected pickle protocol")
+            warnings.simplefilter("ignore")  # of what is in the file torch only, which is looked at below
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         # Torch's own text advises to load without weights_only, which runs what is in the file.
@@ -244,18 +244,34 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
 
 
 def _metadata(found: Any, config: Config | None) -> dict[str, Any]:
-    """What a file says beside weights and configuration; of files of others nothing, if JSON cannot hold it."""
+    """What a file says beside weights and configuration; of files of others only what JSON can hold, and no entry of a
+    name of ours that stands for something else."""
     try:
         metadata = plain(found) if isinstance(found, Mapping) else {}
     except ValueError as error:
         if config is None:
             return {}
         raise CheckpointError(f"its metadata {error}") from error
-    if config is not None:
-        sizes = [{"img_size": config.img_size}] if isinstance(config, FCMAEConfig) else []
-        for source, name in itertools.product((metadata, *sizes), IMAGE_METADATA):
-            numbers_of(source, name)  # raises where they are malformed
+    sizes = [{"img_size": config.img_size}] if isinstance(config, FCMAEConfig) else []
+    for source, name in itertools.product((metadata, *sizes), IMAGE_METADATA):
+        try:
+            numbers_of(source, name)
+        except ValueError:  # noqa: PERF203  # four entries
+            if config is not None:
+                raise
+            del metadata[name]
     return metadata
+
+
+def preprocessing_of(
+    checkpoint: Checkpoint, in_chans: int, default_size: tuple[int, int] = (224, 224)
+) -> tuple[tuple[float, ...], tuple[float, ...], tuple[int, int]]:
+    """:func:`~convnextv2.data.transforms.preprocessing_from_metadata`, but that its errors are CheckpointErrors, which
+    name the file."""
+    try:
+        return preprocessing_from_metadata(checkpoint.metadata, in_chans, default_size)
+    except ValueError as error:
+        raise CheckpointError(f"{checkpoint.path}: {error}") from error
 
 
 def as_checkpoint(checkpoint: Checkpoint | str | os.PathLike[str]) -> Checkpoint:
