@@ -8,6 +8,8 @@ CONSTRAINTS ?= -c constraints.txt
 PIP_ARGS = $(CONSTRAINTS) -e .
 # Options of scripts/install_minkowski.py; MINKOWSKI=skip tests without MinkowskiEngine.
 MINKOWSKI ?= --cpu
+# Of make fuzz.
+MINUTES ?= 20
 
 BIN = $(VENV)/bin
 MINKOWSKI_SOURCES = scripts/install_minkowski.py $(wildcard scripts/_minkowski_*.py)
@@ -22,7 +24,7 @@ endif
 test: export REQUIRE_BACKENDS = $(if $(filter skip,$(MINKOWSKI)),cpu,cpu minkowski)
 SANITIZED = build/sanitized/sparse_ops/backends/cpu/_cpu.so
 
-.PHONY: help demo test sanitize lint format bench minkowski clean
+.PHONY: help demo test sanitize lint fuzz format bench minkowski clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -65,6 +67,9 @@ lint: $(VENV)/.installed-test ## ruff, mypy, and which package may import which
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+
+fuzz: $(VENV)/.installed-test ## damaged checkpoints, images, recipes, masks, command lines for MINUTES; goes on where the last one ended
+	$(BIN)/python tests/fuzz/fuzz_run.py --minutes $(MINUTES)
 
 format: $(VENV)/.installed-test ## format the code
 	$(BIN)/ruff check --fix .

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: atomic writes, JSON, lines of JSON."""
+"""Files that are whole or not there: atomic writes, JSON, lines of JSON; and how they are spoken of."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+LONGEST_MESSAGE = 800
+"""Letters of an error: what a file holds, which may be megabytes, stands in them."""
 
 
 @contextlib.contextmanager
@@ -35,6 +38,15 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def one_line(text: object) -> str:
+    """``text`` for a message: one line, what cannot be printed as escapes, the middle of a long one left out."""
+    shown = "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode()
+        for letter in " ".join(str(text).split())
+    )
+    return shown if len(shown) <= LONGEST_MESSAGE else f"{shown[: LONGEST_MESSAGE - 200]}…{shown[-199:]}"
 
 
 def finite(value: Any) -> Any:

@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError
 
 from convnextv2.data.sources import describe_skipped
+from convnextv2.files import one_line
 from convnextv2.outputs import output_path
 from convnextv2.training import recipe
 from convnextv2.training.reporting import bar
@@ -27,6 +28,9 @@ TRACEBACK_VARIABLE = "CONVNEXTV2_TRACEBACK"
 
 EXPECTED_ERRORS = (ValueError, TypeError, OSError, BackendUnavailableError, SafetensorError, torch.OutOfMemoryError)
 """What wrong options, files, folders and machines raise. CheckpointError and DataError are ValueErrors."""
+
+TOO_LARGE = ("can't allocate memory", "size calculation overflowed")
+"""In the RuntimeErrors of torch where somebody asks for more than there is, or than 64 bits can count."""
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
@@ -49,12 +53,20 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter's own flush complains
         sys.exit(1)
-    except EXPECTED_ERRORS as error:
-        if os.environ.get(TRACEBACK_VARIABLE) == "1":
+    except (*EXPECTED_ERRORS, RuntimeError, MemoryError) as error:
+        expected = isinstance(error, (*EXPECTED_ERRORS, MemoryError)) or any(words in str(error) for words in TOO_LARGE)
+        if os.environ.get(TRACEBACK_VARIABLE) == "1" or not expected:
             raise
         warn(f"error: {describe(error)}")
         sys.exit(2)
     sys.exit(status or 0)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's parser, which repeats what it does not know as it is: here in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(one_line(message))
 
 
 def describe(error: BaseException) -> str:
@@ -62,11 +74,6 @@ def describe(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return one_line(f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror)
     return one_line(error) or type(error).__name__
-
-
-def one_line(text: object) -> str:
-    """Text without line breaks and doubled blanks."""
-    return " ".join(str(text).split())
 
 
 def say(text: str = "") -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import _cli
@@ -33,7 +34,7 @@ CONVERTED = Kind("a converted checkpoint", SUFFIXES, _was_converted)
 def parse_arguments() -> argparse.Namespace:
     """The options, checked."""
     targets = [layout for layout in LAYOUTS.values() if layout.target]
-    parser = argparse.ArgumentParser(
+    parser = _cli.Parser(
         description=__doc__,
         epilog="The source may be one of our checkpoints or run folders, an official sparse (MinkowskiEngine) or dense "
         "checkpoint, or weights of timm or transformers; its layout, depths, widths, channels and patch size are read "
@@ -133,10 +134,9 @@ def listed(names: list[str], verbose: bool) -> str:
 
 
 def output_config(weights: Weights, to: Layout, original: Config | None) -> Config:
-    """The configuration to store: of the source where the decoder is kept, else of the classifier or encoder."""
-    if "decoder" in to.parts:
-        return original if original is not None and weights.decoder else weights_config(weights)
-    return ClassifierConfig(weights.config, weights.num_classes or 0) if weights.head else weights.config
+    """The configuration to store: of the source where the decoder is kept, else of what the layout holds."""
+    kept = replace(weights, **{part: {} for part in ("decoder", "head") if part not in to.parts})
+    return original if original is not None and kept.decoder else weights_config(kept)
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ import sys
 import time
 from pathlib import Path
 
-from _cli import positive_int, run, say
+from _cli import Parser, positive_int, run, say
 
 from convnextv2.data import export_digits, open_source
 from convnextv2.data.digits import DIGITS
@@ -50,7 +50,7 @@ def metrics(folder: Path) -> list[dict[str, float]]:
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default=DIGITS, help="folder of images, or digits (default)")
     parser.add_argument("--output", type=Path, default=Path("demo"), help="folder for everything the demo makes")
     parser.add_argument(

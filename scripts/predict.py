@@ -26,7 +26,7 @@ TABLE = Kind("a table of predictions", (".csv",), lambda path: _cli.starts_with(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse, load, predict, report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = _cli.Parser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="checkpoint of a fine-tuning run, or its run folder")
     parser.add_argument("inputs", nargs="+", type=Path, metavar="INPUT", help="image files, and folders of images")
     _cli.add_output(parser, "results.csv", "table to write, - for standard output")

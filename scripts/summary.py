@@ -17,12 +17,13 @@ from convnextv2 import FCMAE, VARIANTS, ConvNeXtV2, create_fcmae, create_model
 from convnextv2.models.config import ClassifierConfig, FCMAEConfig, encoder_config
 from convnextv2.models.summary import Layer, layers
 from convnextv2.weights.checkpoint import CheckpointError, load_checkpoint
-from convnextv2.weights.loading import load_model
+from convnextv2.weights.loading import complete_model
+from convnextv2.weights.reading import read_checkpoint
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse, build on the meta device, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = _cli.Parser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("model", help=f"{next(iter(VARIANTS))} … {list(VARIANTS)[-1]}, or a checkpoint")
     parser.add_argument("--fcmae", action="store_true", help="the masked autoencoder of a variant, not its classifier")
     parser.add_argument("--img-size", type=_cli.image_size, help="pixels, 224 or 192x256; default: 224, or the model's")
@@ -55,13 +56,15 @@ def build(options: argparse.Namespace) -> FCMAE | ConvNeXtV2:
                     mask_ratio=0.6 if options.mask_ratio is None else options.mask_ratio,
                 )
             return create_model(encoder, num_classes=options.num_classes)
-    config = load_checkpoint(path).config
+    checkpoint = load_checkpoint(path)
+    config = checkpoint.config
+    read_checkpoint(checkpoint)  # a configuration that the weights are not of may have any number of layers
     with torch.device("meta"):
         if isinstance(config, FCMAEConfig):
             return FCMAE(config)
         if isinstance(config, ClassifierConfig):
             return ConvNeXtV2(config)
-    return load_model(path)
+    return complete_model(checkpoint)
 
 
 def report(rows: Sequence[Layer], img_size: tuple[int, int]) -> None:

@@ -25,7 +25,7 @@ from convnextv2.weights.loading import load_model
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse, load, draw."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = _cli.Parser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="checkpoint of a pre-training run, or its run folder")
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files, and folders of images")
     _cli.add_output(parser, "reconstructions.png", "PNG file to write, - for standard output")

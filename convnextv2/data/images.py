@@ -14,7 +14,11 @@ Conversions, and why they are what they are:
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import logging
+import math
 import struct
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,12 +26,24 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps, ImageSequence
 
+from convnextv2.files import one_line
+
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 """Formats that are read; JPEG includes MPO. Those that run a program (EPS) or have no signature (TGA, PCD) are not."""
 
+# What is said about damaged files beside the errors that are raised names no file.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+warnings.filterwarnings("ignore", category=SyntaxWarning, module="<unknown>")  # the header of a .npy file is evaluated
+logging.getLogger("PIL").setLevel(logging.CRITICAL)
+with contextlib.suppress(OSError, AttributeError):  # a Pillow that hides its libtiff
+    ctypes.CDLL(Image.core.__file__).TIFFSetErrorHandler(None)
+
 
 class UnreadableImageError(ValueError):
-    """The file is no image, or is damaged; the message is the reason, without the file's name."""
+    """The file is no image, or is damaged; the message is the reason, without the file's name, in one line."""
+
+    def __init__(self, reason: object) -> None:
+        super().__init__(one_line(reason))
 
 
 def has_image_suffix(path: Path) -> bool:
@@ -72,7 +88,8 @@ def load_image(path: Path, in_chans: int) -> Image.Image | NDArray[np.float32]:
         array = _channels_last(_load_array(path), in_chans)
         if in_chans not in (1, 3):
             return _unit_range(array)
-        return Image.fromarray(np.ascontiguousarray(np.broadcast_to(to_bytes(array), (*array.shape[:2], 3))))
+        rgb = Image.fromarray(np.ascontiguousarray(np.broadcast_to(to_bytes(array), (*array.shape[:2], 3))))
+        return rgb if in_chans == 3 else rgb.convert("L").convert("RGB")
     with _open(path) as image, _reasons():
         if in_chans not in (1, 3):
             return _bands(image, in_chans)
@@ -91,7 +108,8 @@ def to_bytes(values: NDArray[np.generic]) -> NDArray[np.uint8]:
         return values.astype(np.uint8, copy=False)
     if values.dtype.kind not in "biuf":
         raise UnreadableImageError(f"pixels of type {values.dtype} are no real numbers")
-    wide = values.astype(np.float64)
+    with np.errstate(invalid="ignore"):  # in the conversion of a signalling NaN
+        wide = values.astype(np.float64)
     if not np.isfinite(wide).all():
         raise UnreadableImageError("pixels hold NaN or infinite values")
     if values.dtype.kind == "u" and values.dtype.itemsize == 2:  # of either byte order
@@ -101,6 +119,9 @@ def to_bytes(values: NDArray[np.generic]) -> NDArray[np.uint8]:
         if low >= 0:
             limits = (255.0, 65535.0) if values.dtype.kind in "iu" else (1.0, 255.0, 65535.0)
             low, high = next(((0.0, limit) for limit in limits if high <= limit), (low, high))
+    if high > low and not 2.0**-900 < high - low < math.inf:  # the range, or its reciprocal, is not finite
+        factor = 2.0**512 if high - low < 1 else 0.25
+        wide, low, high = wide * factor, low * factor, high * factor
     span = high - low
     return np.rint((wide - low) * (255.0 / span if span else 0.0)).astype(np.uint8)
 
@@ -117,7 +138,7 @@ def _reasons(problem: str = "", path: Path | None = None) -> Iterator[None]:
     except Image.UnidentifiedImageError as error:
         raise UnreadableImageError(f"{problem}not an image, or a format that is not read") from error
     except Exception as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+        reason = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
         raise UnreadableImageError(f"{problem}{reason}") from error
 
 
@@ -171,7 +192,10 @@ def _bands(image: Image.Image, in_chans: int) -> NDArray[np.float32]:
 
 
 def _load_array(path: Path, mmap: bool = False) -> NDArray[np.generic]:
-    with _reasons("not a readable .npy array: ", path):  # or its header asks for more memory than there is
+    with (
+        _reasons("not a readable .npy array: ", path),
+        np.errstate(all="ignore"),
+    ):  # or its header asks for more memory than there is
         array = np.load(path, mmap_mode="r" if mmap else None, allow_pickle=False)
     numbers = isinstance(array, np.ndarray) and array.dtype.kind in "biuf"
     if not numbers or array.ndim not in (2, 3) or 0 in array.shape:
@@ -193,7 +217,8 @@ def _channels_last(array: NDArray[np.generic], in_chans: int) -> NDArray[np.gene
 
 def _unit_range(array: NDArray[np.generic]) -> NDArray[np.float32]:
     scale = 1.0 / np.iinfo(array.dtype.name).max if array.dtype.kind in "iu" else 1.0
-    values = array.astype(np.float32) * np.float32(scale)
+    with np.errstate(all="ignore"):  # to infinity, which is refused
+        values = array.astype(np.float32) * np.float32(scale)
     if not np.isfinite(values).all():
         raise UnreadableImageError("pixels hold NaN or infinite values")
     return values

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -113,6 +114,9 @@ class ClassifierConfig:
         object.__setattr__(self, "class_names", tuple(self.class_names))
         if self.num_classes != 0 and not _is_count(self.num_classes):
             raise ValueError(f"num_classes must be a whole number, not negative, got {self.num_classes}")
+        scale = self.head_init_scale
+        if not isinstance(scale, int | float) or not math.isfinite(scale):
+            raise ValueError(f"head_init_scale must be a finite number, got {scale!r}")
         if not all(isinstance(name, str) for name in self.class_names):
             raise ValueError("class_names must be text")
         if len(self.class_names) not in (0, self.num_classes):

@@ -94,9 +94,10 @@ class FCMAE(nn.Module):
             expected = f"a mask [{batch}, {gh * gw}] for a patch grid of {gh}×{gw}"
             raise ValueError(f"expected {expected}, got {tuple(mask.shape)}")
         else:
-            mask = mask.flatten(1).to(images.device, torch.float32)
-            if not torch.all((mask == 0) | (mask == 1)):
+            mask = mask.flatten(1).to(images.device)
+            if mask.is_complex() or not torch.all((mask == 0) | (mask == 1)):
                 raise ValueError("a mask holds 1 (masked) and 0 (visible) only")
+            mask = mask.float()
         backends = self._backends(images.device)
         loss, pred = (self._compiled or self._masked)(images, mask, keep, backends, return_pred)
         return FCMAEOutput(loss, pred, mask)
@@ -180,7 +181,7 @@ class FCMAE(nn.Module):
         patches = hidden.gather_patches(images).float()
         channels = self.config.encoder.in_chans
         target = patches.view(patches.shape[0], channels, patches.shape[1] // channels).transpose(1, 2).flatten(1)
-        if self.config.norm_pix_loss:
+        if self.config.norm_pix_loss and target.numel():  # torch warns of the variance of nothing
             variance, mean = torch.var_mean(target, dim=1, keepdim=True)
             target = (target - mean) / (variance + TARGET_EPS).sqrt()
         return target

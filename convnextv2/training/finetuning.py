@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from convnextv2.data.build import build_finetune_datasets
 from convnextv2.data.datasets import ImageDataset
-from convnextv2.data.transforms import Augmentation, preprocessing_from_metadata
+from convnextv2.data.transforms import Augmentation
 from convnextv2.models.classifier import ConvNeXtV2
 from convnextv2.models.config import ClassifierConfig, EncoderConfig, FCMAEConfig, check_image_size, variant_name
 from convnextv2.training.device import Accelerator
@@ -131,7 +131,7 @@ def resolve(options: FinetuneOptions) -> tuple[FinetuneOptions, Checkpoint | Non
         default_size = config.img_size if isinstance(config, FCMAEConfig) else (224, 224)
         in_chans = options.in_chans or encoder.in_chans
         if in_chans == encoder.in_chans:
-            mean, std, found["img_size"] = preprocessing_from_metadata(checkpoint.metadata, in_chans, default_size)
+            mean, std, found["img_size"] = checkpoint.preprocessing(in_chans, default_size)
             statistics = mean, std
         if name is None and options.model is None and options.depths is None:
             found |= {"depths": encoder.depths, "dims": encoder.dims}

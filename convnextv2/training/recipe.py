@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 import yaml  # type: ignore[import-untyped]  # its stubs are a package of their own
 
-from convnextv2.files import atomic_path
+from convnextv2.files import atomic_path, one_line
 
 T = TypeVar("T")
 NOT_IN_RECIPE = ("resume", "overwrite")
@@ -73,8 +73,8 @@ def parse_options(cls: type[T], argv: Sequence[str] | None, description: str = "
         own = Path(values.output or "") / "config.yaml"
         if values.resume and values.output and own.is_file():
             values = parser.parse_args([f"--config={own}", *arguments])
-    except argparse.ArgumentError as error:
-        raise ValueError(" ".join(str(error).split())) from error
+    except (argparse.ArgumentError, OverflowError) as error:
+        raise ValueError(one_line(error)) from error
     return cls(**{f.name: values[f.name] for f in fields(cls)})  # type: ignore[arg-type]
 
 
@@ -88,10 +88,15 @@ def write_recipe(path: Path, options: Any) -> None:
 def _check_recipe(path: Path) -> None:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no valid YAML: {one_line(error)}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a recipe, lines of 'option: value', got {type(content).__name__}")
+    if not isinstance(content.get("config", ""), str):
+        raise ValueError(f"{path}: config should name another recipe, got {one_line(content['config'])}")
+    for key, value in content.items():  # a few lines of lists of aliases of lists become gigabytes
+        if any(isinstance(item, list | dict | set) for item in (value if isinstance(value, list) else [value])):
+            raise ValueError(f"{path}: {one_line(key)} should be a value or a list of values")
 
 
 def _plain(value: Any) -> Any:

@@ -162,7 +162,7 @@ def _read_pickle(path: Path, archive: bool) -> Any:
     (check_zip if archive else check_old_format)(path)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Detected pickle protocol")
+            warnings.simplefilter("ignore")  # of what is in the file torch only, which is looked at below
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         # Torch's own text advises to load without weights_only, which runs what is in the file.
@@ -251,17 +251,22 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
 
 
 def _metadata(found: Any, config: Config | None) -> dict[str, Any]:
-    """What a file says beside weights and configuration; of files of others nothing, if JSON cannot hold it."""
+    """What a file says beside weights and configuration; of files of others only what JSON can hold, and no entry of a
+    name of ours that stands for something else."""
     try:
         metadata = plain(found) if isinstance(found, Mapping) else {}
     except ValueError as error:
         if config is None:
             return {}
         raise CheckpointError(f"its metadata {error}") from error
-    if config is not None:
-        sizes = [{"img_size": config.img_size}] if isinstance(config, FCMAEConfig) else []
-        for source, name in itertools.product((metadata, *sizes), IMAGE_METADATA):
-            numbers_of(source, name)  # raises where they are malformed
+    sizes = [{"img_size": config.img_size}] if isinstance(config, FCMAEConfig) else []
+    for source, name in itertools.product((metadata, *sizes), IMAGE_METADATA):
+        try:
+            numbers_of(source, name)
+        except ValueError:  # noqa: PERF203  # four entries
+            if config is not None:
+                raise
+            del metadata[name]
     return metadata
 
 

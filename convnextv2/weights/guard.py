@@ -19,9 +19,15 @@ from typing import Any
 
 from torch import Tensor
 
+from convnextv2.files import one_line
+
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be read, is of another network, or does not fit: names the file, reason and remedy."""
+    """A checkpoint that cannot be read, is of another network, or does not fit: names the file, reason and remedy, in
+    one line whatever names and values the file holds."""
+
+    def __init__(self, message: object) -> None:
+        super().__init__(one_line(message))
 
 
 MOST_ENTRIES = 20_000
