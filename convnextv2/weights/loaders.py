@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from convnextv2.models.config import EncoderConfig, variant_name
@@ -15,6 +14,14 @@ from convnextv2.weights.guard import CheckpointError
 
 OFFICIAL = (32, 7)
 """Patch and kernel size of the official networks, dense and sparse, which have no others."""
+
+
+def _without_numbers(name: str, **options: Any) -> Any:
+    import timm
+    from accelerate import init_empty_weights
+
+    with init_empty_weights():  # not torch's meta device: timm 1.0.15 takes drop rates out of a tensor
+        return timm.create_model(name, **options)
 
 
 @lru_cache(maxsize=8)
@@ -27,7 +34,6 @@ def timm_model(config: EncoderConfig) -> tuple[str, Mapping[str, Any], bool]:
     """
     import timm
 
-    network: Any
     if config.stem_stride == 2:
         # Timm then adds a downsampling of its own before the first stage.
         raise CheckpointError(
@@ -36,8 +42,7 @@ def timm_model(config: EncoderConfig) -> tuple[str, Mapping[str, Any], bool]:
         )
     options: dict[str, Any] = {}
     for name in filter(timm.is_model, (variant_name(config) or "", "convnextv2_tiny")):
-        with torch.device("meta"):
-            network = timm.create_model(name, num_classes=0)
+        network = _without_numbers(name, num_classes=0)
         depths, dims = (len(stage.blocks) for stage in network.stages), network.feature_info
         if (*depths, *(stage["num_chs"] for stage in dims)) == config.depths + config.dims:
             break
@@ -60,11 +65,8 @@ def load_timm(state_dict: Mapping[str, Tensor], config: EncoderConfig, **options
     float64; ``options`` stand beside or in place of its own. Raises CheckpointError if timm has no such network, or
     names or shapes do not fit.
     """
-    import timm
-
     name, own = _call(state_dict, config)
-    with torch.device("meta"):
-        network = timm.create_model(name, **{**own, **options})
+    network = _without_numbers(name, **{**own, **options})
     try:
         network.load_state_dict({key: value.double() for key, value in state_dict.items()}, strict=True, assign=True)
     except RuntimeError as error:
