@@ -325,3 +325,13 @@ def test_files_are_readable_as_the_umask_says(tmp_path):
     finally:
         os.umask(before)
     assert path.stat().st_mode & 0o777 == 0o640
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("old", [False, True])
+def test_nested_tensors_are_not_made(tmp_path, old):
+    """torch makes those of the old format with sizes that it has not read yet: of whatever lies in memory."""
+    content = {"model": {"a": torch.ones(1)}, "x": torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])}
+    torch.save(content, tmp_path / "a.pth", _use_new_zipfile_serialization=not old)
+    with pytest.raises(CheckpointError, match=r"a\.pth: holds a nested tensor; only plain dense ones"):
+        load_checkpoint(tmp_path / "a.pth")
