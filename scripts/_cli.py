@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 import torch
 from safetensors import SafetensorError
 
+from convnextv2.data.decoding import MAX_PIXELS
 from convnextv2.data.sources import describe_skipped
 from convnextv2.files import one_line
 from convnextv2.outputs import output_path
@@ -159,6 +160,12 @@ def positive_int(text: str) -> int:
     if not text.strip().isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
+
+
+def add_max_pixels(parser: argparse.ArgumentParser) -> None:
+    """The option ``--max-pixels`` of a script that reads images."""
+    text = "largest width × height of an image file; larger JPEG are read reduced, others are unreadable"
+    parser.add_argument("--max-pixels", type=positive_int, default=MAX_PIXELS, help=text)
 
 
 def device(text: str) -> torch.device:

@@ -15,6 +15,7 @@ from typing import TextIO
 
 import _cli
 
+from convnextv2.data.decoding import Wanted
 from convnextv2.evaluation.prediction import Prediction, load_classifier, predict_images, right_by_folder
 from convnextv2.outputs import Kind, check_output, is_stream, output_text
 
@@ -35,6 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--img-size", type=_cli.image_size, help="pixels, 224 or 192x256; default: the checkpoint's")
     parser.add_argument("--device", type=_cli.device, default="auto", help="cpu, cuda, cuda:1, or auto")
     parser.add_argument("--workers", type=int, help="processes that decode images; default: by the number of images")
+    _cli.add_max_pixels(parser)
     options = parser.parse_args(arguments)
     if options.workers is not None and options.workers < 0:
         parser.error(f"argument --workers: must not be negative, got {options.workers}")
@@ -43,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     report = _cli.warn if is_stream(options.output) else _cli.say
 
     classifier = load_classifier(options.checkpoint, device=options.device, img_size=options.img_size)
-    dataset = classifier.dataset(options.inputs)
+    dataset = classifier.dataset(options.inputs, Wanted(options.max_pixels))
     _cli.say_skipped(dataset.skipped)
     topk = min(options.topk, len(classifier.classes))
     predictions = predict_images(

@@ -15,6 +15,7 @@ import torch
 
 from convnextv2 import FCMAE
 from convnextv2.data import DataError, build_predict_dataset
+from convnextv2.data.decoding import Wanted
 from convnextv2.models.config import check_image_size
 from convnextv2.models.masking import parse_mask
 from convnextv2.outputs import check_output, is_stream
@@ -38,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--img-size", type=_cli.image_size, help="pixels, 224 or 192x256; default: the checkpoint's")
     parser.add_argument("--device", type=_cli.device, default="auto", help="cpu, cuda, cuda:1, or auto")
     parser.add_argument("--backend", default="auto", help="backend of the sparse convolution (python -m sparse_ops)")
+    _cli.add_max_pixels(parser)
     options = parser.parse_args(arguments)
     if options.mask is not None and options.mask_ratio is not None:
         parser.error("give --mask or --mask-ratio, not both")
@@ -56,7 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.mask is not None:
         mask = read_mask(options.mask, (img_size[0] // encoder.patch_size, img_size[1] // encoder.patch_size))
 
-    dataset = build_predict_dataset(options.images, img_size, encoder.in_chans, mean, std)
+    wanted = Wanted(options.max_pixels)
+    dataset = build_predict_dataset(options.images, img_size, encoder.in_chans, mean, std, wanted=wanted)
     images, unreadable = dataset.examples(options.max_images)
     _cli.say_skipped([*dataset.skipped, *unreadable])
     if not images:

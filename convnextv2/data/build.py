@@ -7,14 +7,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from convnextv2.data.datasets import ImageDataset, PredictDataset
+from convnextv2.data.decoding import USUAL, Size, Wanted
 from convnextv2.data.folders import walk_files
 from convnextv2.data.images import has_image_suffix, why_unusable
 from convnextv2.data.opening import open_source
-from convnextv2.data.sources import DataError, OpenedSource, Source
+from convnextv2.data.sources import DataError, OpenedSource, Part
 from convnextv2.data.transforms import DEFAULT_STATISTICS, Augmentation, Statistics, check_statistics, image_transform
 
+Numbers = Sequence[float]
 STATISTICS_SAMPLE = 256
 """Images from which mean and standard deviation are computed where there is no default."""
 
@@ -27,8 +30,9 @@ def build_pretrain_dataset(
     seed: int = 0,
     val_fraction: float = 0.2,
     augmentation: Augmentation | None = None,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
+    mean: Numbers | None = None,
+    std: Numbers | None = None,
+    wanted: Wanted = USUAL,
 ) -> ImageDataset:
     """Images for pre-training, without labels: random resized crop (scale 0.2–1, bicubic) and horizontal flip.
 
@@ -44,19 +48,20 @@ def build_pretrain_dataset(
         val_fraction: share of every class that is held out, where the source asks for it.
         mean, std: normalisation; by default :data:`~.transforms.DEFAULT_STATISTICS`, computed from the images
             for other than 1 or 3 channels.
+        wanted: what else is wanted of image files, such as a bound on their size.
 
     Raises:
         DataError: if there is no usable image.
     """
     img_size = _check_size(img_size)
-    opened = open_source(data, in_chans=in_chans, img_size=img_size)
+    opened = open_source(data, in_chans=in_chans, img_size=img_size, wanted=wanted)
     part, about = opened.train, opened.description
     if opened.hold_out:
         part, about = opened.split(val_fraction, seed)[0], f"{about}, training part"
-    statistics = _statistics(opened, part.by_number, in_chans, mean, std)
+    statistics, bad = _statistics(opened, part, in_chans, mean, std)
     augmenting = image_transform(img_size, *statistics, opened.augmentation("pretrain", augmentation))
     plain = image_transform(img_size, *statistics)
-    return ImageDataset(replace(part, labels=None), augmenting, plain, statistics, seed=seed, what=about)
+    return ImageDataset(replace(part, labels=None), augmenting, plain, statistics, seed=seed, what=about, bad=bad)
 
 
 def build_finetune_datasets(
@@ -67,15 +72,16 @@ def build_finetune_datasets(
     val_fraction: float = 0.2,
     seed: int = 0,
     augmentation: Augmentation | None = None,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
+    mean: Numbers | None = None,
+    std: Numbers | None = None,
+    wanted: Wanted = USUAL,
 ) -> tuple[ImageDataset, ImageDataset]:
     """Training and validation part of a labelled data set.
 
     Args:
         data: as ``spec`` of :func:`open_source`. A folder has one subfolder a class, and is split at random by class;
             or ``train`` and ``val`` subfolders that hold the class folders.
-        img_size, in_chans, mean, std: as in :func:`build_pretrain_dataset`; give the checkpoint's mean and std if any.
+        img_size, in_chans, mean, std, wanted: as in :func:`build_pretrain_dataset`; mean, std of a checkpoint if any.
         val_fraction: share of every class for validation, where the folders do not decide.
         seed: of the split and the augmentation.
         augmentation: of the training part; crops of scale 0.08–1 and flips unless the source asks for others.
@@ -84,7 +90,7 @@ def build_finetune_datasets(
         DataError: if there is no usable image, fewer than two classes, or a class to validate that is not trained.
     """
     img_size = _check_size(img_size)
-    opened = open_source(data, in_chans=in_chans, img_size=img_size, labelled=True)
+    opened = open_source(data, in_chans=in_chans, img_size=img_size, labelled=True, wanted=wanted)
     train, val = opened.split(val_fraction, seed)
     classes = list(opened.classes)
     if len(classes) < 2:
@@ -92,18 +98,18 @@ def build_finetune_datasets(
         raise DataError(f"{data}: a classifier needs at least two classes (one subfolder each), found {found}")
     if not len(val.by_number):
         raise DataError(f"{data}: no class has a second image to validate on; expected at least two images a class")
-    statistics = _statistics(opened, train.by_number, in_chans, mean, std)
+    statistics, bad = _statistics(opened, train, in_chans, mean, std)
     augmenting = image_transform(img_size, *statistics, opened.augmentation("finetune", augmentation))
     plain = image_transform(img_size, *statistics)
     rest, about = (plain, statistics, classes), opened.description
     return (
-        ImageDataset(train, augmenting, *rest, seed=seed, what=f"{about}, training part"),
+        ImageDataset(train, augmenting, *rest, seed=seed, what=f"{about}, training part", bad=bad),
         ImageDataset(val, plain, *rest, seed=seed, what=f"{about}, validation part"),
     )
 
 
 def build_predict_dataset(
-    inputs: Sequence[str | Path], img_size: tuple[int, int], in_chans: int, mean: Sequence[float], std: Sequence[float]
+    inputs: Sequence[str | Path], img_size: Size, in_chans: int, mean: Numbers, std: Numbers, wanted: Wanted = USUAL
 ) -> PredictDataset:
     """Images to classify, in the order of their names, each once.
 
@@ -112,7 +118,7 @@ def build_predict_dataset(
 
     Args:
         inputs: files and folders (searched at all depths).
-        img_size, in_chans, mean, std: as :func:`build_pretrain_dataset`, from the checkpoint.
+        img_size, in_chans, mean, std, wanted: as :func:`build_pretrain_dataset`, from the checkpoint.
 
     Raises:
         DataError: if an input does not exist, or there is no file at all.
@@ -122,8 +128,8 @@ def build_predict_dataset(
     files, skipped = set[Path](), list[tuple[Path, str]]()
     for given in map(Path, inputs):
         if given.is_dir():
-            for path, _ in list(walk_files(given, skipped)):
-                reason = None if has_image_suffix(path) else why_unusable(path, in_chans, full=False)
+            for path, _ in walk_files(given, skipped):
+                reason = None if has_image_suffix(path) else why_unusable(path, in_chans, False, wanted)
                 if reason is None:
                     files.add(path)
                 else:
@@ -134,7 +140,8 @@ def build_predict_dataset(
             raise DataError(f"{given}: {'not a regular file' if given.exists() else 'no such file or folder'}")
     if not files:
         raise DataError(f"{', '.join(map(str, inputs)) or 'no input given'}: looked for image files and found none")
-    return PredictDataset(sorted(files), image_transform(img_size, mean, std), (in_chans, *img_size), skipped)
+    transform = image_transform(img_size, mean, std)
+    return PredictDataset(sorted(files), transform, (in_chans, *img_size), skipped, wanted)
 
 
 def _check_size(img_size: tuple[int, int]) -> tuple[int, int]:
@@ -144,27 +151,32 @@ def _check_size(img_size: tuple[int, int]) -> tuple[int, int]:
 
 
 def _statistics(
-    opened: OpenedSource, images: Source, in_chans: int, mean: Sequence[float] | None, std: Sequence[float] | None
-) -> Statistics:
+    opened: OpenedSource, part: Part, in_chans: int, mean: Numbers | None, std: Numbers | None
+) -> tuple[Statistics, list[int]]:
     if (mean is None) != (std is None):
         raise ValueError("give both mean and std, or neither")
     if mean is not None and std is not None:
         check_statistics(mean, std, in_chans)
+    elif known := opened.statistics or DEFAULT_STATISTICS.get(in_chans):
+        mean, std = known
     else:
-        mean, std = opened.statistics or DEFAULT_STATISTICS.get(in_chans) or _measure(images)
-    return tuple(mean), tuple(std)
+        return _measure(ImageDataset(part, torch.as_tensor, torch.as_tensor, ((), ()), what=opened.description))
+    return (tuple(mean), tuple(std)), []
 
 
-def _measure(source: Source) -> Statistics:
-    """Mean and standard deviation of each channel over up to :data:`STATISTICS_SAMPLE` images, spread evenly."""
-    chosen = np.unique(np.linspace(0, len(source) - 1, STATISTICS_SAMPLE).round().astype(int))
-    count, total, squares = 0, 0.0, 0.0
+def _measure(images: ImageDataset) -> tuple[Statistics, list[int]]:
+    """Of each channel over up to :data:`STATISTICS_SAMPLE` images, spread evenly; one that stands in counts once."""
+    chosen = np.unique(np.linspace(0, len(images) - 1, STATISTICS_SAMPLE).round().astype(int))
+    count, total, squares, seen = 0, 0.0, 0.0, set[int]()
     for index in chosen:
-        pixels = np.asarray(source.load(int(index)), dtype=np.float64)
-        pixels = pixels.reshape(-1, pixels.shape[-1])
+        found, decoded = images.load(int(index))
+        if found in seen:
+            continue
+        seen.add(found)
+        pixels = np.asarray(decoded, dtype=np.float64).reshape(-1, np.shape(decoded)[-1])
         count += len(pixels)
         total += pixels.sum(0)
         squares += np.square(pixels).sum(0)
     mean = np.asarray(total) / count
     std = np.sqrt(np.maximum(np.asarray(squares) / count - mean**2, 0))
-    return tuple(mean.tolist()), tuple(np.where(std > 1e-6, std, 1.0).tolist())
+    return (tuple(mean.tolist()), tuple(np.where(std > 1e-6, std, 1.0).tolist())), images.replaced

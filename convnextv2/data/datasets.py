@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
-from convnextv2.data.images import UnreadableImageError, load_image
+from convnextv2.data.decoding import USUAL, UnreadableImageError, Wanted
+from convnextv2.data.images import load_image
+from convnextv2.data.names import name_of
 from convnextv2.data.sources import DataError, Part, SequentialSource
 from convnextv2.data.transforms import Statistics, Transform, sample_seed
 
@@ -42,13 +44,15 @@ class ImageDataset(_Epochs, Dataset[Any]):
     A random transform is seeded by (seed, epoch, index): call :meth:`set_epoch` before each epoch, also where the
     workers persist; the epoch lies in shared memory.
 
-    ``source``, ``labels`` and ``skipped`` are those of the part, ``mean`` and ``std`` the statistics.
+    ``source``, ``labels`` and ``skipped`` are those of the part, ``mean`` and ``std`` the statistics. ``damaged``, in
+    memory that workers share, marks the images for which others stand in.
 
     Args:
         transform: from a decoded image to a tensor; ``plain_transform`` is the same without randomness, for pictures.
         statistics: the normalisation inside ``transform``.
         classes: names of the labels.
         what: the part in a few words.
+        bad: numbers of images that are known to be unreadable.
     """
 
     part: Part
@@ -59,6 +63,7 @@ class ImageDataset(_Epochs, Dataset[Any]):
     _: KW_ONLY
     seed: int = 0
     what: str = ""
+    bad: Sequence[int] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -66,12 +71,13 @@ class ImageDataset(_Epochs, Dataset[Any]):
         self.mean, self.std = self.statistics
         of = f" of {len(self.classes)} classes" if self.classes else ""
         self.description = f"{self.what}: {len(self)} images{of}"
-        self._damaged = torch.zeros(len(self), dtype=torch.bool).share_memory_()
+        self.damaged = torch.zeros(len(self), dtype=torch.bool).share_memory_()
+        self.damaged[list(self.bad)] = True
 
     @property
     def replaced(self) -> list[int]:
-        """Numbers of the samples that could not be decoded so far, in any worker, and were replaced."""
-        return self._damaged.nonzero().flatten().tolist()
+        """Numbers of the images that could not be decoded so far, in any worker: others stand in for them."""
+        return self.damaged.nonzero().flatten().tolist()
 
     def __len__(self) -> int:
         return len(self.source)
@@ -83,25 +89,26 @@ class ImageDataset(_Epochs, Dataset[Any]):
             DataError: if no sample is readable.
         """
         index = range(len(self))[index]
-        found, decoded = self._load(index)
+        found, decoded = self.load(index)
         image = self._transformed(decoded, index)
         return image if self.labels is None else (image, self.labels[found])
 
-    def _load(self, index: int) -> tuple[int, Any]:
-        reason: Exception | None = None
+    def load(self, index: int) -> tuple[int, Any]:
+        """Number and decoded image of the next one that is readable; errors as above."""
+        reason = ""
         for step in range(len(self)):
             candidate = (index + step) % len(self)
             try:
                 return candidate, self.source.load(candidate)
             except UnreadableImageError as error:
-                self._damaged[candidate] = True
-                reason = error
-        raise DataError(f"none of the {len(self)} images can be read any more: {reason}") from reason
+                self.damaged[candidate] = True
+                reason = reason or f"{name_of(self.source, candidate)}: {error}"
+        raise DataError(f"{self.what}: none of the {len(self)} images can be read: {reason}")
 
     def examples(self, count: int) -> Tensor:
         """``[n, C, H, W]``: up to ``count`` images spread evenly over the data set, without augmentation."""
         chosen = np.linspace(0, len(self) - 1, min(count, len(self))).round().astype(int)
-        return torch.stack([self.plain_transform(self._load(int(index))[1]) for index in chosen])
+        return torch.stack([self.plain_transform(self.load(int(index))[1]) for index in chosen])
 
 
 @dataclass(eq=False, repr=False)
@@ -143,19 +150,21 @@ class PredictDataset(Dataset[Any]):
         files: the images, in the order of their names.
         shape: (C, H, W) of what ``transform`` gives.
         skipped: what the search left out, and why.
+        wanted: what else is wanted of the files.
     """
 
     files: Sequence[Path]
     transform: Transform
     shape: tuple[int, int, int]
     skipped: Sequence[tuple[Path, str]] = ()
+    wanted: Wanted = USUAL
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int, str]:
         try:
-            return self.transform(load_image(self.files[index], self.shape[0])), index, ""
+            return self.transform(load_image(self.files[index], self.shape[0], self.wanted)), index, ""
         except UnreadableImageError as error:
             return torch.zeros(self.shape), index, str(error)
 

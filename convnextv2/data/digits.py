@@ -72,7 +72,7 @@ class DigitsKind:
     def claims(self, spec: str) -> bool:
         return spec == DIGITS
 
-    def open(self, spec: str, *, in_chans: int, img_size: tuple[int, int], labelled: bool) -> OpenedSource:
+    def open(self, spec: str, *, in_chans: int, img_size: tuple[int, int], labelled: bool, **_: object) -> OpenedSource:
         digits, labels = load_digits()
         part, classes = Part(DigitsSource(digits, img_size, in_chans), labels), [str(digit) for digit in range(10)]
         scale = dict.fromkeys(CROP_SCALES, (0.5, 1.0))

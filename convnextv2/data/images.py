@@ -14,36 +14,20 @@ Conversions, and why they are what they are:
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import logging
 import math
 import struct
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageOps, ImageSequence
+from PIL import ExifTags, Image, ImageOps
 
-from convnextv2.files import one_line
+from convnextv2.data.bands import Pixels, Values, bands, on_white, open_array, value_range
+from convnextv2.data.decoding import FORMATS, USUAL, UnreadableImageError, Wanted, open_image, reasons
 
-FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
-"""Formats that are read; JPEG includes MPO. Those that run a program (EPS) or have no signature (TGA, PCD) are not."""
-
-# What is said about damaged files beside the errors that are raised names no file.
-warnings.filterwarnings("ignore", module=r"PIL\.")
-warnings.filterwarnings("ignore", category=SyntaxWarning, module="<unknown>")  # the header of a .npy file is evaluated
-logging.getLogger("PIL").setLevel(logging.CRITICAL)
-with contextlib.suppress(OSError, AttributeError):  # a Pillow that hides its libtiff
-    ctypes.CDLL(Image.core.__file__).TIFFSetErrorHandler(None)
-
-
-class UnreadableImageError(ValueError):
-    """The file is no image, or is damaged; the message is the reason, without the file's name, in one line."""
-
-    def __init__(self, reason: object) -> None:
-        super().__init__(one_line(reason))
+LARGE = 2**22
+"""Pixels of an image that is not decoded beside others when a folder is scanned."""
 
 
 def has_image_suffix(path: Path) -> bool:
@@ -52,29 +36,33 @@ def has_image_suffix(path: Path) -> bool:
     return path.suffix.lower() == ".npy" or Image.EXTENSION.get(path.suffix.lower()) in FORMATS
 
 
-def why_unusable(path: Path, in_chans: int, full: bool) -> str | None:
+def why_unusable(path: Path, in_chans: int, full: bool, wanted: Wanted = USUAL, alone: Any = None) -> str | None:
     """The reason why a file is no usable image, or None.
 
-    ``full`` decodes it; else what comes before the pixels is read, in about a tenth of a millisecond.
+    What comes before the pixels is read, in about a tenth of a millisecond; ``full`` decodes it too, the large ones
+    under the lock ``alone``, where there is one: threads would otherwise hold one each.
     """
     try:
-        if full:
-            load_image(path, in_chans)
-        elif path.suffix.lower() == ".npy":
-            _load_array(path, mmap=True)
+        if path.suffix.lower() == ".npy":
+            pixels = math.prod(open_array(path, in_chans, wanted).shape)
         else:
-            _open(path).close()
+            with open_image(path, wanted) as image:
+                pixels = image.width * image.height
+        if full:
+            with alone if alone and pixels > LARGE else contextlib.nullcontext():
+                load_image(path, in_chans, wanted)
     except UnreadableImageError as error:
         return str(error)
     return None
 
 
-def load_image(path: Path, in_chans: int) -> Image.Image | NDArray[np.float32]:
+def load_image(path: Path, in_chans: int, wanted: Wanted = USUAL) -> Image.Image | NDArray[np.float32]:
     """Decode an image file.
 
     Args:
         path: an image in one of :data:`FORMATS`, or a ``.npy`` array ``[H, W]``, ``[H, W, C]`` or ``[C, H, W]``.
         in_chans: channels wanted.
+        wanted: what else is wanted.
 
     Returns:
         For 1 and 3 channels an RGB image (gray ones have three equal channels). For any other number an array
@@ -84,87 +72,76 @@ def load_image(path: Path, in_chans: int) -> Image.Image | NDArray[np.float32]:
     Raises:
         UnreadableImageError: with the reason.
     """
-    if path.suffix.lower() == ".npy":
-        array = _channels_last(_load_array(path), in_chans)
-        if in_chans not in (1, 3):
-            return _unit_range(array)
-        rgb = Image.fromarray(np.ascontiguousarray(np.broadcast_to(to_bytes(array), (*array.shape[:2], 3))))
-        return rgb if in_chans == 3 else rgb.convert("L").convert("RGB")
-    with _open(path) as image, _reasons():
-        if in_chans not in (1, 3):
-            return _bands(image, in_chans)
-        image.load()
-        rgb = _to_rgb(image)
-        return rgb if in_chans == 3 else rgb.convert("L").convert("RGB")
+    with reasons():
+        if path.suffix.lower() == ".npy":
+            array = open_array(path, in_chans, wanted)
+            if in_chans not in (1, 3):
+                return array.upright(_unit_range(array))
+            values = array.upright(to_bytes(array))
+            image, exif = Image.fromarray(values if values.shape[-1] == 3 else values[..., 0]).convert("RGB"), b""
+        elif in_chans not in (1, 3):
+            return _many_channels(path, in_chans, wanted)
+        else:
+            image, exif = _rgb(path, wanted)  # by now what was decoded has been let go
+        if exif:
+            image.info = {"exif": exif}
+            ImageOps.exif_transpose(image, in_place=True)
+        if in_chans == 1:
+            image = image.convert("L")
+        return image.convert("RGB") if in_chans == 1 else image
 
 
-def to_bytes(values: NDArray[np.generic]) -> NDArray[np.uint8]:
+def to_bytes(values: Values) -> NDArray[np.uint8]:
     """Pixel values of any type as 8 bits, by the range rules at the top of this module.
 
     Raises:
         UnreadableImageError: if values are not finite, or no real numbers.
     """
     if values.dtype == np.uint8:
-        return values.astype(np.uint8, copy=False)
+        return values[: values.shape[0]]
     if values.dtype.kind not in "biuf":
         raise UnreadableImageError(f"pixels of type {values.dtype} are no real numbers")
-    with np.errstate(invalid="ignore"):  # in the conversion of a signalling NaN
-        wide = values.astype(np.float64)
-    if not np.isfinite(wide).all():
-        raise UnreadableImageError("pixels hold NaN or infinite values")
-    if values.dtype.kind == "u" and values.dtype.itemsize == 2:  # of either byte order
+    result = np.empty(values.shape, np.uint8)
+    with np.errstate(all="ignore"):  # what is not finite is told, not warned of
         low, high = 0.0, 65535.0
-    else:
-        low, high = float(wide.min()), float(wide.max())
-        if low >= 0:
-            limits = (255.0, 65535.0) if values.dtype.kind in "iu" else (1.0, 255.0, 65535.0)
-            low, high = next(((0.0, limit) for limit in limits if high <= limit), (low, high))
-    if high > low and not 2.0**-900 < high - low < math.inf:  # the range, or its reciprocal, is not finite
-        factor = 2.0**512 if high - low < 1 else 0.25
-        wide, low, high = wide * factor, low * factor, high * factor
-    span = high - low
-    return np.rint((wide - low) * (255.0 / span if span else 0.0)).astype(np.uint8)
+        if values.dtype.kind != "u" or values.dtype.itemsize != 2:  # of either byte order
+            low, high = value_range(values)
+            if low >= 0:
+                limits = (255.0, 65535.0) if values.dtype.kind in "iu" else (1.0, 255.0, 65535.0)
+                low, high = next(((0.0, limit) for limit in limits if high <= limit), (low, high))
+        factor = 1.0
+        if high > low and not 2.0**-900 < high - low < math.inf:  # the range, or its reciprocal, is not finite
+            factor = 2.0**512 if high - low < 1 else 0.25
+        low, span = low * factor, high * factor - low * factor
+        for rows in bands(values.shape):
+            wide = values[rows].astype(np.float64) * factor
+            result[rows] = np.rint((wide - low) * (255.0 / span if span else 0.0)).astype(np.uint8)
+    return result
 
 
-@contextlib.contextmanager
-def _reasons(problem: str = "", path: Path | None = None) -> Iterator[None]:
-    """Any error as an UnreadableImageError: damaged files make the decoders raise nearly anything."""
-    try:
-        if path is not None and path.stat().st_size == 0:
-            raise UnreadableImageError("empty file")
-        yield
-    except UnreadableImageError:
-        raise
-    except Image.UnidentifiedImageError as error:
-        raise UnreadableImageError(f"{problem}not an image, or a format that is not read") from error
-    except Exception as error:
-        reason = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
-        raise UnreadableImageError(f"{problem}{reason}") from error
+def _unit_range(values: Values) -> NDArray[np.float32]:
+    """Integers by the largest value of their type, floats as they are; UnreadableImageError if not finite."""
+    scale = np.float32(1.0 / np.iinfo(values.dtype.name).max if values.dtype.kind in "iu" else 1.0)
+    result = np.empty(values.shape, np.float32)
+    with np.errstate(all="ignore"):
+        for rows in bands(values.shape):
+            result[rows] = values[rows].astype(np.float32) * scale
+            if not np.isfinite(result[rows]).all():
+                raise UnreadableImageError("pixels hold NaN or infinite values")
+    return result
 
 
-def _open(path: Path) -> Image.Image:
-    with _reasons(path=path):
-        image = Image.open(path, formats=FORMATS)
-    if image.format == "TIFF":
-        image.filename = ""  # else Pillow maps uncompressed files by the size of the turned image: scrambled rows
-    return image
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    exif = _orientation(image)
-    if image.mode.startswith("I") or image.mode == "F":
-        values = np.asarray(image)
-        if image.mode == "I" and image.format in ("PNG", "PPM"):
-            values = values.astype(np.uint16)  # these formats hold 16 bits, decoded into 32
-        image = Image.fromarray(to_bytes(values))
-    elif image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert("RGB")
-    if exif:
-        image.info = {"exif": exif}
-        ImageOps.exif_transpose(image, in_place=True)
-    return image
+def _rgb(path: Path, wanted: Wanted) -> tuple[Image.Image, bytes]:
+    """The image as it is stored, and the orientation that it is to be shown in."""
+    with open_image(path, wanted) as image:
+        image.load()
+        exif = _orientation(image)
+        if image.mode.startswith("I") or image.mode == "F":
+            narrow = image.mode == "I" and image.format in ("PNG", "PPM")  # they hold 16 bits, decoded into 32
+            image = Image.fromarray(to_bytes(Pixels(image, np.uint16 if narrow else None)))
+        elif image.has_transparency_data:
+            return on_white(image), exif
+        return image.convert("RGB"), exif
 
 
 def _orientation(image: Image.Image) -> bytes:
@@ -177,48 +154,33 @@ def _orientation(image: Image.Image) -> bytes:
         return b""
 
 
-def _bands(image: Image.Image, in_chans: int) -> NDArray[np.float32]:
-    frames = getattr(image, "n_frames", 1)
-    if frames == in_chans and len(image.getbands()) == 1:
-        pages = [np.asarray(page) for page in ImageSequence.Iterator(image)]
-        if len({page.shape for page in pages}) > 1:
-            raise UnreadableImageError("its pages differ in size")
-        return _unit_range(np.stack(pages, axis=-1))
-    if len(image.getbands()) != in_chans or image.mode == "CMYK":
-        raise UnreadableImageError(
-            f"has {len(image.getbands())} bands ({image.mode}) and {frames} page(s), expected {in_chans} channels"
-        )
-    return _unit_range(np.asarray(image))
+def _many_channels(path: Path, in_chans: int, wanted: Wanted) -> NDArray[np.float32]:
+    with open_image(path, wanted) as image:
+        bands, mode, pages = len(image.getbands()), image.mode, 1
+        if bands == 1:
+            with contextlib.suppress(EOFError):
+                while pages <= in_chans:  # and no further: there may be a million
+                    image.seek(pages)
+                    wanted.check(*image.size)
+                    pages += 1
+        if bands == 1 and pages == in_chans:
+            return _pages(image, in_chans)
+        if bands != in_chans or mode == "CMYK":
+            counted = f"{pages} page(s)" if pages <= in_chans else f"more than {in_chans} pages"
+            raise UnreadableImageError(f"has {bands} bands ({mode}) and {counted}, expected {in_chans} channels")
+        image.load()
+        return _unit_range(Pixels(image))
 
 
-def _load_array(path: Path, mmap: bool = False) -> NDArray[np.generic]:
-    with (
-        _reasons("not a readable .npy array: ", path),
-        np.errstate(all="ignore"),
-    ):  # or its header asks for more memory than there is
-        array = np.load(path, mmap_mode="r" if mmap else None, allow_pickle=False)
-    numbers = isinstance(array, np.ndarray) and array.dtype.kind in "biuf"
-    if not numbers or array.ndim not in (2, 3) or 0 in array.shape:
-        raise UnreadableImageError("expected an array of numbers [H, W], [H, W, C] or [C, H, W]")
-    return array
-
-
-def _channels_last(array: NDArray[np.generic], in_chans: int) -> NDArray[np.generic]:
-    """``[H, W, in_chans]`` from an array of either order; one channel stands in for three."""
-    if array.ndim == 2:
-        array = array[..., None]
-    for channels in (in_chans, 1, 3) if in_chans in (1, 3) else (in_chans,):
-        if array.shape[-1] == channels:
-            return array
-        if array.shape[0] == channels:
-            return np.moveaxis(array, 0, -1)
-    raise UnreadableImageError(f"has the shape {array.shape}, expected {in_chans} channels first or last")
-
-
-def _unit_range(array: NDArray[np.generic]) -> NDArray[np.float32]:
-    scale = 1.0 / np.iinfo(array.dtype.name).max if array.dtype.kind in "iu" else 1.0
-    with np.errstate(all="ignore"):  # to infinity, which is refused
-        values = array.astype(np.float32) * np.float32(scale)
-    if not np.isfinite(values).all():
-        raise UnreadableImageError("pixels hold NaN or infinite values")
-    return values
+def _pages(image: Image.Image, count: int) -> NDArray[np.float32]:
+    pages = list[NDArray[np.generic]]()
+    for number in range(count):
+        image.seek(number)
+        pages.append(np.asarray(image))
+    if len({page.shape for page in pages}) > 1:
+        raise UnreadableImageError("its pages differ in size")
+    dtype = np.result_type(*pages)
+    result = np.empty((*pages[0].shape, count), np.float32)
+    for number, page in enumerate(pages):
+        result[..., number] = _unit_range(page.astype(dtype, copy=False))
+    return result

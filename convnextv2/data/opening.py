@@ -8,8 +8,9 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
+from convnextv2.data.decoding import USUAL, Size, Wanted
 from convnextv2.data.folders import FolderKind
 from convnextv2.data.sources import DataError, OpenedSource
 
@@ -26,8 +27,8 @@ class SourceKind(Protocol):
     def claims(self, spec: str) -> bool:
         """Whether ``spec`` names such a source. Cheap: called for every kind."""
 
-    def open(self, spec: str, *, in_chans: int, img_size: tuple[int, int], labelled: bool) -> OpenedSource:
-        """What ``spec`` names; arguments and errors as :func:`open_source`."""
+    def open(self, spec: str, *, in_chans: int, img_size: Size, labelled: bool, wanted: Wanted) -> OpenedSource:
+        """What ``spec`` names; arguments, of which ``wanted`` may be left out, and errors as :func:`open_source`."""
 
 
 _registered: list[SourceKind] = []
@@ -56,7 +57,7 @@ def why_unknown(spec: str | Path) -> str | None:
 
 
 def open_source(
-    spec: str | Path, *, in_chans: int = 3, img_size: tuple[int, int] = (224, 224), labelled: bool = False
+    spec: str | Path, *, in_chans: int = 3, img_size: Size = (224, 224), labelled: bool = False, wanted: Wanted = USUAL
 ) -> OpenedSource:
     """Open what the user named.
 
@@ -66,11 +67,14 @@ def open_source(
         img_size: (H, W) in pixels that they will be cropped to, for sources without a size of their own.
         labelled: insist on labels, and open the validation part where the source has one of its own. Without, only
             what pre-training sees is opened, and labels are given where they are known.
+        wanted: what else is wanted of image files.
 
     Raises:
         DataError: if no kind claims ``spec``, or it holds no usable image.
+        ValueError: if more is wanted than its kind can be told.
     """
     for kind in source_kinds():
         if kind.claims(str(spec)):
-            return kind.open(str(spec), in_chans=in_chans, img_size=img_size, labelled=labelled)
+            options: dict[str, Any] = {"in_chans": in_chans, "img_size": img_size, "labelled": labelled}
+            return kind.open(str(spec), **(options | wanted.taken_by(kind.open)))
     raise DataError(why_unknown(spec))

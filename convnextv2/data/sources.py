@@ -11,15 +11,21 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from convnextv2.data.decoding import USUAL, Wanted
 from convnextv2.data.images import load_image
 from convnextv2.data.transforms import Augmentation, Statistics
+from convnextv2.files import one_line
 
 CROP_SCALES: Mapping[str, tuple[float, float]] = {"pretrain": (0.2, 1.0), "finetune": (0.08, 1.0)}
 """Shares of an image's area that random crops take, by task, where a source has no reason for others."""
 
 
 class DataError(ValueError):
-    """No usable data; the message says what was looked for, where, and what was found."""
+    """No usable data; the message, one line, says what was looked for, where, and what was found."""
+
+    def __init__(self, message: object = "") -> None:
+        # torch raises an error of a loader's worker anew, behind its traceback.
+        super().__init__(one_line(str(message).rpartition(f"{type(self).__name__}: ")[2]))
 
 
 def stratified_split(labels: Sequence[int], val_fraction: float, seed: int) -> tuple[list[int], list[int]]:
@@ -52,7 +58,7 @@ def describe_skipped(skipped: Sequence[tuple[Path, str]], shown: int = 5) -> lis
 
 
 class Source(Protocol):
-    """Decoded images by number."""
+    """Decoded images by number. A method ``name(index)`` may say what an image is called in messages."""
 
     def __len__(self) -> int: ...
 
@@ -83,12 +89,13 @@ class FileSource:
 
     paths: Sequence[Path]
     in_chans: int
+    wanted: Wanted = USUAL
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def load(self, index: int) -> Image.Image | NDArray[np.float32]:
-        return load_image(self.paths[index], self.in_chans)
+        return load_image(self.paths[index], self.in_chans, self.wanted)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 
 from convnextv2.data import PredictDataset, build_predict_dataset
+from convnextv2.data.decoding import USUAL, Wanted
 from convnextv2.data.loading import make_loader
+from convnextv2.data.names import shown
 from convnextv2.models.classifier import ConvNeXtV2
 from convnextv2.models.config import check_image_size
 from convnextv2.weights.checkpoint import Checkpoint, CheckpointError, load_checkpoint
@@ -39,10 +41,10 @@ class Classifier:
     std: tuple[float, ...]
     img_size: tuple[int, int]
 
-    def dataset(self, inputs: Sequence[str | Path]) -> PredictDataset:
+    def dataset(self, inputs: Sequence[str | Path], wanted: Wanted = USUAL) -> PredictDataset:
         """Image files, and those in folders, as :func:`~convnextv2.data.build.build_predict_dataset` finds them."""
         channels = self.model.encoder_config.in_chans
-        return build_predict_dataset(inputs, self.img_size, channels, self.mean, self.std)
+        return build_predict_dataset(inputs, self.img_size, channels, self.mean, self.std, wanted=wanted)
 
 
 def load_classifier(
@@ -123,7 +125,8 @@ def predict_images(
 def right_by_folder(predictions: Sequence[Prediction], classes: Sequence[str]) -> int | None:
     """How many predictions are right, if every image lies in a folder named like a class (the nearest counts)."""
     known = set(classes)
-    true = [next((part.name for part in p.file.absolute().parents if part.name in known), None) for p in predictions]
+    above = ([shown(folder.name) for folder in p.file.absolute().parents] for p in predictions)
+    true = [next((name for name in names if name in known), None) for names in above]
     if not predictions or None in true:
         return None
     return sum(p.classes[0] == label for p, label in zip(predictions, true, strict=True))

@@ -164,9 +164,8 @@ class ClassifierTask(Task[FinetuneOptions]):
         o, (mean, std) = self.options, self._statistics
         augmentation = Augmentation(o.crop_scale, o.hflip, o.color_jitter, o.auto_augment or None, o.random_erasing)
         images = o.data, o.size, o.encoder().in_chans
-        training, validation = build_finetune_datasets(
-            *images, val_fraction=o.val_fraction, seed=o.seed, augmentation=augmentation, mean=mean, std=std
-        )
+        drawn: dict[str, Any] = {"val_fraction": o.val_fraction, "seed": o.seed, "augmentation": augmentation}
+        training, validation = build_finetune_datasets(*images, **drawn, mean=mean, std=std, wanted=o.wanted)
         self._classes = training.classes
         self.files = {"class_indices.json": {str(i): name for i, name in enumerate(self._classes)}}
         self.progress = {"mean": training.mean, "std": training.std}

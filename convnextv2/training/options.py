@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from convnextv2.data.decoding import MAX_PIXELS, Wanted
 from convnextv2.data.opening import why_unknown
 from convnextv2.models.config import EncoderConfig, encoder_config
 from convnextv2.training.recipe import image_size, option
@@ -35,6 +36,8 @@ class RunOptions:
     in_chans: int | None = option(3, "channels of the images")
     seed: int = option(0, "of initial weights, order, augmentation and masks")
     workers: int = option(2, "processes that load images; 0 loads in the main process")
+    max_bad: float = option(0.1, "stop when more than this share of the images has become unreadable; 1 for never")
+    max_pixels: int = option(MAX_PIXELS, "largest width × height of an image; larger JPEG are reduced, others skipped")
     device: str = option("auto", "auto (a GPU if there is one), cpu, cuda or cuda:N")
     precision: str = option(
         "auto",
@@ -82,6 +85,11 @@ class RunOptions:
         assert isinstance(self.img_size, tuple)
         return self.img_size
 
+    @property
+    def wanted(self) -> Wanted:
+        """What is wanted of image files."""
+        return Wanted(self.max_pixels)
+
     def check(self) -> None:
         """Raise ValueError on options out of range."""
         if not self.data:
@@ -90,10 +98,11 @@ class RunOptions:
             raise ValueError("--output is missing: the folder to write the run to")
         if problem := why_unknown(self.data):
             raise ValueError(f"--data {problem}")
-        self.require("must be at least 1", lambda value: value >= 1, "epochs", "batch_size", "accum")
+        self.require("must be at least 1", lambda value: value >= 1, "epochs", "batch_size", "accum", "max_pixels")
         not_negative = "workers", "seed", "warmup_epochs", "weight_decay", "min_lr"
         self.require("must be a finite number, not negative", lambda value: 0 <= value < math.inf, *not_negative)
         self.require("must be positive", lambda value: 0 < value < math.inf, "lr", "blr", "clip_grad")
+        self.require("must be in [0, 1]", lambda value: 0 <= value <= 1, "max_bad")
         self.require("must be in [0, 1)", lambda value: all(0 <= beta < 1 for beta in value), "betas")
         if self.resume and self.overwrite:
             raise ValueError("--resume and --overwrite exclude each other")

@@ -105,8 +105,9 @@ class PretrainTask(Task[PretrainOptions]):
 
     def data(self) -> Sequence[ImageDataset]:
         o = self.options
-        in_chans = o.encoder().in_chans
-        self._data = build_pretrain_dataset(o.data, o.size, in_chans, seed=o.seed, val_fraction=o.val_fraction)
+        self._data = build_pretrain_dataset(
+            o.data, o.size, o.encoder().in_chans, seed=o.seed, val_fraction=o.val_fraction, wanted=o.wanted
+        )
         return [self._data]
 
     def model(self) -> FCMAE:

@@ -17,6 +17,7 @@ from convnextv2.files import append_jsonl, write_json
 from convnextv2.models.config import config_to_dict
 from convnextv2.models.diversity import feature_diversity
 from convnextv2.models.encoder import Encoder
+from convnextv2.training.bad_data import BadData
 from convnextv2.training.device import make_accelerator
 from convnextv2.training.loop import Loop, OnLoss
 from convnextv2.training.optim import create_optimizer, create_schedule, scaled_lr
@@ -72,6 +73,7 @@ def run_task(
             run.save(row, better)
             run.draw(row["epoch"])
             run.say(f"epoch {row['epoch']}/{run.options.epochs}: {task.line(row)}")
+            run.bad.tell(row["epoch"])
     return run.finish(kind)
 
 
@@ -105,11 +107,13 @@ class Run:
         self.best: dict[str, float] | None = None
         self._best_outcome: Outcome | None = None
         self._drawn = -math.inf
+        self.bad = BadData(self.parts, task.options.max_bad, self.accelerator, self.say)
         self._set_up(on_loss)
+        self.bad.tell(0 if self.saved is None else self.saved["epoch"])
 
     def say(self, line: str) -> None:
         """Tell the user, in the first process."""
-        (self._log if self.main else logger.debug)(line)
+        (self._log if self.main else logger.debug)(" ".join(line.splitlines()))  # of odd names, too
 
     def _set_up(self, on_loss: OnLoss | None) -> None:
         """Batch size, optimizer, loaders, schedule, compilation, averaging."""
@@ -184,14 +188,15 @@ class Run:
         self.parts[0].set_epoch(epoch)
         self._loader.set_epoch(epoch)  # accelerate's own count, which it hands to the data set, starts anew on resuming
         self.task.begin_epoch(self.accelerator, self.wrapped, epoch)
-        batches = self._loader
+        batches = self.bad.watch(self._loader, epoch)
         if self.main:
             batches = self._progress(batches, len(batches), f"epoch {epoch + 1}/{self.options.epochs}")
         return self.loop.epoch(epoch, batches, lambda batch: self.task.loss(self.wrapped, batch))
 
     def measure(self, epoch: int, loss: float, pace: dict[str, float]) -> tuple[dict[str, Any], bool]:
         """The row of the epoch, and whether it is the best so far."""
-        outcome = self.task.evaluate(self.accelerator, self._evaluated, self._others)
+        others = [self.bad.watch(other, epoch) for other in self._others]
+        outcome = self.task.evaluate(self.accelerator, self._evaluated, others)
         found = {} if outcome is None else outcome.numbers
         row = {"epoch": epoch + 1, "step": self.loop.step, self.task.loss_name: loss, **found, **pace}
         encoder = getattr(self._kept, "encoder", self._kept)
@@ -229,6 +234,7 @@ class Run:
 
     def finish(self, kind: type[R]) -> R:
         """Close the trackers, and read back what the run stands for."""
+        self.bad.tell(self.options.epochs, "in the end ")
         if self.options.tracker is not None:
             self.accelerator.end_training()
         path = self.folder.checkpoint("last" if self.best is None else "best")

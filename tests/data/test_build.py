@@ -11,9 +11,11 @@ from convnextv2.data import (
     Augmentation,
     DataError,
     ImageDataset,
+    build,
     build_finetune_datasets,
     build_predict_dataset,
     build_pretrain_dataset,
+    folders,
 )
 
 
@@ -108,3 +110,27 @@ def test_prediction_keeps_unreadable_images_and_drops_other_files(image_folder: 
     assert images[2].abs().sum() > 0
     with pytest.raises(DataError, match="no such file"):
         build_predict_dataset([root / "nowhere"], (32, 32), 3, (0.5,) * 3, (0.5,) * 3)
+
+
+def test_statistics_pass_over_what_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folders, "FULL_CHECK_BYTES", 10)
+    for index in range(6):
+        np.save(tmp_path / f"{index}.npy", np.full((40, 30, 5), index, np.float32))
+    np.save(tmp_path / "0.npy", np.full((40, 30, 5), np.nan, np.float32))  # whole, by its header
+    monkeypatch.setattr(build, "STATISTICS_SAMPLE", 2)  # the first and the last; the second stands in for the first
+    dataset = build_pretrain_dataset(tmp_path, (32, 32), 5)
+    np.testing.assert_allclose(dataset.mean, 3)
+    np.testing.assert_allclose(dataset.std, 2)
+    assert dataset.replaced == [0]
+    for index in range(6):
+        np.save(tmp_path / f"{index}.npy", np.full((40, 30, 5), np.nan, np.float32))
+    with pytest.raises(DataError, match=r"none of the 6 images can be read: .*/\d\.npy: pixels"):
+        build_pretrain_dataset(tmp_path, (32, 32), 5)
+
+
+def test_a_wrong_number_of_channels_is_seen_in_the_header(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folders, "FULL_CHECK_BYTES", 10)
+    np.save(tmp_path / "a.npy", np.ones((40, 30, 5), np.float32))
+    np.save(tmp_path / "b.npy", np.ones((40, 30, 4), np.float32))
+    dataset = build_pretrain_dataset(tmp_path, (32, 32), 5)
+    assert [(path.name, reason[:9]) for path, reason in dataset.skipped] == [("b.npy", "has the s")]

@@ -1,4 +1,6 @@
 import os
+import threading
+import time
 import zlib
 from pathlib import Path
 
@@ -7,7 +9,7 @@ import pytest
 from data_helpers import Folder, save
 from PIL import Image
 
-from convnextv2.data import folders
+from convnextv2.data import folders, images
 from convnextv2.data.folders import scan_images
 from convnextv2.data.sources import DataError
 
@@ -125,3 +127,83 @@ def test_scan_errors_say_what_was_looked_for(tmp_path: Path) -> None:
         scan_images(tmp_path / "x.txt")
     with pytest.raises(ValueError, match="check must be"):
         scan_images(tmp_path, check="perhaps")
+
+
+def test_1200_nested_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    save(Image.new("L", (3, 3)), tmp_path / "x.png")
+    for _ in range(1200):
+        Path("d").mkdir()
+        os.chdir("d")
+    save(Image.new("L", (3, 3)), Path("y.png"))
+    assert [len(path.relative_to(tmp_path).parts) for path in scan_images(tmp_path).train.images.paths] == [1201, 1]
+    for _ in range(1200):  # what cleans up after the tests is recursive
+        os.chdir("..")
+        (Path("d") / "y.png").unlink(missing_ok=True)
+        Path("d").rmdir()
+
+
+def test_folders_that_link_to_each_other_are_read_once(image_folder: Folder) -> None:
+    names = [f"{number}" for number in range(9)]
+    root = image_folder(dict.fromkeys(names, 1))
+    for name in names:
+        for other in names:
+            if other != name:
+                (root / name / f"to-{other}").symlink_to(root / other)
+    listing = scan_images(root)
+    assert [path.relative_to(root).as_posix() for path in listing.train.images.paths] == [f"{n}/000.png" for n in names]
+    assert len(listing.train.skipped) == 72
+    assert {path.name: reason for path, reason in listing.train.skipped}["to-3"] == f"the same folder as {root / '3'}"
+
+
+def test_a_folders_own_name_comes_before_links_to_it(image_folder: Folder, tmp_path: Path) -> None:
+    root = image_folder({"b": 2, "z": 1})
+    outside = image_folder({"deep": 1}, "outside")
+    (root / "a").symlink_to(root / "z")
+    (root / "m").symlink_to(outside)
+    (root / "n").symlink_to(outside / "deep")
+    (outside / "deep" / "up").symlink_to(outside)
+    listing = scan_images(root)
+    found = [path.relative_to(root).as_posix() for path in listing.train.images.paths]
+    assert found == ["b/000.png", "b/001.png", "m/deep/000.png", "z/000.png"]
+    assert listing.train.skipped == [
+        (root / "a", f"the same folder as {root / 'z'}"),
+        (root / "m" / "deep" / "up", "link to a folder that contains it"),
+        (root / "n", f"the same folder as {root / 'm' / 'deep'}"),
+    ]
+
+
+def test_a_folder_that_vanishes_between_listing_and_reading(
+    image_folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = image_folder({"a": 1, "b": 1, "c": 1})
+    scandir = os.scandir
+
+    def vanishing(path: Path) -> object:
+        if path == root / "a":
+            (root / "b" / "000.png").unlink()
+            (root / "b").rmdir()
+        return scandir(path)
+
+    monkeypatch.setattr(folders.os, "scandir", vanishing)
+    listing = scan_images(root)
+    assert [path.parent.name for path in listing.train.images.paths] == ["a", "c"]
+    assert listing.train.skipped == [(root / "b", "No such file or directory")]
+
+
+def test_large_images_are_not_decoded_side_by_side(image_folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    root, running, most = image_folder({"": 12}), set[int](), []
+
+    def slow(*_: object) -> None:
+        running.add(threading.get_ident())
+        most.append(len(running))
+        time.sleep(0.01)
+        running.discard(threading.get_ident())
+
+    monkeypatch.setattr(images, "load_image", slow)
+    scan_images(root)
+    assert max(most) > 1
+    most.clear()
+    monkeypatch.setattr(images, "LARGE", 10)
+    scan_images(root)
+    assert (max(most), len(most)) == (1, 12)

@@ -17,6 +17,7 @@ from convnextv2.data import (
     DataError,
     OpenedSource,
     Part,
+    Wanted,
     build_finetune_datasets,
     build_pretrain_dataset,
     open_source,
@@ -159,3 +160,17 @@ def test_training_refuses_what_is_read_in_sequence(monkeypatch: pytest.MonkeyPat
     for build in (build_pretrain_dataset, build_finetune_datasets):
         with pytest.raises(DataError, match="read in sequence"):
             build("noise", (8, 8), 5)
+
+
+def test_a_kind_from_before_there_was_decoding(table: Path, table_kind: Any) -> None:
+    opened = table_kind.open
+
+    class OldKind(type(table_kind)):  # type: ignore[misc]
+        def open(self, spec: str, *, in_chans: int, img_size: tuple[int, int], labelled: bool) -> OpenedSource:
+            return opened(spec, in_chans=in_chans, img_size=img_size, labelled=labelled, wanted=Wanted())
+
+    assert open_source(table, wanted=Wanted(10_000)).train.images.wanted == Wanted(10_000)
+    register_kind(OldKind())
+    assert len(open_source(table).train.by_number) == 15
+    with pytest.raises(ValueError, match=r"^Wanted\(max_pixels=10000\) cannot be told to .*OldKind\.open, "):
+        open_source(table, wanted=Wanted(10_000))
