@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import secrets
 import stat
 from collections.abc import Iterator, Mapping
@@ -13,6 +14,7 @@ from typing import Any
 
 LONGEST_MESSAGE = 800
 """Letters of an error: what a file holds, which may be megabytes, stands in them."""
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp(\.\w+)?")
 
 
 @contextlib.contextmanager
@@ -47,6 +49,11 @@ def one_line(text: object) -> str:
         for letter in " ".join(str(text).split())
     )
     return shown if len(shown) <= LONGEST_MESSAGE else f"{shown[: LONGEST_MESSAGE - 200]}…{shown[-199:]}"
+
+
+def is_leftover(path: Path) -> bool:
+    """Whether a file is what :func:`atomic_path` leaves where its process is killed."""
+    return bool(_TEMPORARY.fullmatch(path.name)) and path.is_file()
 
 
 def finite(value: Any) -> Any:

@@ -105,7 +105,7 @@ def check_output(path: Path, kind: Kind, *, inputs: Iterable[str | Path] = (), o
             raise OutputError(f"{path}: lies among the inputs, in {given}; choose another name for the result")
     if not mine and not overwrite:
         raise OutputError(
-            f"{path}: exists and is not {kind.name} that was written here; choose another name, or say --overwrite"
+            f"{path}: exists and is not {kind.name} that was written here; choose another name, or say `overwrite`"
         )
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,7 +21,7 @@ from convnextv2.data.decoding import MAX_PIXELS
 from convnextv2.data.sources import describe_skipped
 from convnextv2.files import one_line
 from convnextv2.outputs import output_path
-from convnextv2.training import recipe
+from convnextv2.training import FinetuneOptions, PretrainOptions, recipe
 from convnextv2.training.reporting import bar
 from sparse_ops.registry import BackendUnavailableError
 
@@ -43,8 +44,10 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # names of any alphabet on a terminal of any encoding
             stream.reconfigure(errors="backslashreplace")
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    warnings.formatwarning = lambda message, *_, **__: f"warning: {one_line(message)}\n"
+    handler = logging.StreamHandler()
+    handler.setFormatter(LogFormat("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {with_flags(one_line(message))}\n"
     try:
         status = main()
         sys.stdout.flush()
@@ -70,6 +73,23 @@ class Parser(argparse.ArgumentParser):
         super().error(one_line(message))
 
 
+OPTIONS = {item.name for kind in (PretrainOptions, FinetuneOptions) for item in fields(kind)}
+
+
+def with_flags(text: str) -> str:
+    """A message of the package as the command line says it: an option in backticks becomes its flag."""
+    return re.sub(
+        r"`(\w+)`", lambda found: f"--{found[1].replace('_', '-')}" if found[1] in OPTIONS else found[0], text
+    )
+
+
+class LogFormat(logging.Formatter):
+    """Lines of a log, :func:`with_flags`."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return with_flags(super().format(record))
+
+
 def describe(error: BaseException) -> str:
     """An error in one line: for the operating system's the file and the reason, else the message."""
     if isinstance(error, OSError) and error.strerror:
@@ -79,7 +99,7 @@ def describe(error: BaseException) -> str:
 
 def say(text: str = "") -> None:
     """One line of results, on stdout."""
-    sys.stdout.write(f"{text}\n")
+    sys.stdout.write(f"{with_flags(text)}\n")
     sys.stdout.flush()
 
 
@@ -93,7 +113,7 @@ def say_once(text: str) -> None:
 
 def warn(text: str) -> None:
     """One line beside the results, on stderr."""
-    sys.stderr.write(f"{text}\n")
+    sys.stderr.write(f"{with_flags(text)}\n")
     sys.stderr.flush()
 
 

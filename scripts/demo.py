@@ -10,11 +10,12 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from _cli import Parser, positive_int, run, say
 
 from convnextv2.data import export_digits, open_source
 from convnextv2.data.digits import DIGITS
+from convnextv2.training.claim import claim
 
 SCRIPTS = Path(__file__).parent
 CONFIGS = SCRIPTS.parent / "configs"
@@ -46,6 +48,20 @@ def call(script: str, *options: object) -> str:
 def metrics(folder: Path) -> list[dict[str, float]]:
     """The lines of a run's metrics.jsonl."""
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def digit_samples(out: Path) -> Path:
+    """Digits as files in ``samples``; those of an earlier demo are used again, files of anyone else refused."""
+    samples = out / "samples"
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out) as temporary:
+        made = Path(temporary) / "samples"
+        names = {path.relative_to(made) for path in export_digits(made)}
+        if not os.path.lexists(samples):
+            made.rename(samples)
+    if names != {path.relative_to(samples) for path in samples.rglob("*") if not path.is_dir()}:
+        raise ValueError(f"{samples}: holds other files than the digits that belong there; choose another `output`")
+    return samples
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -85,14 +101,11 @@ def main() -> None:
         finetune_recipe += ["--epochs", args.finetune_epochs]
 
     pretrained, dense, finetuned = out / "pretrain", out / "backbone.safetensors", out / "finetune"
+    claim(pretrained, False, True, pretrain_data)
+    claim(finetuned, False, True, args.data)
+    samples = digit_samples(out) if digits else folder / "val" if (folder / "val").is_dir() else folder
     call("pretrain.py", *recipe, "--data", pretrain_data, "--output", pretrained, "--overwrite")
     converted = call("convert_sparse_to_dense.py", pretrained, dense)
-    samples = out / "samples"
-    if digits:
-        shutil.rmtree(samples, ignore_errors=True)
-        export_digits(samples)
-    else:
-        samples = folder / "val" if (folder / "val").is_dir() else folder
     pictures = out / "reconstructions.png"
     call("visualize.py", pretrained, samples, "--output", pictures)
     if classes:

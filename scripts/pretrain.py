@@ -24,11 +24,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RunStoppedError as stopped:
         _cli.warn(str(stopped))
         return stopped.status
+    last = result.folder / "checkpoints" / "last.safetensors"
+    if not result.metrics:  # of a finished run, taken away
+        _cli.say_once(f"{result.epochs} epochs are done: {last}")
+        return 0
     change = 100 * (1 - result.last_loss / result.first_loss)
     verb = "fell" if change >= 0 else "rose"
     _cli.say_once(
         f"loss {verb} from {result.first_loss:.4f} to {result.last_loss:.4f} ({abs(change):.1f} %) in {result.epochs} "
-        f"epochs: {result.folder / 'checkpoints' / 'last.safetensors'}"
+        f"epochs: {last}"
     )
     return 0
 

@@ -15,8 +15,19 @@ def feature_diversity(encoder: Encoder, images: Tensor) -> float:
 
     The measure of feature collapse of ConvNeXt V2, section 3.2, where 0 means that all channels are alike. A channel
     is the vector of its values at every cell of all ``images`` ``[B, C, H, W]`` (unmasked, on a dense grid), and the
-    result is the mean over the outputs of the four stages.
+    result is the mean over the outputs of the four stages. The encoder is measured in evaluation mode, without drop
+    path, and every module of it gets its own mode back.
     """
+    training = [module for module in encoder.modules() if module.training]
+    encoder.eval()
+    try:
+        return _diversity(encoder, images)
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _diversity(encoder: Encoder, images: Tensor) -> float:
     distances = []
     for x, grid in encoder.forward_stages(images, DenseGrid(images.shape[0])):
         channels = nn.functional.normalize(grid.cells(x).flatten(0, -2).float().T, dim=1)

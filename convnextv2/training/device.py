@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from convnextv2.training.options import RunOptions
+from convnextv2.training.processes import after_a_restart
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -21,12 +22,12 @@ def make_accelerator(options: RunOptions) -> Accelerator:
 
     kind, _, index = options.device.partition(":")
     if kind not in ("auto", "cpu", "cuda") or (index and not index.isdigit()):
-        raise ValueError(f"--device must be auto, cpu, cuda or cuda:N, got {options.device!r}")
+        raise ValueError(f"`device` must be auto, cpu, cuda or cuda:N, got {options.device!r}")
     if kind == "cuda":
         if not torch.cuda.is_available():
-            raise ValueError("--device cuda: torch finds no CUDA device here; use --device cpu")
+            raise ValueError("`device` cuda: torch finds no CUDA device here; use `device` cpu")
         if int(index or 0) >= torch.cuda.device_count():
-            raise ValueError(f"--device {options.device}: there are {torch.cuda.device_count()} CUDA devices")
+            raise ValueError(f"`device` {options.device}: there are {torch.cuda.device_count()} CUDA devices")
         if index:
             torch.cuda.set_device(int(index))
     torch.set_float32_matmul_precision("high" if options.tf32 else "highest")
@@ -39,6 +40,7 @@ def make_accelerator(options: RunOptions) -> Accelerator:
         "gradient_accumulation_steps": options.accum,
         "log_with": options.tracker,
         "project_dir": options.output,
+        "kwargs_handlers": after_a_restart(),
     }
     try:
         return Accelerator(**settings)

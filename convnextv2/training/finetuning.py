@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from convnextv2.data.build import build_finetune_datasets
 from convnextv2.data.datasets import ImageDataset
-from convnextv2.data.transforms import Augmentation
+from convnextv2.data.transforms import Augmentation, numbers_of
 from convnextv2.models.classifier import ConvNeXtV2
 from convnextv2.models.config import ClassifierConfig, EncoderConfig, FCMAEConfig, check_image_size, variant_name
 from convnextv2.training.device import Accelerator
@@ -27,7 +27,7 @@ from convnextv2.training.result import RunResult
 from convnextv2.training.run import run_task
 from convnextv2.training.run_folder import RunFolder
 from convnextv2.training.task import Outcome, Task
-from convnextv2.weights.checkpoint import Checkpoint, load_checkpoint
+from convnextv2.weights.checkpoint import Checkpoint, CheckpointError, load_checkpoint
 from convnextv2.weights.loading import init_classifier
 from convnextv2.weights.reading import read_checkpoint, weights_config
 
@@ -124,7 +124,8 @@ def resolve(options: FinetuneOptions) -> tuple[FinetuneOptions, Checkpoint | Non
     checkpoint, statistics = None, None
     if options.init is not None:
         checkpoint = load_checkpoint(options.init)
-        config = checkpoint.config or weights_config(read_checkpoint(checkpoint))
+        read = weights_config(read_checkpoint(checkpoint))  # first of all: compares what the file says with its weights
+        config = checkpoint.config or read
         encoder = config if isinstance(config, EncoderConfig) else config.encoder
         name = variant_name(encoder)
         found |= {"model": name, "patch_size": encoder.patch_size, "in_chans": encoder.in_chans}
@@ -150,7 +151,10 @@ class ClassifierTask(Task[FinetuneOptions]):
         found, self._checkpoint, statistics = resolve(o if saved is None else replace(o, init=None))
         self.options = replace(found, init=o.init)
         if saved is not None:
-            statistics = tuple(saved["mean"]), tuple(saved["std"])
+            mean, std = numbers_of(saved, "mean"), numbers_of(saved, "std")
+            if mean is None or std is None or not {"top1", "loss", "epoch"} <= saved.get("best", {}).keys():
+                raise CheckpointError(f"{o.output}: its state is of no fine-tuning; name another `output`")
+            statistics = mean, std
         self._statistics = statistics or (None, None)
         self.ema_decay, self.ema_warmup = o.ema_decay, o.ema_warmup
         depths = self.options.encoder().depths
@@ -185,14 +189,14 @@ class ClassifierTask(Task[FinetuneOptions]):
 
     def initialise(self, model: ConvNeXtV2, resumed: bool) -> str:
         if self._checkpoint is None:
-            return "resuming" if resumed else "from scratch: no --init"
+            return "resuming" if resumed else "from scratch: no `init`"
         return str(init_classifier(model, self._checkpoint))
 
     def fit_batch(self, size: int) -> int:
         if self._mix is None:
             return size
         if size < 2:
-            raise ValueError("--mixup and --cutmix need batches of at least two images")
+            raise ValueError("`mixup` and `cutmix` need batches of at least two images")
         return size - size % 2
 
     def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, int]:
@@ -225,7 +229,7 @@ class ProbeTask(ClassifierTask):
 
     def resolve(self, saved: dict[str, Any] | None) -> None:
         if self.options.init is None:
-            raise ValueError("--linear-probe needs --init: the head of a frozen random encoder is not worth training")
+            raise ValueError("`linear_probe` needs `init`: the head of a frozen random encoder is not worth training")
         super().resolve(saved)
 
     def initialise(self, model: ConvNeXtV2, resumed: bool) -> str:

@@ -118,6 +118,6 @@ class Loop:
     def _diverged(self, what: str, step: int, done: int, lr: float) -> DivergedError:
         kept = f"the checkpoint of epoch {done} is kept" if done else "no checkpoint was written yet"
         return DivergedError(
-            f"{what} at step {step} (epoch {done + 1}, learning rate {lr:.2e}); {kept}: try a smaller --blr, more "
-            "--warmup-epochs, --clip-grad 1, or another --precision"
+            f"{what} at step {step} (epoch {done + 1}, learning rate {lr:.2e}); {kept}: try a smaller `blr`, more "
+            "`warmup_epochs`, `clip_grad` 1, or another `precision`"
         )

@@ -10,11 +10,12 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from convnextv2.data.decoding import MAX_PIXELS, Wanted
 from convnextv2.data.opening import why_unknown
 from convnextv2.models.config import EncoderConfig, encoder_config
+from convnextv2.training.option_types import check_types
 from convnextv2.training.recipe import image_size, option
 
 PRECISIONS = ("auto", "no", "bf16", "fp16")
@@ -65,15 +66,25 @@ class RunOptions:
     init: str | Path | None = option(
         None, "checkpoint (file or run folder) to take initial weights from; see also --resume"
     )
-    resume: bool = option(False, "continue the run in --output, with its own recipe but for what is given here")
+    resume: bool | Literal["auto"] = option(
+        False,
+        "continue the run in --output, with its own recipe but for what is given; auto: or start one if there is none",
+        ("auto",),
+    )
     overwrite: bool = option(False, "delete the run in --output and start anew")
     tracker: str | None = option(None, "also log the metrics to: tensorboard, wandb, mlflow or trackio, if installed")
 
     def __post_init__(self) -> None:
         for item in fields(self):
             value = getattr(self, item.name)
+            if hasattr(value, "tolist"):  # numpy's numbers and arrays
+                value = value.tolist()
+                object.__setattr__(self, item.name, value)
             if item.name == "img_size" and value is not None:
-                object.__setattr__(self, item.name, image_size(value))
+                try:
+                    object.__setattr__(self, item.name, image_size(value))
+                except ValueError as error:
+                    raise ValueError(f"`img_size`: {error}") from error
             elif isinstance(value, os.PathLike):
                 object.__setattr__(self, item.name, os.fspath(value))
             elif isinstance(value, list):
@@ -82,7 +93,8 @@ class RunOptions:
     @property
     def size(self) -> tuple[int, int]:
         """(height, width) in pixels, once that is known."""
-        assert isinstance(self.img_size, tuple)
+        if not isinstance(self.img_size, tuple):
+            raise ValueError("`img_size` is missing: pixels, one number for a square or (height, width)")
         return self.img_size
 
     @property
@@ -91,13 +103,14 @@ class RunOptions:
         return Wanted(self.max_pixels)
 
     def check(self) -> None:
-        """Raise ValueError on options out of range."""
+        """Raise ValueError on options out of range, TypeError on those of a wrong type."""
+        check_types(self)
         if not self.data:
-            raise ValueError("--data is missing: a folder of images, or 'digits'")
+            raise ValueError("`data` is missing: a folder of images, or 'digits'")
         if not self.output:
-            raise ValueError("--output is missing: the folder to write the run to")
+            raise ValueError("`output` is missing: the folder to write the run to")
         if problem := why_unknown(self.data):
-            raise ValueError(f"--data {problem}")
+            raise ValueError(f"`data` {problem}")
         self.require("must be at least 1", lambda value: value >= 1, "epochs", "batch_size", "accum", "max_pixels")
         not_negative = "workers", "seed", "warmup_epochs", "weight_decay", "min_lr"
         self.require("must be a finite number, not negative", lambda value: 0 <= value < math.inf, *not_negative)
@@ -105,29 +118,29 @@ class RunOptions:
         self.require("must be in [0, 1]", lambda value: 0 <= value <= 1, "max_bad")
         self.require("must be in [0, 1)", lambda value: all(0 <= beta < 1 for beta in value), "betas")
         if self.resume and self.overwrite:
-            raise ValueError("--resume and --overwrite exclude each other")
+            raise ValueError("`resume` and `overwrite` exclude each other")
         self.require(f"must be one of {', '.join(COMPILE_MODES)}", COMPILE_MODES.__contains__, "compile")
         if self.compile not in (None, "default") and self.accum > 1:
             raise ValueError(
-                f"--compile {self.compile} and --accum exclude each other: a CUDA graph overwrites the gradients of "
-                "the batch before; use --compile default"
+                f"`compile` {self.compile} and `accum` exclude each other: a CUDA graph overwrites the gradients of "
+                "the batch before; use `compile` default"
             )
         self.require(f"must be one of {', '.join(TRACKERS)}", TRACKERS.__contains__, "tracker")
         if self.tracker is not None and importlib.util.find_spec(self.tracker) is None:
-            raise ValueError(f"--tracker {self.tracker} is not installed: pip install {self.tracker}")
+            raise ValueError(f"`tracker` {self.tracker} is not installed: pip install {self.tracker}")
 
     def require(self, rule: str, holds: Callable[[Any], bool], *names: str) -> None:
         """Raise ValueError, in the words of the rule, unless it holds for each of these options that is given."""
         for name in names:
             value = getattr(self, name, None)
             if value is not None and not holds(value):
-                raise ValueError(f"--{name.replace('_', '-')} {rule}, got {value!r}")
+                raise ValueError(f"`{name}` {rule}, got {value!r}")
 
     def encoder(self) -> EncoderConfig:
         """The encoder of these options; ValueError if the name is unknown or a value is out of range."""
         shape = {"drop_path_rate": self.drop_path, "in_chans": self.in_chans, "patch_size": self.patch_size}
         if (self.depths is None) != (self.dims is None):
-            raise ValueError("--depths and --dims describe a custom size together; give both or neither")
+            raise ValueError("`depths` and `dims` describe a custom size together; give both or neither")
         if self.depths is not None and self.dims is not None:
             return EncoderConfig(self.depths, self.dims, **shape)  # type: ignore[arg-type]
         return encoder_config(self.model or "", **shape)

@@ -59,7 +59,7 @@ class PretrainOptions(RunOptions):
         backend = registry().get(self.backend)
         if self.compile is not None and backend is not None and not backend.traceable:
             raise ValueError(
-                f"--compile: the backend {backend.name} cannot be traced; use another --backend, or leave it out"
+                f"`compile`: the backend {backend.name} cannot be traced; use another `backend`, or leave it out"
             )
 
 
@@ -91,7 +91,7 @@ class PretrainTask(Task[PretrainOptions]):
     """A masked autoencoder, unlabelled images, and the reconstruction loss of masked patches."""
 
     name = "pretrain"
-    steep_lr = 1e-2, "published for large batches: --blr 1.5e-4"
+    steep_lr = 1e-2, "published for large batches: `blr` 1.5e-4"
 
     def resolve(self, saved: dict[str, Any] | None) -> None:
         with torch.device("meta"):  # wrong options are to be told before a large folder is read

@@ -16,7 +16,8 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 import yaml  # type: ignore[import-untyped]  # its stubs are a package of their own
 
-from convnextv2.files import atomic_path, one_line
+from convnextv2.files import one_line
+from convnextv2.training.saved_state import find_state
 
 T = TypeVar("T")
 NOT_IN_RECIPE = ("resume", "overwrite")
@@ -33,7 +34,7 @@ class ImageSize:
     def __call__(self, value: Any) -> tuple[int, int]:
         parts = list(value) if isinstance(value, list | tuple) else re.split("[x×,]", str(value).lower())
         try:
-            sides = [int(part) for part in parts]
+            sides = [int(str(part)) for part in parts]
         except ValueError:
             sides = []
         if len(sides) not in (1, 2) or min(sides) < 1:
@@ -71,18 +72,18 @@ def parse_options(cls: type[T], argv: Sequence[str] | None, description: str = "
         arguments = [*(f"--config={path}" for path in given.config), *rest]
         values = parser.parse_args(arguments)
         own = Path(values.output or "") / "config.yaml"
-        if values.resume and values.output and own.is_file():
+        if values.output and own.is_file() and (values.resume is True or (values.resume and find_state(own.parent))):
+            _check_recipe(own)
             values = parser.parse_args([f"--config={own}", *arguments])
     except (argparse.ArgumentError, OverflowError) as error:
         raise ValueError(one_line(error)) from error
     return cls(**{f.name: values[f.name] for f in fields(cls)})  # type: ignore[arg-type]
 
 
-def write_recipe(path: Path, options: Any) -> None:
-    """Write resolved options as a recipe that ``--config`` reads back."""
+def recipe_text(options: Any) -> str:
+    """Resolved options as a recipe that ``--config`` reads back."""
     values = {key: _plain(value) for key, value in asdict(options).items() if key not in NOT_IN_RECIPE}
-    with atomic_path(path) as temporary:
-        temporary.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
 def _check_recipe(path: Path) -> None:
@@ -114,7 +115,17 @@ def _parser(cls: type, description: str) -> Any:
         if get_origin(kind) in (Union, types.UnionType):
             kind = get_args(kind)[0]  # the others are for Python: a path, one number for a square, None
         extra: dict[str, Any] = {"default": _plain(item.default), "help": item.metadata["help"]}
-        if kind is bool:
+        if kind is bool and item.metadata["choices"]:
+            extra |= {"type": bool | Literal[tuple(item.metadata["choices"])], "nargs": "?", "const": True}
+            parser.add_argument(
+                f"--no-{flag[2:]}",
+                dest=item.name,
+                action="store_const",
+                const=False,
+                default=False,
+                help="the opposite",
+            )
+        elif kind is bool:
             extra["action"] = ActionYesNo(yes_prefix="", no_prefix="no-")
         elif item.name == "img_size":
             extra |= {"type": image_size, "metavar": "SIZE", "default": item.default}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from dataclasses import replace
@@ -18,14 +19,17 @@ from convnextv2.models.config import config_to_dict
 from convnextv2.models.diversity import feature_diversity
 from convnextv2.models.encoder import Encoder
 from convnextv2.training.bad_data import BadData
+from convnextv2.training.claim import claim
 from convnextv2.training.device import make_accelerator
 from convnextv2.training.loop import Loop, OnLoss
 from convnextv2.training.optim import create_optimizer, create_schedule, scaled_lr
 from convnextv2.training.pictures import save_loss_curve
-from convnextv2.training.recipe import write_recipe
+from convnextv2.training.processes import in_first_process, only_run_in
+from convnextv2.training.recipe import recipe_text
 from convnextv2.training.reporting import Log, Progress, logger, reporters
 from convnextv2.training.result import Metrics, RunResult
 from convnextv2.training.run_folder import RunFolder, check_same_model
+from convnextv2.training.saved_state import find_state, load_state
 from convnextv2.training.signals import StopSignals
 from convnextv2.training.task import Outcome, Task
 from convnextv2.weights.checkpoint import save_checkpoint
@@ -65,16 +69,17 @@ def run_task(
         OSError: if the output cannot be written.
     """
     run = Run(task, *reporters(log, progress), on_loss)
-    run.open_folder()
-    with run.stop:
-        run.begin()
-        for epoch in range(run.start, run.options.epochs):
-            row, better = run.measure(epoch, *run.train(epoch))
-            run.save(row, better)
-            run.draw(row["epoch"])
-            run.say(f"epoch {row['epoch']}/{run.options.epochs}: {task.line(row)}")
-            run.bad.tell(row["epoch"])
-    return run.finish(kind)
+    with contextlib.ExitStack() as held:
+        run.open_folder(held)
+        with run.stop:
+            run.begin()
+            for epoch in range(run.start, run.options.epochs):
+                row, better = run.measure(epoch, *run.train(epoch))
+                run.save(row, better)
+                run.draw(row["epoch"])
+                run.say(f"epoch {row['epoch']}/{run.options.epochs}: {task.line(row)}")
+                run.bad.tell(row["epoch"])
+        return run.finish(kind)
 
 
 class Run:
@@ -87,7 +92,9 @@ class Run:
         self.task, self._log, self._progress = task, log, progress
         self.folder = RunFolder(task.options.output)
         self.stop = StopSignals(self.folder.path)
-        self.saved = self.folder.check(task.options.resume, task.options.overwrite)
+        self.accelerator = make_accelerator(task.options)
+        self.main = self.accelerator.is_main_process
+        self.saved = in_first_process(self._claim)
         task.resolve(self.saved)
         self.parts = list(task.data())
         set_seed(derived_seed(task.options.seed, 0, 0, MODEL_STREAM))
@@ -95,8 +102,6 @@ class Run:
         if self.saved is not None:
             check_same_model(self.saved, self.model.config, self.folder.path)
         first_weights = task.initialise(self.model, self.saved is not None)
-        self.accelerator = make_accelerator(task.options)
-        self.main = self.accelerator.is_main_process
         for part in self.parts:
             self.say(f"data: {part.description}")
             if skipped := describe_skipped(part.skipped):
@@ -110,6 +115,18 @@ class Run:
         self.bad = BadData(self.parts, task.options.max_bad, self.accelerator, self.say)
         self._set_up(on_loss)
         self.bad.tell(0 if self.saved is None else self.saved["epoch"])
+        if self.saved is not None:
+            state = find_state(self.folder.path)
+            assert state is not None
+            load_state(state, self.accelerator, self.model)
+            self.start, self.loop.step, self.best = self.saved["epoch"], self.saved["step"], self.saved.get("best")
+
+    def _claim(self) -> dict[str, Any] | None:
+        o = self.task.options
+        progress = claim(self.folder.path, o.resume, o.overwrite, o.data, o.init)
+        if progress is not None:
+            self.folder.metrics()  # raises if they are no metrics
+        return progress
 
     def say(self, line: str) -> None:
         """Tell the user, in the first process."""
@@ -124,7 +141,7 @@ class Run:
         if images < processes:
             raise ValueError(f"{images} images cannot be shared among {processes} processes; run fewer")
         if (size := min(asked, images // processes)) < asked:
-            self.say(f"notice: --batch-size {asked} lowered to {size}: there are {images} images to train on")
+            self.say(f"notice: `batch_size` {asked} lowered to {size}: there are {images} images to train on")
         task.options = self.options = options = replace(task.options, batch_size=task.fit_batch(size))
         self._effective_batch = options.batch_size * options.accum * processes
         self._lr = scaled_lr(options.blr, self._effective_batch, options.lr)
@@ -153,25 +170,39 @@ class Run:
             self._kept = self._evaluated = average.module
         self._examples: Tensor = training.examples(PROBE_IMAGES).to(self.accelerator.device)
 
-    def open_folder(self) -> None:
-        """Make or restore the folder of the run."""
-        self.accelerator.wait_for_everyone()
-        if self.main:
-            self.folder.prepare(self.saved)
-            write_recipe(self.folder.path / "config.yaml", self.options)
-            for name, content in self.task.files.items():
-                write_json(self.folder.path / name, content)
-        self.accelerator.wait_for_everyone()
+    def open_folder(self, held: contextlib.ExitStack) -> None:
+        """Make or restore the folder of the run, which is held for this run alone until ``held`` is closed."""
+        self.accelerator.wait_for_everyone()  # all have read what they need
+        in_first_process(lambda: self._open_folder(held))
+
+    def _open_folder(self, held: contextlib.ExitStack) -> None:
+        self.folder.path.mkdir(parents=True, exist_ok=True)
+        held.enter_context(only_run_in(self.folder.path))
+        if self._claim() != self.saved:
+            raise ValueError(
+                f"{self.folder.path}: was changed by another run while this one was set up; start it again"
+            )
+        if self.options.overwrite:  # nothing is deleted where the tracker cannot be used
+            self._start_tracker()
+        self.folder.prepare(self.saved, recipe_text(self.options))
+        for name, content in self.task.files.items():
+            write_json(self.folder.path / name, content)
+        if not self.options.overwrite:
+            self._start_tracker()
+
+    def _start_tracker(self) -> None:
+        if self.options.tracker is not None:
+            try:
+                self.accelerator.init_trackers(self.task.name)
+            except Exception as error:  # each tracker has errors of its own
+                reason = " ".join(str(error).split())[:200]
+                raise ValueError(f"`tracker` {self.options.tracker} cannot be started: {reason}") from error
 
     def begin(self) -> None:
-        """Start the trackers, and load the state of a run to be resumed."""
-        options, accelerator = self.options, self.accelerator
-        if options.tracker is not None:
-            accelerator.init_trackers(self.task.name)
+        """Tell what is going to happen."""
+        accelerator = self.accelerator
         if self.saved is not None:
-            self.folder.load_state(accelerator)
-            self.start, self.loop.step, self.best = self.saved["epoch"], self.saved["step"], self.saved.get("best")
-            done = self.start >= options.epochs
+            done = self.start >= self.options.epochs
             self.say(f"nothing to do: {self.start} epochs are done" if done else f"resuming after epoch {self.start}")
         self.say(
             f"{self.task.describe(self.model)} on {accelerator.device}: "
@@ -212,6 +243,7 @@ class Run:
         """Write the row, the weights, and the state to resume from."""
         config, training = self.model.config, self.parts[0]
         if self.main:
+            self.folder.begin_saving()
             append_jsonl(self.folder.metrics_path, row)
             images = {"mean": list(training.mean), "std": list(training.std), "img_size": list(self.options.size)}
             metadata = {**images, "epoch": row["epoch"], **self.task.metadata}

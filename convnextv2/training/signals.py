@@ -44,5 +44,5 @@ class StopSignals:
         if self._received is None:
             return
         name = signal.Signals(self._received).name
-        saved = f"{epoch} epochs are saved, continue with --resume" if epoch else "no epoch had been finished"
+        saved = f"{epoch} epochs are saved, continue with `resume`" if epoch else "no epoch had been finished"
         raise RunStoppedError(self._received, f"stopped by {name}; {saved}: {self._output}")

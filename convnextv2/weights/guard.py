@@ -36,7 +36,7 @@ MOST_PICKLE = 8 * 2**20
 """Bytes of what a file says about its tensors; their numbers are stored apart."""
 DEEPEST = 64
 """Levels of nesting."""
-_HARMLESS = re.compile(
+HARMLESS = re.compile(
     r"torch (Size|[a-z]\w*|\w+Storage)|torch\.nn\.parameter Parameter|torch\.storage \w+Storage"
     r"|torch\.serialization _get_layout|torch\._utils _rebuild_(tensor(_v2|_v3)?|parameter(_with_state)?"
     r"|meta_tensor_no_storage|qtensor|sparse_tensor)"
@@ -46,8 +46,8 @@ _HARMLESS = re.compile(
 file, or is found by :func:`check_state`."""
 
 
-def check_zip(path: Path) -> None:
-    """Refuse an archive that holds more than its size in bytes.
+def check_zip(path: Path, harmless: re.Pattern[str] = HARMLESS) -> None:
+    """Refuse an archive that holds more than its size in bytes, or names what is not ``harmless``.
 
     Raises:
         CheckpointError: with the reason.
@@ -66,7 +66,7 @@ def check_zip(path: Path) -> None:
             if len(entries) > MOST_ENTRIES or any(entry.file_size > MOST_PICKLE for entry in pickled):
                 raise CheckpointError(f"{path}: holds {len(entries):,} entries, more than any network of ours has")
             for entry in pickled:
-                _check_pickle(archive.read(entry), path)
+                _check_pickle(archive.read(entry), path, harmless)
     except (zipfile.BadZipFile, EOFError, OSError, ValueError, NotImplementedError, RuntimeError) as error:
         if isinstance(error, CheckpointError) or (isinstance(error, OSError) and error.filename is not None):
             raise
@@ -86,15 +86,15 @@ def check_old_format(path: Path) -> None:
             return
 
 
-def _check_pickle(content: bytes | io.BytesIO, path: Path) -> bool:
+def _check_pickle(content: bytes | io.BytesIO, path: Path, harmless: re.Pattern[str] = HARMLESS) -> bool:
     """Whether ``content`` goes on with a pickle; CheckpointError if that asks for more than weights are made of."""
     strings: list[str] = []
     try:
         for code, argument, _ in pickletools.genops(content):
             if code.name == "GLOBAL":
-                _check_name(str(argument), path)
+                _check_name(str(argument), path, harmless)
             elif code.name == "STACK_GLOBAL":
-                _check_name(" ".join(strings[-2:]), path)
+                _check_name(" ".join(strings[-2:]), path, harmless)
             elif isinstance(argument, str):
                 strings = [*strings[-1:], argument]
     except CheckpointError:
@@ -104,10 +104,10 @@ def _check_pickle(content: bytes | io.BytesIO, path: Path) -> bool:
     return True
 
 
-def _check_name(name: str, path: Path) -> None:
+def _check_name(name: str, path: Path, harmless: re.Pattern[str]) -> None:
     if name == "torch._utils _rebuild_nested_tensor":  # the old format's are made with sizes that are not read yet
         raise CheckpointError(f"{path}: holds a nested tensor; only plain dense ones hold weights")
-    if not _HARMLESS.fullmatch(name):
+    if not harmless.fullmatch(name):
         what = name.replace(" ", ".")
         raise CheckpointError(
             f"{path}: holds Python objects beside tensors ({what[:80]}), which could run code, so it was not opened; "

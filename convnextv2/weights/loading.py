@@ -61,6 +61,7 @@ class LoadReport:
     loaded: tuple[str, ...]
     dropped: tuple[str, ...]
     new: tuple[str, ...]
+    note: str = ""
 
     def __str__(self) -> str:
         def parts(names: tuple[str, ...]) -> str:
@@ -68,7 +69,7 @@ class LoadReport:
 
         return (
             f"{self.path}: {len(self.loaded)} tensors loaded; dropped: {parts(self.dropped)}; "
-            f"freshly initialised: {parts(self.new)}"
+            f"freshly initialised: {parts(self.new)}{self.note and '; '}{self.note}"
         )
 
 
@@ -87,17 +88,27 @@ def init_classifier(model: ConvNeXtV2, checkpoint: Checkpoint | str | Path) -> L
     """Start a classifier from the weights of a checkpoint of any layout.
 
     The whole encoder must be there. The final norm and the head may be missing and then keep their initial values; a
-    head with another number of classes, a decoder and a mask token are dropped. Raises CheckpointError if the file
-    cannot be read, or is of another variant: both are named.
+    head with another number of classes or with classes of other names, a decoder and a mask token are dropped. Raises
+    CheckpointError if the file cannot be read, or is of another variant: both are named.
     """
     checkpoint = as_checkpoint(checkpoint)
     weights = _read_for(model.encoder_config, checkpoint)
     target = model.state_dict()
     loaded = {name: own for name, own in weights if name in target and target[name].shape == own.shape}
+    note = ""
+    if "head.weight" in loaded:
+        there, here = getattr(checkpoint.config, "class_names", ()), model.config.class_names
+        if there and here and there != here:
+            loaded = {name: own for name, own in loaded.items() if not name.startswith("head.")}
+            other = "the same classes in another order" if sorted(there) == sorted(here) else "classes of other names"
+            note = f"the head there is of {other}"
+        elif here and not there:
+            note = f"the head is kept for its {len(here)} outputs; the file does not name its classes"
     dropped = tuple(name for name, _ in weights if name not in loaded)
     assert all(name.split(".")[0] in (*DECODER_PARTS, "head") for name in dropped)
     load_strict(model, {**target, **loaded}, checkpoint.path)
-    return LoadReport(checkpoint.path, tuple(loaded), dropped, tuple(name for name in target if name not in loaded))
+    new = tuple(name for name in target if name not in loaded)
+    return LoadReport(checkpoint.path, tuple(loaded), dropped, new, note)
 
 
 def init_fcmae(model: FCMAE, checkpoint: Checkpoint | str | Path) -> str:

@@ -84,7 +84,7 @@ def test_errors_are_one_line(images: Path, tmp_path: Path) -> None:
         ("img_size: big", "is not a size in pixels"),
         ("epochs: many", "epochs"),
         ("precision: fp8", "precision"),
-        ("lr: .nan", "--lr must be positive"),
+        ("lr: .nan", "`lr` must be positive"),
     ],
 )
 def test_bad_recipes_are_refused(tmp_path: Path, recipe: str, message: str) -> None:

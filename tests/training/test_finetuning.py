@@ -109,7 +109,7 @@ def test_linear_probe_changes_norm_and_head_alone(images: Path, pretrained: Path
     encoder = [name for name in after if name.split(".")[0] not in ("norm", "head")]
     assert all(torch.equal(before[f"encoder.{name}"], after[name]) for name in encoder)
     assert after["norm.weight"].ne(1).any()
-    with pytest.raises(ValueError, match="--linear-probe needs --init"):
+    with pytest.raises(ValueError, match="`linear_probe` needs `init`"):
         finetune(finetune_options(images, tmp_path / "other", linear_probe=True))
 
 
@@ -168,10 +168,10 @@ def test_resume_refuses_other_classes(images: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"smoothing": 1.0}, "--smoothing"),
-        ({"ema_decay": 1.0}, "--ema-decay"),
-        ({"val_fraction": 0.0}, "--val-fraction"),
-        ({"layer_decay": 1.5}, "--layer-decay"),
+        ({"smoothing": 1.0}, "`smoothing`"),
+        ({"ema_decay": 1.0}, "`ema_decay`"),
+        ({"val_fraction": 0.0}, "`val_fraction`"),
+        ({"layer_decay": 1.5}, "`layer_decay`"),
         ({"img_size": (36, 7)}, "smaller than the patch size 8"),
         ({"crop_scale": (0.5, 0.1)}, "crop_scale"),
     ],

@@ -120,7 +120,7 @@ def test_an_occupied_folder_is_refused_and_overwrite_replaces_only_runs(images: 
     pretrain(options)
     (output / "notes.txt").write_text("mine")
     before = weights(output)
-    with pytest.raises(ValueError, match="not empty; continue that run with --resume"):
+    with pytest.raises(ValueError, match="not empty; continue that run with `resume`"):
         pretrain(replace(options, seed=1))
     assert all(torch.equal(before[name], value) for name, value in weights(output).items())
     pretrain(replace(options, seed=1, overwrite=True))
@@ -165,7 +165,7 @@ def test_divergence_stops_with_the_step_and_keeps_the_last_good_state(images: Pa
     output = tmp_path / "run"
     pretrain(pretrain_options(images, output, epochs=1))
     good = weights(output)
-    with pytest.raises(DivergedError, match=r"at step \d+ \(epoch 2.*epoch 1 is kept.*try a smaller --blr"):
+    with pytest.raises(DivergedError, match=r"at step \d+ \(epoch 2.*epoch 1 is kept.*try a smaller `blr`"):
         pretrain(pretrain_options(images, output, epochs=3, resume=True, lr=1e30, warmup_epochs=0.0))
     assert all(torch.equal(good[name], value) for name, value in weights(output).items())
     assert len(metrics(output)) == 1
@@ -182,17 +182,17 @@ def test_divergence_stops_with_the_step_and_keeps_the_last_good_state(images: Pa
         ({"model": "convnextv2_nano2", "depths": None, "dims": None}, "unknown model"),
         ({"dims": None}, "give both or neither"),
         ({"backend": "nothing"}, "unknown backend"),
-        ({"epochs": 0}, "--epochs must be at least 1"),
-        ({"batch_size": 0}, "--batch-size must be at least 1"),
-        ({"lr": float("nan")}, "--lr must be positive"),
-        ({"warmup_epochs": -1.0}, "--warmup-epochs"),
-        ({"betas": (0.9, 1.0)}, "--betas"),
-        ({"device": "gpu"}, "--device must be"),
-        ({"tracker": "paper"}, "--tracker must be one of"),
+        ({"epochs": 0}, "`epochs` must be at least 1"),
+        ({"batch_size": 0}, "`batch_size` must be at least 1"),
+        ({"lr": float("nan")}, "`lr` must be positive"),
+        ({"warmup_epochs": -1.0}, "`warmup_epochs`"),
+        ({"betas": (0.9, 1.0)}, "`betas`"),
+        ({"device": "gpu"}, "`device` must be"),
+        ({"tracker": "paper"}, "`tracker` must be one of"),
         ({"resume": True, "overwrite": True}, "exclude each other"),
         ({"optimizer": "adamx"}, "unknown optimizer"),
-        ({"reconstruct_every": -1}, "--reconstruct-every"),
-        ({"compile": "fast"}, "--compile must be one of"),
+        ({"reconstruct_every": -1}, "`reconstruct_every`"),
+        ({"compile": "fast"}, "`compile` must be one of"),
         ({"compile": "reduce-overhead", "accum": 2}, "exclude each other: a CUDA graph"),
         ({"compile": "default", "backend": "minkowski"}, "minkowski cannot be traced"),
     ],
@@ -220,7 +220,7 @@ def test_bad_data_and_outputs_are_refused(images: Path, tmp_path: Path) -> None:
 def test_a_batch_larger_than_the_data_is_lowered_with_a_notice(images: Path, tmp_path: Path) -> None:
     lines: list[str] = []
     pretrain(pretrain_options(images, tmp_path / "run", batch_size=100, epochs=1), log=lines.append)
-    assert any("--batch-size 100 lowered to 15" in line for line in lines)
+    assert any("`batch_size` 100 lowered to 15" in line for line in lines)
     assert metrics(tmp_path / "run")[0]["step"] == 1
 
 
@@ -270,7 +270,7 @@ def test_a_full_disk_keeps_the_old_state(images: Path, tmp_path: Path, monkeypat
     pretrain(pretrain_options(images, output, epochs=1))
 
     def full(self: Any, folder: str) -> None:
-        Path(folder).mkdir()
+        Path(folder).mkdir(exist_ok=True)
         (Path(folder) / "model.safetensors").write_bytes(b"half")
         raise RuntimeError("unexpected pos 83200 vs 83092")  # torch.save on a full disk
 

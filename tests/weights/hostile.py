@@ -29,6 +29,8 @@ ENCODER = EncoderConfig((1, 1, 1, 1), (8, 16, 16, 24), patch_size=16)
 METADATA = {"mean": [0.5] * 3, "std": [0.25] * 3, "img_size": [32, 32]}
 Make = Callable[[Path], Path]
 HOSTILE: dict[str, Make] = {}
+ONLY_HEADER: set[str] = set()
+"""Those whose tensors are good, and of which only what the header says is not."""
 
 
 def fcmae() -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -104,6 +106,7 @@ def _config(name: str, of: Callable[[], tuple[dict[str, Tensor], dict[str, Any]]
         return _safetensors(folder, state, header)
 
     HOSTILE[name] = make
+    ONLY_HEADER.add(name)
 
 
 def _metadata(name: str, text: str) -> None:
@@ -112,6 +115,7 @@ def _metadata(name: str, text: str) -> None:
         return _safetensors(folder, state, {"format": "pt", "config": json.dumps(config), "metadata": text})
 
     HOSTILE[name] = make
+    ONLY_HEADER.add(name)
 
 
 def _safetensors(folder: Path, state: dict[str, Tensor], header: dict[str, str]) -> Path:
@@ -389,6 +393,9 @@ _metadata("mean_nested_100000_deep", '{"mean": ' + "[" * 100_000 + "]" * 100_000
 def config_nested_100000_deep(folder: Path) -> Path:
     text = '{"kind": "FCMAEConfig", "encoder": ' + '{"a":' * 100_000 + "1" + "}" * 100_001
     return _safetensors(folder, good()[0], {"config": text, "metadata": json.dumps(METADATA)})
+
+
+ONLY_HEADER.add(config_nested_100000_deep.__name__)
 
 
 def write_good(folder: Path) -> tuple[Path, Path]:

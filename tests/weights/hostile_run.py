@@ -98,6 +98,7 @@ def main() -> None:
     folder, entry = sys.argv[1:]
     torch.set_num_threads(1)
     os.chdir(folder)
+    shutil.rmtree("files", ignore_errors=True)  # of another entry
     files = hostile.write_all(Path("files"), hostile.classifier if entry == "predict" else hostile.fcmae)
     import accelerate  # what the scripts import when they need it; a second
     import timm.data  # noqa: F401

@@ -1,0 +1,31 @@
+"""Whether options are of the types that their fields say: a command line parses them, Python takes anything."""
+
+from __future__ import annotations
+
+import re
+import types
+from dataclasses import fields
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+
+def check_types(options: Any) -> None:
+    """Raise TypeError where an option is not of the type that its field says; kinds beyond plain values may be any."""
+    hints = get_type_hints(type(options))
+    for item in fields(options):
+        value, kind = getattr(options, item.name), hints[item.name]
+        if not _is(value, kind):
+            names = re.sub(r"pathlib\.(\w+\.)*|typing\.|<class '(\w+)'>", r"\2", str(kind))
+            raise TypeError(f"`{item.name}` must be {names.replace(' | ', ' or ')}, got {value!r:.60}")
+
+
+def _is(value: Any, kind: Any) -> bool:
+    if get_origin(kind) in (Union, types.UnionType):
+        return any(_is(value, one) for one in get_args(kind))
+    if get_origin(kind) is tuple:
+        kinds = get_args(kind)
+        return isinstance(value, tuple) and len(value) == len(kinds) and all(map(_is, value, kinds))
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if kind in (int, float) and isinstance(value, bool):
+        return False
+    return not isinstance(kind, type) or isinstance(value, (int, float) if kind is float else kind)

@@ -1,0 +1,103 @@
+"""What the processes of a run do as one, and what they keep other runs from."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+try:
+    import fcntl
+except ImportError:  # on Windows, where nothing is held
+    fcntl = None  # type: ignore[assignment]
+
+logger = logging.getLogger(__name__)
+R = TypeVar("R")
+_held: set[int] = set()
+
+
+def after_a_restart() -> list[Any]:
+    """Handlers for accelerate that let the processes of one node meet after torchrun has started them again.
+
+    The store through which they find each other outlives them, with the addresses of those that have ended, so each
+    attempt uses names of its own in it. torch has none: it takes the store to be new.
+    """
+    from accelerate import InitProcessGroupKwargs
+    from torch import distributed
+
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    one_node = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")  # others may count differently
+    if attempt == "0" or not one_node or not distributed.is_available() or distributed.is_initialized():
+        return []
+
+    def meet(url: str, **options: Any) -> Iterator[tuple[Any, int, int]]:
+        for store, rank, world_size in distributed.rendezvous(url.replace(scheme, "env", 1), **options):
+            yield distributed.PrefixStore(f"attempt_{attempt}", store), rank, world_size
+
+    scheme = "after-restart"
+    with contextlib.suppress(RuntimeError):  # it is known from an accelerator that could not be made
+        distributed.register_rendezvous_handler(scheme, meet)
+    return [InitProcessGroupKwargs(init_method=f"{scheme}://")]
+
+
+def in_first_process(work: Callable[[], R]) -> R:
+    """What ``work`` returns, or raises, in the first process of a run, in all of them; the others wait for it."""
+    from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
+
+    outcome: list[Any] = [None, None]
+    if PartialState().is_main_process:
+        try:
+            outcome[0] = work()
+        except Exception as error:
+            outcome[1] = error
+    broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+@contextlib.contextmanager
+def only_run_in(folder: Path) -> Iterator[None]:
+    """Hold ``folder``, which exists, for this process until the block or the process ends, however that ends.
+
+    File systems that cannot lock a folder, such as some NFS, let everyone in.
+
+    Raises:
+        ValueError: if another process, or another run of this one, holds it.
+    """
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    _held.add(descriptor)
+    try:
+        _lock(descriptor, folder)
+        yield
+    finally:
+        if descriptor in _held:
+            _held.remove(descriptor)
+            os.close(descriptor)
+
+
+def _lock(descriptor: int, folder: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ValueError(
+            f"{folder}: another run is at work there; wait for it, stop it, or name another `output`"
+        ) from error
+    except OSError:
+        logger.debug("%s cannot be locked", folder)
+
+
+def _release() -> None:
+    while _held:
+        os.close(_held.pop())
+
+
+if fcntl is not None:  # a worker that outlives its run for a moment would keep the next one out
+    os.register_at_fork(after_in_child=_release)
