@@ -57,7 +57,7 @@ class Wanted:
 
     def too_large(self, size: str) -> UnreadableImageError:
         """The reason why an image of that size is not read."""
-        bound = f"--max-pixels {self.max_pixels} (width × height)"
+        bound = f"`max_pixels` {self.max_pixels} (width × height)"
         return UnreadableImageError(f"{size}, more than {bound}: a decompression bomb, or to be asked for")
 
     def taken_by(self, function: Callable[..., Any]) -> dict[str, Wanted]:

@@ -60,9 +60,9 @@ class BadData:
     def _check(self, found: list[tuple[ImageDataset, list[int]]], done: int) -> None:
         for part, numbers in found:
             if len(numbers) > self.most * len(part):
-                saved = f"{done} epochs are saved, continue with --resume" if done else "no epoch had been finished"
+                saved = f"{done} epochs are saved, continue with `resume`" if done else "no epoch had been finished"
                 raise DataError(
-                    f"stopped, more than --max-bad {self.most:g} of the data; {saved}: " + self._line(part, numbers)
+                    f"stopped, more than `max_bad` {self.most:g} of the data; {saved}: " + self._line(part, numbers)
                 )
 
     def _line(self, part: ImageDataset, numbers: list[int]) -> str:

@@ -49,7 +49,7 @@ def test_what_can_be_decoded_smaller_is(tmp_path: Path, name: str, options: dict
         assert smaller.size == (size if orientation == 1 or name == "x.jp2" else size[::-1])
         difference = np.asarray(whole.resize(smaller.size, Image.Resampling.BOX), int) - np.asarray(smaller)  # type: ignore[union-attr]
         assert np.abs(difference).mean() < 3
-    with pytest.raises(UnreadableImageError, match=r"^641×479 pixels, more than --max-pixels 100 \(width × height\)"):
+    with pytest.raises(UnreadableImageError, match=r"^641×479 pixels, more than `max_pixels` 100 \(width × height\)"):
         load_image(path, 3, Wanted(100))
 
 
@@ -62,7 +62,7 @@ def test_what_cannot_is_unreadable(tmp_path: Path, name: str) -> None:
     for full in (False, True):
         reason = why_unusable(path, 3, full, Wanted(pixels // 20))
         assert reason is not None
-        assert reason.startswith(f"{size[0]}×{size[1]} pixels, more than --max-pixels {pixels // 20}")
+        assert reason.startswith(f"{size[0]}×{size[1]} pixels, more than `max_pixels` {pixels // 20}")
 
 
 def test_arrays_and_pages_are_held_to_it(tmp_path: Path) -> None:
@@ -70,7 +70,7 @@ def test_arrays_and_pages_are_held_to_it(tmp_path: Path) -> None:
     first, *others = [Image.new("L", (20, 30)) for _ in range(5)]
     save(first, tmp_path / "x.tif", save_all=True, append_images=[*others[1:], Image.new("L", (40, 30))])
     for name in ("x.npy", "x.tif"):
-        with pytest.raises(UnreadableImageError, match="more than --max-pixels 599"):
+        with pytest.raises(UnreadableImageError, match="more than `max_pixels` 599"):
             load_image(tmp_path / name, 5, Wanted(599))
     assert np.asarray(load_image(tmp_path / "x.npy", 5, Wanted(600))).shape == (30, 20, 5)
     with pytest.raises(UnreadableImageError, match="40×30 pixels"):
@@ -212,7 +212,7 @@ def test_hostile_headers_are_answered_at_once(tmp_path: Path, name: str) -> None
     assert reasons[3]
     assert len(reasons[3]) < 300
     if name.startswith(("huge", "canvas", "frame", "coefficients")):
-        assert "more than --max-pixels 67108864" in (reasons[0] or "")
+        assert "more than `max_pixels` 67108864" in (reasons[0] or "")
     elif name != "pages.tif":  # which has a first page
         assert reasons[1]
 
@@ -267,12 +267,12 @@ def test_memory_of_one_image_at_the_bound(tmp_path: Path) -> None:
 def test_the_bound_goes_all_the_way(image_folder: Folder) -> None:
     root = image_folder({"": 3})  # 40×30
     save(picture(50, 40), root / "large.png")
-    reason = "50×40 pixels, more than --max-pixels 1200"
+    reason = "50×40 pixels, more than `max_pixels` 1200"
     bound = Wanted(1200)
     for part in (scan_images(root, wanted=bound).train, open_source(root, wanted=bound).train):
         assert [(path.name, why[: len(reason)]) for path, why in part.skipped] == [("large.png", reason)]
     assert len(build_pretrain_dataset(root, (32, 32), wanted=bound)) == 3
     dataset = build_predict_dataset([root], (32, 32), 3, (0.5,) * 3, (0.5,) * 3, wanted=bound)
     assert [dataset[number][2][: len(reason)] for number in range(4)] == ["", "", "", reason]
-    with pytest.raises(DataError, match="max-pixels 100 "):
+    with pytest.raises(DataError, match="`max_pixels` 100 "):
         scan_images(root, wanted=Wanted(100))

@@ -143,7 +143,7 @@ def test_what_several_processes_find_is_put_together(image_folder: Any) -> None:
     lines: list[str] = []
     BadData(parts, 0.5, accelerator, lines.append).tell(1)
     assert [line.split(" images of")[0] for line in lines] == ["notice: 3 of 8", "notice: 1 of 2"]
-    with pytest.raises(DataError, match=r"--max-bad 0\.3 .*: 3 of 8 images"):
+    with pytest.raises(DataError, match=r"`max_bad` 0\.3 .*: 3 of 8 images"):
         BadData(parts, 0.3, accelerator, lines.append).check(1)
 
 
