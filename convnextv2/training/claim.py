@@ -61,6 +61,7 @@ def claim(
         if not kept.is_file():
             raise CheckpointError(f"{kept}: is missing beside the state; start anew with `overwrite`")
         return progress
+    read = _check_outside(run, data)
     if run.is_dir() and any(not is_leftover(entry) for entry in run.iterdir()):
         if resume and not _was_begun(run):
             raise OutputError(
@@ -74,7 +75,13 @@ def claim(
             )
         if not _is_run(run):
             raise OutputError(f"{run} holds no run of ours, which alone is overwritten; name another `output`")
-    _check_inputs(run, data, init)
+    gone = [path.resolve() for path in own_files(run)]
+    if gone and init is not None and os.path.lexists(init):
+        read = [*read, resolve_path(init)]
+    for given in read:
+        real = given.resolve()
+        if any(real.is_relative_to(path) or path.is_relative_to(real) for path in gone):
+            raise OutputError(f"{given}: would be read and then deleted by the run; name another `output`")
     return None
 
 
@@ -87,7 +94,8 @@ def _check_place(run: Path) -> None:
         raise PermissionError(errno.EACCES, "is a folder that you may not write to; name another `output`", str(here))
 
 
-def _check_inputs(run: Path, data: str | Path, init: str | Path | None) -> None:
+def _check_outside(run: Path, data: str | Path) -> list[Path]:
+    """The folders that images are read from, none of which a run is to be written into."""
     folder = Path(data)
     parts = [folder / name for name in ("train", "val")]
     read = [] if str(data) in ("", DIGITS) else parts if all(part.is_dir() for part in parts) else [folder]
@@ -97,11 +105,7 @@ def _check_inputs(run: Path, data: str | Path, init: str | Path | None) -> None:
                 f"{run} lies in the `data` {given}, and pictures of the run would be read as images; name another "
                 "`output`"
             )
-    gone = [path.resolve() for path in own_files(run)]
-    for given in read if init is None else [*read, resolve_path(init)]:
-        real = given.resolve()
-        if any(real.is_relative_to(path) or path.is_relative_to(real) for path in gone):
-            raise OutputError(f"{given}: would be read and then deleted by the run; name another `output`")
+    return read
 
 
 def _is_run(run: Path) -> bool:

@@ -57,6 +57,35 @@ def test_expected_errors_are_one_line(
     assert capsys.readouterr() == ("", f"{line}\n")
 
 
+def test_options_become_flags_in_every_line(cli: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of options alone: a `print` in a message is none."""
+    import logging
+    import warnings
+
+    handlers, logging.root.handlers = logging.root.handlers, []
+
+    def main() -> None:
+        cli.say("`epochs` 3, `nothing`, ` epochs `")
+        cli.warn("`batch_size`")
+        sys.stderr.write(warnings.formatwarning(UserWarning("`warmup_epochs`"), UserWarning, "", 1))
+        logging.getLogger("convnextv2.training").warning("%s", "`linear_probe`")
+        logging.getLogger("convnextv2.training").info("not shown")
+        raise ValueError("use `val_fraction`, `blr` 1 or `print`")
+
+    try:
+        assert status(cli, main) == 2
+    finally:
+        logging.root.handlers = handlers
+    out, err = capsys.readouterr()
+    assert out == "--epochs 3, `nothing`, ` epochs `\n"
+    assert err.splitlines() == [
+        "--batch-size",
+        "warning: --warmup-epochs",
+        "--linear-probe",
+        "error: use --val-fraction, --blr 1 or `print`",
+    ]
+
+
 def test_traceback_on_request_and_for_defects(cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def main() -> None:
         raise ValueError("x")

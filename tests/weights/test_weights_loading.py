@@ -6,7 +6,8 @@ import pytest
 import torch
 from weights_helpers import ENCODER, fcmae, randomise, same, sparse_official
 
-from convnextv2 import EncoderConfig, create_fcmae, create_model
+from convnextv2 import ConvNeXtV2, EncoderConfig, create_fcmae, create_model
+from convnextv2.models.config import ClassifierConfig
 from convnextv2.weights.checkpoint import Checkpoint, CheckpointError, save_checkpoint
 from convnextv2.weights.loading import init_classifier, init_fcmae, load_model
 from convnextv2.weights.reading import describe, encoder_state_dict, read_weights, write_layout
@@ -50,6 +51,29 @@ def test_classifier_keeps_the_head_of_as_many_classes_only():
     report = init_classifier(other, checkpoint)
     assert report.new == report.dropped == ("head.weight", "head.bias")
     assert torch.equal(other.norm.weight, source.norm.weight)
+
+
+@pytest.mark.parametrize(
+    ("there", "here", "kept", "said"),
+    [
+        (("a", "b", "c"), ("a", "b", "c"), True, ""),
+        (("a", "b", "c"), ("a", "b", "d"), False, "the head there is of classes of other names"),
+        (("a", "b", "c"), ("b", "a", "c"), False, "the head there is of the same classes in another order"),
+        ((), ("a", "b", "c"), True, "the head is kept for its 3 outputs; the file does not name its classes"),
+        (("a", "b", "c"), (), True, ""),
+        ((), (), True, ""),
+    ],
+)
+def test_a_head_is_kept_for_its_classes_not_for_their_number(there, here, kept, said):
+    source = randomise(ConvNeXtV2(ClassifierConfig(ENCODER, 3, class_names=there)))
+    model = ConvNeXtV2(ClassifierConfig(ENCODER, 3, class_names=here)).double()
+    fresh = model.head.weight.clone()
+    report = init_classifier(model, Checkpoint(source.state_dict(), source.config))
+    assert torch.equal(model.head.weight, source.head.weight if kept else fresh)
+    assert torch.equal(model.norm.weight, source.norm.weight)
+    assert report.new == report.dropped == (() if kept else ("head.weight", "head.bias"))
+    assert str(report).endswith(said)
+    assert bool(report.note) == bool(said)
 
 
 def test_drop_path_is_no_matter_of_weights():
