@@ -92,7 +92,8 @@ def test_pillows_own_bound_is_out_of_the_way(tmp_path: Path, monkeypatch: pytest
             reason = why_unusable(tmp_path / name, 3, True, Wanted(900)) or ""
             assert ("100×50 pixels" if name == "x.png" else "Image size (5000 pixels)") in reason
         assert Image.MAX_IMAGE_PIXELS == 1000  # of the program around, until more is asked for
-        assert load_image(tmp_path / "x.png", 3, Wanted(5000)).size == (100, 50)  # type: ignore[union-attr]
+        for name in ("x.png", "x.webp"):
+            assert load_image(tmp_path / name, 3, Wanted(5000)).size == (100, 50)  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("dtype", ["?", "u1", "i2", ">u2", "i8", "f2", ">f8", "longdouble"])

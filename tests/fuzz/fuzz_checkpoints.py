@@ -33,7 +33,8 @@ from convnextv2.models.classifier import ConvNeXtV2
 from convnextv2.models.config import ClassifierConfig, FCMAEConfig, config_to_dict
 from convnextv2.models.encoder import Encoder
 from convnextv2.models.fcmae import FCMAE
-from convnextv2.weights.checkpoint import Config, load_checkpoint
+from convnextv2.training.finetuning import FinetuneOptions, resolve
+from convnextv2.weights.checkpoint import Checkpoint, Config, load_checkpoint
 from convnextv2.weights.layout import Layout
 from convnextv2.weights.layouts import LAYOUTS
 from convnextv2.weights.loading import complete_model, init_classifier, init_fcmae, load_model
@@ -326,6 +327,12 @@ def _good() -> tuple[dict[str, bytes], dict[str, Any]]:
     return files(), contents()
 
 
+def _finetuning(checkpoint: Checkpoint) -> EncoderConfig:
+    """The network that a fine-tuning from the checkpoint would build."""
+    options = FinetuneOptions(init=checkpoint.path, model=None, img_size=None, patch_size=None, in_chans=None)
+    return resolve(options)[0].encoder()
+
+
 class Checkpoints:
     """Every way in for a checkpoint: a result of the shapes of its configuration, or a line that names the file."""
 
@@ -410,7 +417,8 @@ class Checkpoints:
             weights = read_checkpoint(checkpoint)
         except (ValueError, OSError) as error:
             told(error, path)
-            for function in (complete_model, lambda given: init_classifier(_classifier(), given)):
+            functions = complete_model, lambda given: init_classifier(_classifier(), given), _finetuning
+            for function in functions:
                 with refusal(path):
                     function(checkpoint)
             return "refused"
@@ -424,6 +432,10 @@ class Checkpoints:
         if weights.config not in (SMALL, USUAL):
             with refusal(path):
                 init_classifier(_classifier(), checkpoint)
+        try:
+            _finetuning(checkpoint)
+        except (ValueError, OSError) as error:
+            told(error, path)
         try:
             finite(complete_model(checkpoint))
         except (ValueError, OSError) as error:

@@ -196,6 +196,10 @@ def test_odd_names(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert list(indices.values()) == names
     assert "bad\\xff\\xfeutf" in names
 
+    Path("li\nne").symlink_to("set")
+    result = script("finetune", "--data", "li\nne", "--workers", 0, *COMMON, "--epochs", 1, "--output", "linked")
+    assert all(line.startswith(starts) for line in result.err.splitlines()), result.err
+
     result = script("predict", "run", "set", "--topk", len(ODD))
     assert result.status == 0, result.err
     assert "\n  set/new line/bad \\udcff.png: not an image, or a format that is not read\n" in result.err
