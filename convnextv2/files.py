@@ -12,8 +12,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-LONGEST_MESSAGE = 800
-"""Letters of an error: what a file holds, which may be megabytes, stands in them."""
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp(\.\w+)?")
 
 
@@ -40,15 +38,6 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def one_line(text: object) -> str:
-    """``text`` for a message: one line, what cannot be printed as escapes, the middle of a long one left out."""
-    shown = "".join(
-        letter if letter.isprintable() else letter.encode("unicode_escape").decode()
-        for letter in " ".join(str(text).split())
-    )
-    return shown if len(shown) <= LONGEST_MESSAGE else f"{shown[: LONGEST_MESSAGE - 200]}…{shown[-199:]}"
 
 
 def is_leftover(path: Path) -> bool:

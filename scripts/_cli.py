@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 
 from convnextv2.data.decoding import MAX_PIXELS
 from convnextv2.data.sources import describe_skipped
-from convnextv2.files import one_line
+from convnextv2.messages import one_line
 from convnextv2.outputs import output_path
 from convnextv2.training import FinetuneOptions, PretrainOptions, recipe
 from convnextv2.training.reporting import bar

@@ -17,7 +17,7 @@ from typing import Any
 
 from PIL import Image, ImageFile, JpegImagePlugin
 
-from convnextv2.files import one_line
+from convnextv2.messages import one_line
 
 Size = tuple[int, int]
 """(H, W) in pixels."""

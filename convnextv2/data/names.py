@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from convnextv2.files import one_line
+from convnextv2.messages import one_line
 
 
 def shown(name: str) -> str:

@@ -14,7 +14,7 @@ from PIL import Image
 from convnextv2.data.decoding import USUAL, Wanted
 from convnextv2.data.images import load_image
 from convnextv2.data.transforms import Augmentation, Statistics
-from convnextv2.files import one_line
+from convnextv2.messages import one_line
 
 CROP_SCALES: Mapping[str, tuple[float, float]] = {"pretrain": (0.2, 1.0), "finetune": (0.08, 1.0)}
 """Shares of an image's area that random crops take, by task, where a source has no reason for others."""

@@ -100,7 +100,9 @@ def _check_outside(run: Path, data: str | Path) -> list[Path]:
     parts = [folder / name for name in ("train", "val")]
     read = [] if str(data) in ("", DIGITS) else parts if all(part.is_dir() for part in parts) else [folder]
     for given in read:
-        if run.resolve().is_relative_to(given.resolve()):
+        # Who works inside of the data, as with `data` ".", has chosen so.
+        works_there = Path.cwd().is_relative_to(given.resolve())
+        if run.resolve() == given.resolve() or (run.resolve().is_relative_to(given.resolve()) and not works_there):
             raise OutputError(
                 f"{run} lies in the `data` {given}, and pictures of the run would be read as images; name another "
                 "`output`"

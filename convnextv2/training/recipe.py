@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 import yaml  # type: ignore[import-untyped]  # its stubs are a package of their own
 
-from convnextv2.files import one_line
+from convnextv2.messages import one_line
 from convnextv2.training.saved_state import find_state
 
 T = TypeVar("T")

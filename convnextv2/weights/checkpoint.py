@@ -25,12 +25,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from convnextv2.data.transforms import IMAGE_METADATA, Preprocessing, numbers_of, preprocessing_from_metadata
+from convnextv2.data.transforms import Preprocessing, preprocessing_from_metadata
 from convnextv2.files import atomic_path, finite
-from convnextv2.models.config import ClassifierConfig, EncoderConfig, FCMAEConfig, config_from_dict, config_to_dict
+from convnextv2.models.config import config_from_dict, config_to_dict
 from convnextv2.weights.guard import DEEPEST, CheckpointError, check_old_format, check_state, check_zip, plain
-
-Config = EncoderConfig | FCMAEConfig | ClassifierConfig
+from convnextv2.weights.stated import Config, stated_metadata
 
 SUFFIXES = (".safetensors", ".pth", ".pt")
 
@@ -242,32 +241,12 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         check_state(state, file.stat().st_size)
         ours = isinstance(config, Mapping) and "kind" in config
         architecture = config_from_dict(plain(config)) if ours else None
-        about = _metadata(metadata, architecture)
+        about = stated_metadata(metadata, architecture)
         if nested is not None and len([key for key in NESTING if isinstance(content.get(key), Mapping)]) > 1:
             about["weights"] = nested
         return Checkpoint(clean_state_dict(state), architecture, about, file)
     except ValueError as error:
         raise CheckpointError(f"{file}: {error}") from error
-
-
-def _metadata(found: Any, config: Config | None) -> dict[str, Any]:
-    """What a file says beside weights and configuration; of files of others only what JSON can hold, and no entry of a
-    name of ours that stands for something else."""
-    try:
-        metadata = plain(found) if isinstance(found, Mapping) else {}
-    except ValueError as error:
-        if config is None:
-            return {}
-        raise CheckpointError(f"its metadata {error}") from error
-    sizes = [{"img_size": config.img_size}] if isinstance(config, FCMAEConfig) else []
-    for source, name in itertools.product((metadata, *sizes), IMAGE_METADATA):
-        try:
-            numbers_of(source, name)
-        except ValueError:  # noqa: PERF203  # four entries
-            if config is not None:
-                raise
-            del metadata[name]
-    return metadata
 
 
 def as_checkpoint(checkpoint: Checkpoint | str | os.PathLike[str]) -> Checkpoint:

@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import Tensor
 
-from convnextv2.files import one_line
+from convnextv2.messages import one_line
 
 
 class CheckpointError(ValueError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
@@ -19,9 +19,9 @@ from convnextv2.models.fcmae import FCMAE
 from convnextv2.weights.checkpoint import Checkpoint, CheckpointError, Config, as_checkpoint
 from convnextv2.weights.layout import Layout, known_names, part_of
 from convnextv2.weights.layouts import detect_layout, get_layout
+from convnextv2.weights.stated import compare
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_HEAD_SIZES = ("decoder_depth", "decoder_dim", "num_classes")
 LEAST_A_BLOCK = 5
 """Tensors of a block, which has ten, below which it is not worth building a network to say which are missing."""
 
@@ -186,25 +186,10 @@ def read_checkpoint(checkpoint: Checkpoint) -> Weights:
     try:
         weights = read_weights(checkpoint.state_dict)
         if checkpoint.config is not None:
-            stated, found = _sizes(checkpoint.config), _sizes(weights_config(weights))
-            if wrong := [name for name in stated if stated[name] != found.get(name)]:
-                said = "; ".join(f"{name} {_shown(stated[name])}, not {found.get(name, 'there')}" for name in wrong)
-                raise CheckpointError(f"the weights are of another shape than the configuration says: {said}")
+            compare(checkpoint.config, weights_config(weights))
         return weights
     except CheckpointError as error:
         raise CheckpointError(f"{checkpoint.path}: {error}") from error
-
-
-def _sizes(config: Config) -> dict[str, Any]:
-    """What a configuration says about the shapes of the weights."""
-    encoder = config if isinstance(config, EncoderConfig) else config.encoder
-    sizes = {**asdict(replace(encoder, drop_path_rate=0.0))}
-    return sizes | {name: getattr(config, name) for name in _HEAD_SIZES if hasattr(config, name)}
-
-
-def _shown(value: Any) -> str:
-    text = str(value) if not isinstance(value, int) or abs(value) < 10**20 else "a number of over 20 digits"
-    return text if len(text) <= 60 else f"{text[:60]}…"
 
 
 def encoder_state_dict(checkpoint: Checkpoint | str | Path) -> dict[str, Tensor]:

@@ -78,7 +78,7 @@ def test_the_kind_of_the_guide(table: Path, table_kind: Any) -> None:
     table.write_text("file,label\n")
     with pytest.raises(DataError, match="a line for every image"):
         build_pretrain_dataset(table, (32, 32))
-    with pytest.raises(ValueError, match=r"--data nowhere\.csv: no such folder; expected a folder .* or a table"):
+    with pytest.raises(ValueError, match=r"`data` nowhere\.csv: no such folder; expected a folder .* or a table"):
         PretrainOptions(data="nowhere.csv", output="x").check()
 
 

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from convnextv2 import EncoderConfig, create_fcmae
 from convnextv2.models.masking import parse_mask
 from convnextv2.training import FinetuneOptions, PretrainOptions
-from convnextv2.training.recipe import parse_options, write_recipe
+from convnextv2.training.recipe import parse_options, recipe_text
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -135,7 +135,7 @@ class Recipes:
                     one_line(str(error))
             (path.parent / "out").mkdir(exist_ok=True)
             own = path.parent / "out" / "config.yaml"
-            write_recipe(own, options)
+            own.write_text(recipe_text(options), encoding="utf-8")
             if repr(parse_options(task, ["--config", str(own)])) != repr(_without_switches(options)):
                 raise BrokenError(f"{options} is written as\n{own.read_text()}")
         return outcome
