@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-import json
-import math
 import operator
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +16,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from convnextv2.data.metadata import IMAGE_METADATA, numbers_of
+
 Transform = Callable[[Any], Tensor]
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 Preprocessing = tuple[tuple[float, ...], tuple[float, ...], tuple[int, int]]
@@ -26,9 +26,6 @@ Preprocessing = tuple[tuple[float, ...], tuple[float, ...], tuple[int, int]]
 DEFAULT_STATISTICS: Mapping[int, Statistics] = {1: ((0.5,), (0.5,)), 3: ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))}
 """Mean and standard deviation for pixels in [0, 1], by number of channels; ImageNet's for 3."""
 
-IMAGE_METADATA = ("mean", "std", "img_size")
-MOST_PIXELS = 2**24
-"""Of an image as a checkpoint says it should be, 4096×4096: more has to be asked for."""
 WIDEST_ASPECT = 8
 """Longer sides are cut to this multiple of the shorter one before the evaluation's resize, which scales the shorter
 side: the centre crop throws the rest away anyhow, but a 1×20000 image would first become gigabytes."""
@@ -72,30 +69,6 @@ def check_statistics(mean: Sequence[float], std: Sequence[float], in_chans: int)
         raise ValueError(f"expected {in_chans} means and standard deviations, got {len(mean)} and {len(std)}")
     if not np.isfinite([*mean, *std]).all() or min(std) <= 0:
         raise ValueError(f"mean must be finite and std positive, got mean={list(mean)}, std={list(std)}")
-
-
-def numbers_of(metadata: Mapping[str, Any], name: str) -> tuple[float, ...] | None:
-    """The numbers of an entry of :data:`IMAGE_METADATA`, a list or JSON text; None where there is none.
-
-    Raises:
-        ValueError: if they are none, not finite, or cannot be what the entry stands for.
-    """
-    value = metadata.get(name)
-    if value is None:
-        return None
-    try:
-        value = json.loads(value) if isinstance(value, str) else value
-        found = tuple(map(float, value if isinstance(value, list | tuple) else [value]))
-    except (TypeError, ValueError, OverflowError, RecursionError) as error:
-        raise ValueError(f"the checkpoint's {name!r} should be a list of numbers, got {value!r:.60}") from error
-    least = {"mean": -math.inf, "std": math.ulp(0), "img_size": 1}[name]
-    if not all(math.isfinite(number) and number >= least for number in found):
-        raise ValueError(f"the checkpoint's {name!r} holds {found}; expected finite numbers of at least {least}")
-    if name == "img_size" and (len(found) not in (1, 2) or found[0] * found[-1] > MOST_PIXELS):
-        raise ValueError(
-            f"the checkpoint's 'img_size' should be a height and a width of at most {MOST_PIXELS} pixels, got {found}"
-        )
-    return found
 
 
 def preprocessing_from_metadata(

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from convnextv2.data.build import build_finetune_datasets
 from convnextv2.data.datasets import ImageDataset
-from convnextv2.data.transforms import Augmentation, numbers_of
+from convnextv2.data.metadata import numbers_of
+from convnextv2.data.transforms import Augmentation
 from convnextv2.models.classifier import ConvNeXtV2
 from convnextv2.models.config import ClassifierConfig, EncoderConfig, FCMAEConfig, check_image_size, variant_name
 from convnextv2.training.device import Accelerator

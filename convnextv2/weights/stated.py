@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
-from convnextv2.data.transforms import IMAGE_METADATA, numbers_of
+from convnextv2.data.metadata import IMAGE_METADATA, numbers_of
 from convnextv2.models.config import ClassifierConfig, EncoderConfig, FCMAEConfig
 from convnextv2.weights.guard import CheckpointError, plain
 
