@@ -14,7 +14,8 @@ MOST_LINES = 10_800
 10,569 when it stood: with runs from Python, kinds of sources, layouts as objects and prediction in the package."""
 NEW = (
     "data/bands data/decoding data/metadata data/names messages outputs training/bad_data training/claim "
-    "training/option_types training/processes training/saved_state weights/download weights/guard weights/loaders weights/stated"
+    "training/option_types training/processes training/saved_state weights/download weights/guard"
+    " weights/loaders weights/stated"
 )
 ROOMS_SINCE = {f"convnextv2/{name}.py" for name in NEW.split()}
 """What has been added for purposes of its own; a file that takes over from an older one does not belong here."""
