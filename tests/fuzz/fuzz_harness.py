@@ -291,6 +291,11 @@ def keep(findings: list[Finding], folder: Path, most: int = 3) -> Iterator[Findi
                 shutil.copy(source, file)
             file.with_name(file.name + ".report").write_text(f"{finding.made}\n{finding.what}\n")
             yield Finding(finding.target, finding.made, finding.what, str(file))
+    discard(findings)
+
+
+def discard(findings: list[Finding]) -> None:
+    """Remove the temporary folders that files of findings lie in."""
     for parent in {Path(finding.file).parent for finding in findings}:
         if parent.name.startswith("fuzz-"):
             shutil.rmtree(parent, ignore_errors=True)

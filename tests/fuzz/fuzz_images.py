@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import random
@@ -234,8 +235,10 @@ def _pixels(path: Path) -> int:
             with np.errstate(all="ignore"):
                 return int(np.load(path, mmap_mode="r").size)
         with Image.open(path, formats=FORMATS) as image:
-            width, height = image.size
-            return width * height * int(getattr(image, "n_frames", 1))
+            pixels = image.size[0] * image.size[1]
+            with contextlib.suppress(Exception):  # damaged behind the first page
+                pixels *= getattr(image, "n_frames", 1)
+            return pixels
     except Exception:
         return 0
 

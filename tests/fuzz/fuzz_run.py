@@ -20,7 +20,7 @@ from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # a process that is forked off one with several threads must start none
 
-from fuzz_harness import OUTCOMES, Finding, Target, keep, run_batch, run_files
+from fuzz_harness import OUTCOMES, Finding, Target, discard, keep, run_batch, run_files
 
 HERE = Path(__file__).parent
 TARGETS = {
@@ -171,6 +171,7 @@ def again(options: argparse.Namespace) -> bool:
         wrong |= bool(findings)
         for finding in findings:
             say(f"FOUND {finding.target}: {finding.made}\n{finding.what}")
+        discard(findings)
         say(json.dumps({"target": target.name, **counts}))
     return wrong
 
@@ -182,7 +183,7 @@ def main() -> None:
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--minutes", type=float, default=20)
     parser.add_argument("--batches", type=int, help="instead of minutes, in this process: the same batches every time")
-    parser.add_argument("--count", type=int, default=400, help="cases a batch")
+    parser.add_argument("--count", type=int, default=200, help="cases a batch")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--found", type=Path, default=HERE / "found", help="folder for what is found")
     options = parser.parse_args()
