@@ -20,17 +20,13 @@ def feature_diversity(encoder: Encoder, images: Tensor) -> float:
     """
     training = [module for module in encoder.modules() if module.training]
     encoder.eval()
+    distances = []
     try:
-        return _diversity(encoder, images)
+        for x, grid in encoder.forward_stages(images, DenseGrid(images.shape[0])):
+            channels = nn.functional.normalize(grid.cells(x).flatten(0, -2).float().T, dim=1)
+            # The mean over all pairs of unit vectors is the squared length of their mean.
+            distances.append((1 - channels.mean(0).square().sum()) / 2)
     finally:
         for module in training:
             module.training = True
-
-
-def _diversity(encoder: Encoder, images: Tensor) -> float:
-    distances = []
-    for x, grid in encoder.forward_stages(images, DenseGrid(images.shape[0])):
-        channels = nn.functional.normalize(grid.cells(x).flatten(0, -2).float().T, dim=1)
-        # The mean over all pairs of unit vectors is the squared length of their mean.
-        distances.append((1 - channels.mean(0).square().sum()) / 2)
     return float(torch.stack(distances).mean())

@@ -10,7 +10,7 @@ from typing import Any
 from convnextv2.data.digits import DIGITS
 from convnextv2.files import is_leftover
 from convnextv2.outputs import OutputError
-from convnextv2.training.saved_state import find_state, read_state
+from convnextv2.training.saved_state import find_state, read_rows, read_state
 from convnextv2.weights.checkpoint import CheckpointError, resolve_path
 
 _WEIGHTS = ("checkpoints/best.safetensors", "checkpoints/last.safetensors")
@@ -56,6 +56,7 @@ def claim(
                 f"{run} holds no state to resume from: no run there, or none that finished an epoch; start one "
                 "without `resume` (`overwrite` replaces what is there)"
             )
+        read_rows(run / "metrics.jsonl")
         progress = read_state(state)
         kept = run / _WEIGHTS["best" not in progress]
         if not kept.is_file():

@@ -2,10 +2,30 @@
 
 from __future__ import annotations
 
+import os
 import re
 import types
 from dataclasses import fields
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from convnextv2.training.recipe import image_size
+
+
+def plain_value(name: str, value: Any) -> Any:
+    """An option as a recipe holds it: numbers of numpy as Python's, paths as text, lists as tuples, a size as two.
+
+    Raises:
+        ValueError: if it is a size, and none in pixels.
+    """
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if name == "img_size" and value is not None:
+        try:
+            return image_size(value)
+        except ValueError as error:
+            raise ValueError(f"`img_size`: {error}") from error
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return tuple(value) if isinstance(value, list) else value
 
 
 def check_types(options: Any) -> None:

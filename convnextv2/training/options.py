@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -15,8 +14,8 @@ from typing import Any, Literal
 from convnextv2.data.decoding import MAX_PIXELS, Wanted
 from convnextv2.data.opening import why_unknown
 from convnextv2.models.config import EncoderConfig, encoder_config
-from convnextv2.training.option_types import check_types
-from convnextv2.training.recipe import image_size, option
+from convnextv2.training.option_types import check_types, plain_value
+from convnextv2.training.recipe import option
 
 PRECISIONS = ("auto", "no", "bf16", "fp16")
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
@@ -76,19 +75,7 @@ class RunOptions:
 
     def __post_init__(self) -> None:
         for item in fields(self):
-            value = getattr(self, item.name)
-            if hasattr(value, "tolist"):  # numpy's numbers and arrays
-                value = value.tolist()
-                object.__setattr__(self, item.name, value)
-            if item.name == "img_size" and value is not None:
-                try:
-                    object.__setattr__(self, item.name, image_size(value))
-                except ValueError as error:
-                    raise ValueError(f"`img_size`: {error}") from error
-            elif isinstance(value, os.PathLike):
-                object.__setattr__(self, item.name, os.fspath(value))
-            elif isinstance(value, list):
-                object.__setattr__(self, item.name, tuple(value))
+            object.__setattr__(self, item.name, plain_value(item.name, getattr(self, item.name)))
 
     @property
     def size(self) -> tuple[int, int]:

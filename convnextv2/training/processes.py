@@ -83,6 +83,29 @@ def only_run_in(folder: Path) -> Iterator[None]:
             os.close(descriptor)
 
 
+def take(folder: Path, claim: Callable[[], Any], before: Any, held: contextlib.ExitStack) -> None:
+    """Make ``folder`` and hold it, until ``held`` is closed, unless it is another's or no longer what it was.
+
+    Raises:
+        ValueError: as :func:`only_run_in`, or if ``claim`` says something else than ``before``.
+        OSError: if it cannot be made.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    held.enter_context(only_run_in(folder))
+    if claim() != before:
+        raise ValueError(f"{folder}: was changed by another run while this one was set up; start it again")
+
+
+def start_tracker(accelerator: Any, project: str, tracker: str | None) -> None:
+    """Start the tracker that is asked for; ValueError if it does not."""
+    if tracker is not None:
+        try:
+            accelerator.init_trackers(project)
+        except Exception as error:  # each tracker has errors of its own
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(f"`tracker` {tracker} cannot be started: {reason}") from error
+
+
 def _lock(descriptor: int, folder: Path) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

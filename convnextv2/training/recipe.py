@@ -117,14 +117,8 @@ def _parser(cls: type, description: str) -> Any:
         extra: dict[str, Any] = {"default": _plain(item.default), "help": item.metadata["help"]}
         if kind is bool and item.metadata["choices"]:
             extra |= {"type": bool | Literal[tuple(item.metadata["choices"])], "nargs": "?", "const": True}
-            parser.add_argument(
-                f"--no-{flag[2:]}",
-                dest=item.name,
-                action="store_const",
-                const=False,
-                default=False,
-                help="the opposite",
-            )
+            no: dict[str, Any] = {"action": "store_const", "const": False, "default": False, "help": "the opposite"}
+            parser.add_argument(f"--no-{flag[2:]}", dest=item.name, **no)
         elif kind is bool:
             extra["action"] = ActionYesNo(yes_prefix="", no_prefix="no-")
         elif item.name == "img_size":

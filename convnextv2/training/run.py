@@ -24,12 +24,12 @@ from convnextv2.training.device import make_accelerator
 from convnextv2.training.loop import Loop, OnLoss
 from convnextv2.training.optim import create_optimizer, create_schedule, scaled_lr
 from convnextv2.training.pictures import save_loss_curve
-from convnextv2.training.processes import in_first_process, only_run_in
+from convnextv2.training.processes import in_first_process, start_tracker, take
 from convnextv2.training.recipe import recipe_text
 from convnextv2.training.reporting import Log, Progress, logger, reporters
 from convnextv2.training.result import Metrics, RunResult
 from convnextv2.training.run_folder import RunFolder, check_same_model
-from convnextv2.training.saved_state import find_state, load_state
+from convnextv2.training.saved_state import load_state
 from convnextv2.training.signals import StopSignals
 from convnextv2.training.task import Outcome, Task
 from convnextv2.weights.checkpoint import save_checkpoint
@@ -116,17 +116,12 @@ class Run:
         self._set_up(on_loss)
         self.bad.tell(0 if self.saved is None else self.saved["epoch"])
         if self.saved is not None:
-            state = find_state(self.folder.path)
-            assert state is not None
-            load_state(state, self.accelerator, self.model)
+            load_state(self.folder.path, self.accelerator, self.model)
             self.start, self.loop.step, self.best = self.saved["epoch"], self.saved["step"], self.saved.get("best")
 
     def _claim(self) -> dict[str, Any] | None:
         o = self.task.options
-        progress = claim(self.folder.path, o.resume, o.overwrite, o.data, o.init)
-        if progress is not None:
-            self.folder.metrics()  # raises if they are no metrics
-        return progress
+        return claim(self.folder.path, o.resume, o.overwrite, o.data, o.init)
 
     def say(self, line: str) -> None:
         """Tell the user, in the first process."""
@@ -176,27 +171,15 @@ class Run:
         in_first_process(lambda: self._open_folder(held))
 
     def _open_folder(self, held: contextlib.ExitStack) -> None:
-        self.folder.path.mkdir(parents=True, exist_ok=True)
-        held.enter_context(only_run_in(self.folder.path))
-        if self._claim() != self.saved:
-            raise ValueError(
-                f"{self.folder.path}: was changed by another run while this one was set up; start it again"
-            )
-        if self.options.overwrite:  # nothing is deleted where the tracker cannot be used
-            self._start_tracker()
-        self.folder.prepare(self.saved, recipe_text(self.options))
+        o, start = self.options, partial(start_tracker, self.accelerator, self.task.name, self.options.tracker)
+        take(self.folder.path, self._claim, self.saved, held)
+        if o.overwrite:  # nothing is deleted where the tracker cannot be used
+            start()
+        self.folder.prepare(self.saved, recipe_text(o))
         for name, content in self.task.files.items():
             write_json(self.folder.path / name, content)
-        if not self.options.overwrite:
-            self._start_tracker()
-
-    def _start_tracker(self) -> None:
-        if self.options.tracker is not None:
-            try:
-                self.accelerator.init_trackers(self.task.name)
-            except Exception as error:  # each tracker has errors of its own
-                reason = " ".join(str(error).split())[:200]
-                raise ValueError(f"`tracker` {self.options.tracker} cannot be started: {reason}") from error
+        if not o.overwrite:
+            start()
 
     def begin(self) -> None:
         """Tell what is going to happen."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,10 +14,7 @@ from convnextv2.files import append_jsonl, atomic_path, is_leftover, write_json
 from convnextv2.models.config import config_to_dict
 from convnextv2.training.claim import own_files
 from convnextv2.training.device import Accelerator
-from convnextv2.training.saved_state import is_count
-from convnextv2.weights.checkpoint import CheckpointError
-
-logger = logging.getLogger(__name__)
+from convnextv2.training.saved_state import read_rows
 
 
 class RunFolder:
@@ -27,9 +23,8 @@ class RunFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.recipe, self.metrics_path = self.path / "config.yaml", self.path / "metrics.jsonl"
-        self.state, self._new, self._old = (
-            self.path / "checkpoints" / name for name in ("state", "state.tmp", "state.old")
-        )
+        folder = self.path / "checkpoints"
+        self.state, self._new, self._old = folder / "state", folder / "state.tmp", folder / "state.old"
 
     def checkpoint(self, name: str) -> Path:
         """Path of the weights called ``last`` or ``best``."""
@@ -65,24 +60,7 @@ class RunFolder:
         Raises:
             CheckpointError: if a line is whole, but no row of a run.
         """
-        if not self.metrics_path.is_file():
-            return []
-        lines = self.metrics_path.read_text(encoding="utf-8", errors="replace").splitlines()
-        rows = [self._row(number, line) for number, line in enumerate(lines, 1)]
-        return [row for row in rows if row is not None]
-
-    def _row(self, number: int, line: str) -> dict[str, Any] | None:
-        row = None
-        try:
-            row = json.loads(line)
-        except RecursionError:
-            pass  # no row, as what else is told below
-        except ValueError:
-            logger.warning("left out a damaged line of the metrics: %s", line[:80])
-            return None
-        if not isinstance(row, dict) or not is_count(row.get("epoch")):
-            raise CheckpointError(f"{self.metrics_path}: line {number} is no row of a run: {line[:40]}; take it out")
-        return row
+        return read_rows(self.metrics_path)
 
     def begin_saving(self) -> None:
         """Mark that weights and state are about to be written, in the first process."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
 from pathlib import Path
@@ -19,6 +20,7 @@ from convnextv2.weights.loading import load_strict
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+logger = logging.getLogger(__name__)
 STATES = ("state", "state.old")
 """Where the last complete state lies in ``checkpoints/``: a kill between the two renames of
 :meth:`~convnextv2.training.run_folder.RunFolder.save_state` leaves it under its second name."""
@@ -60,8 +62,10 @@ def read_state(state: Path) -> dict[str, Any]:
         ) from error
 
 
-def load_state(state: Path, accelerator: Accelerator, model: nn.Module) -> None:
-    """Load what was saved of a run, whose network is ``model``; CheckpointError if it does not fit."""
+def load_state(run: Path, accelerator: Accelerator, model: nn.Module) -> None:
+    """Load the last state of the run in a folder, whose network is ``model``; CheckpointError if it does not fit."""
+    state = find_state(run)
+    assert state is not None
     path, own = state / "model.safetensors", model.state_dict()
     try:
         weights = safetensors.torch.load_file(path)
@@ -110,14 +114,37 @@ def _read_progress(path: Path) -> dict[str, Any]:
         raise ValueError(f"expected an object of at most {DEEPEST} levels")
     epoch, step, best = found.get("epoch"), found.get("step"), found.get("best", {})
     holds = {
-        "epoch": is_count(epoch),
-        "step": is_count(step),
+        "epoch": _is_count(epoch),
+        "step": _is_count(step),
         "config": isinstance(found.get("config"), dict),
-        "best": isinstance(best, dict) and all(is_number(value) for value in best.values()),
+        "best": isinstance(best, dict) and all(_is_number(value) for value in best.values()),
     }
     if wrong := [name for name, right in holds.items() if not right]:
         raise ValueError(f"{', '.join(wrong)} missing or of another kind than a run writes")
     return found
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of ``metrics.jsonl``, none where it is missing. A line that a kill cut off is left out.
+
+    Raises:
+        CheckpointError: if a line is whole, but no row.
+    """
+    if not path.is_file():
+        return []
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+        try:
+            row = json.loads(line)
+        except RecursionError:
+            row = None
+        except ValueError:
+            logger.warning("left out a damaged line of the metrics: %s", line[:80])
+            continue
+        if not isinstance(row, dict) or not _is_count(row.get("epoch")):
+            raise CheckpointError(f"{path}: line {number} is no row of a run: {line[:40]}; take it out")
+        rows.append(row)
+    return rows
 
 
 def _is_flat(value: Any, levels: int) -> bool:
@@ -125,11 +152,11 @@ def _is_flat(value: Any, levels: int) -> bool:
     return levels > 0 and all(_is_flat(item, levels - 1) for item in inner)
 
 
-def is_count(value: Any) -> bool:
+def _is_count(value: Any) -> bool:
     """Whether a value of JSON is a whole number from 1 on, of a size that a run can reach."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**53
 
 
-def is_number(value: Any) -> bool:
+def _is_number(value: Any) -> bool:
     """Whether a value of JSON is a finite number."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
