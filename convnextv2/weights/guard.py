@@ -34,6 +34,8 @@ MOST_ENTRIES = 20_000
 """Tensors in a file; the largest variant has under 400, and three times that with an optimizer's state."""
 MOST_PICKLE = 8 * 2**20
 """Bytes of what a file says about its tensors; their numbers are stored apart."""
+MOST_VALUES = 200_000
+"""Of configuration and metadata: the 21,841 class names of ImageNet-22K, and then some."""
 DEEPEST = 64
 """Levels of nesting."""
 HARMLESS = re.compile(
@@ -147,13 +149,13 @@ def plain(value: Any) -> Any:
     Raises:
         ValueError: if it holds anything else, or itself, is nested deeper than :data:`DEEPEST`, or is no small thing.
     """
-    left = MOST_ENTRIES
+    left = MOST_VALUES
 
     def copied(value: Any, levels: int) -> Any:
         nonlocal left
         left -= 1
         if not levels or not left:
-            raise ValueError(f"is nested deeper than {DEEPEST} levels, or holds more than {MOST_ENTRIES:,} values")
+            raise ValueError(f"is nested deeper than {DEEPEST} levels, or holds more than {MOST_VALUES:,} values")
         if value is None or isinstance(value, str | bool | int | float):
             return value
         if isinstance(value, Mapping):

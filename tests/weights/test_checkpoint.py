@@ -17,6 +17,8 @@ from torch import nn
 
 from convnextv2 import EncoderConfig, create_fcmae, create_model
 from convnextv2.files import append_jsonl, atomic_path, write_json
+from convnextv2.models.classifier import ConvNeXtV2
+from convnextv2.models.config import ClassifierConfig
 from convnextv2.weights.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from convnextv2.weights.loading import load_model
 
@@ -335,3 +337,11 @@ def test_nested_tensors_are_not_made(tmp_path, old):
     torch.save(content, tmp_path / "a.pth", _use_new_zipfile_serialization=not old)
     with pytest.raises(CheckpointError, match=r"a\.pth: holds a nested tensor; only plain dense ones"):
         load_checkpoint(tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_the_names_of_21841_classes_are_no_bomb(tmp_path, suffix):
+    names = tuple(f"n{number:08d}, a thing" for number in range(21_841))
+    model = ConvNeXtV2(ClassifierConfig(ENCODER, len(names), class_names=names))
+    save_checkpoint(tmp_path / f"a{suffix}", model, model.config, {"mean": [0.5] * 3})
+    assert load_model(tmp_path / f"a{suffix}").config.class_names == names
