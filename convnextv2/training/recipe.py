@@ -93,8 +93,9 @@ def _check_recipe(path: Path) -> None:
         raise ValueError(f"{path} is no valid YAML: {one_line(error)}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a recipe, lines of 'option: value', got {type(content).__name__}")
-    if not isinstance(content.get("config", ""), str):
-        raise ValueError(f"{path}: config should name another recipe, got {one_line(content['config'])}")
+    other = content.get("config", "")
+    if not isinstance(other, str) or re.fullmatch(r"[-+.\d]+e[-+]?\d+", other, re.I):  # a number to jsonargparse
+        raise ValueError(f"{path}: config should name another recipe, got {one_line(other)}")
     for key, value in content.items():  # a few lines of lists of aliases of lists become gigabytes
         if any(isinstance(item, list | dict | set) for item in (value if isinstance(value, list) else [value])):
             raise ValueError(f"{path}: {one_line(key)} should be a value or a list of values")

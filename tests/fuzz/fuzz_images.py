@@ -18,6 +18,7 @@ from fuzz_bytes import NUMBERS, changed, changed_text, splice
 from fuzz_harness import BrokenError, Case, one_line
 from PIL import Image, features
 
+from convnextv2.data.decoding import USUAL, open_image
 from convnextv2.data.folders import scan_images
 from convnextv2.data.images import FORMATS, UnreadableImageError, load_image
 from convnextv2.data.sources import DataError
@@ -239,6 +240,10 @@ def _pixels(path: Path) -> int:
             with contextlib.suppress(Exception):  # damaged behind the first page
                 pixels *= getattr(image, "n_frames", 1)
             return pixels
+    except Image.DecompressionBombError:  # some of these are decoded at another size
+        with contextlib.suppress(UnreadableImageError), open_image(path, USUAL) as image:
+            return image.size[0] * image.size[1]
+        return 0
     except Exception:
         return 0
 

@@ -133,6 +133,11 @@ class Recipes:
                     method()
                 except ValueError as error:  # noqa: PERF203  # two methods
                     one_line(str(error))
+                except TypeError as error:
+                    if method != options.check or not str(error).startswith("`"):  # the name of an option
+                        raise
+                    one_line(str(error))
+                    break
             (path.parent / "out").mkdir(exist_ok=True)
             own = path.parent / "out" / "config.yaml"
             own.write_text(recipe_text(options), encoding="utf-8")

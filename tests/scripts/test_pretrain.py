@@ -85,12 +85,15 @@ def test_errors_are_one_line(images: Path, tmp_path: Path) -> None:
         ("epochs: many", "epochs"),
         ("precision: fp8", "precision"),
         ("lr: .nan", "`lr` must be positive"),
+        ("epochs: null", "`epochs` must be int, got None"),
+        ("resume: [32, 32]", "`resume` must be"),
+        ("config: 1e+308", "should name another recipe"),
     ],
 )
 def test_bad_recipes_are_refused(tmp_path: Path, recipe: str, message: str) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(recipe + "\n")
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         parse_options(PretrainOptions, ["--config", str(path), "--data", "digits", "--output", "run"], "").check()
     with pytest.raises(OSError, match="No such file"):
         parse_options(PretrainOptions, [f"--config={tmp_path / 'none.yaml'}"], "")
