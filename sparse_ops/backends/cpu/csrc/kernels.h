@@ -16,6 +16,16 @@ template <typename S> struct DepthwiseArgs {
     int side, kernel, reverse_taps, threads;
 };
 
+// Whole maps, in row-major order.
+template <typename S> struct MapArgs {
+    const S* x;               // [B, H, W, C]
+    const S* other;           // forward: weight [C, K, K]; weight gradient: grad [B, H, W, C]
+    const S* bias;            // [C] or null (forward only)
+    S *out, *out_bias;        // forward: [B, H, W, C] and unused; weight gradient: [C, K, K] and [C]
+    int64_t batch, height, width, channels;
+    int kernel, reverse_taps, threads;
+};
+
 template <typename S> struct GeluGrnArgs {
     const S *h, *bias;            // [N, D]; [D], added to h before GELU
     const S *gamma, *beta;        // [D]
@@ -66,6 +76,7 @@ using Kernel = int (*)(const void* args);
 struct Kernels {
     const char* name;
     Kernel depthwise[3], depthwise_weight_grad[3];
+    Kernel depthwise_map[3], depthwise_map_weight_grad[3];
     Kernel gelu_grn[3], gelu_grn_backward[3];
     Kernel layer_norm_backward[3];
     Kernel mlp[3], mlp_backward[3];
