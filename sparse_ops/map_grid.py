@@ -134,7 +134,7 @@ class _Depthwise(torch.autograd.Function):
             grad_x = ctx.maps.depthwise(grad, weight, None, reverse_taps=True)
         if any(ctx.needs_input_grad[1:3]):
             grad_weight, grad_bias = ctx.maps.depthwise_weight_grad(x, grad, weight.shape[-1])
-        return grad_x, grad_weight, grad_bias, None
+        return grad_x, grad_weight, grad_bias if ctx.needs_input_grad[2] else None, None
 
 
 class _TwiceMLP(_MLP):

@@ -53,7 +53,7 @@ MLP = structure(
     pointers=" ".join(["x", *MLP_PARAMETERS, "offsets", *MLP_OUTPUTS, "grad", *MLP_GRADS]),
     doubles="norm_eps grn_eps",
     sizes="groups channels dim",
-    ints="threads",
+    ints="result_only threads",
 )
 
 

@@ -17,6 +17,8 @@ from sparse_ops.backends.cpu.operators import call_mlp, cpu_gelu_grn
 from sparse_ops.map_kernels import MapKernels
 
 SERVED = (torch.float32, torch.bfloat16)
+HIDDEN_BYTES = 4 << 20
+"""Of the hidden layer that is computed at a time where it is not kept: it stays in the last cache."""
 
 MAP = structure(
     pointers="x other bias out out_bias", sizes="batch height width channels", ints="kernel reverse_taps threads"
@@ -55,19 +57,22 @@ cpu_depthwise_map_weight_grad.register_fake(
 )
 
 
-@torch.library.custom_op("sparse_ops::cpu_mlp_result", mutates_args=("h",), device_types="cpu")
+@torch.library.custom_op("sparse_ops::cpu_mlp_result", mutates_args=("h", "out"), device_types="cpu")
 def cpu_mlp_result(
-    x: Tensor, parameters: list[Tensor], row_offsets: Tensor, norm_eps: float, grn_eps: float, h: Tensor
-) -> Tensor:
-    """What :func:`~sparse_ops.backends.cpu.operators.cpu_mlp` returns last; ``h`` ``[N, D]`` is scratch memory."""
-    out, mean, rstd = torch.empty_like(x), x.new_empty(x.shape[0]), x.new_empty(x.shape[0])
-    norms = x.new_empty(row_offsets.numel() - 1, h.shape[1])
+    x: Tensor, parameters: list[Tensor], row_offsets: Tensor, norm_eps: float, grn_eps: float, h: Tensor, out: Tensor
+) -> None:
+    """The last result of :func:`~sparse_ops.backends.cpu.operators.cpu_mlp` into ``out`` ``[N, C]``; ``h`` ``[N, D]``
+    is scratch memory."""
+    mean, rstd, norms = (
+        x.new_empty(x.shape[0]),
+        x.new_empty(x.shape[0]),
+        x.new_empty(row_offsets.numel() - 1, h.shape[1]),
+    )
     fields = {"h": h, "mean": mean, "rstd": rstd, "norms": norms, "out": out, "norm_eps": norm_eps, "grn_eps": grn_eps}
-    call_mlp("sparse_ops_mlp", x, parameters, row_offsets, **fields)
-    return out
+    call_mlp("sparse_ops_mlp", x, parameters, row_offsets, **fields, result_only=1)
 
 
-cpu_mlp_result.register_fake(lambda x, *_: torch.empty_like(x))
+cpu_mlp_result.register_fake(lambda *_: None)
 
 
 class CPUMaps(MapKernels):
@@ -88,12 +93,26 @@ class CPUMaps(MapKernels):
 
 
 def mlp_result(call: MLPCall) -> Tensor:
-    """See :meth:`sparse_ops.backend.Backend.mlp_result`; the hidden layer lives in the workspace."""
+    """See :meth:`sparse_ops.backend.Backend.mlp_result`; the workspace holds the hidden layer of some images at a time."""
+    offsets, hidden = call.row_offsets.tolist(), call.weights.w1.shape[0]
+    out, step = torch.empty_like(call.x), 1
+    if offsets[-1] > 0:
+        step = max(1, HIDDEN_BYTES * (len(offsets) - 1) // (offsets[-1] * hidden * call.x.element_size()))
+    for first in range(0, len(offsets) - 1, step):
+        last = min(first + step, len(offsets) - 1)
+        rows = slice(offsets[first], offsets[last])
+        own = call.row_offsets[first : last + 1] - offsets[first]
+        _result_into(out[rows], call._replace(x=call.x[rows], row_offsets=own))
+    return out
+
+
+def _result_into(out: Tensor, call: MLPCall) -> None:
     x, row_offsets, _, weights, eps, workspace = call
     h = workspace.take("h", (x.shape[0], weights.w1.shape[0]), x)
     if composed.one_kernel(call):
-        return run(cpu_mlp_result, x, list(weights), row_offsets, *eps, h)
+        run(cpu_mlp_result, x, list(weights), row_offsets, *eps, h, out)
+        return
     torch.mm(F.layer_norm(x, x.shape[1:], weights.norm_weight, weights.norm_bias, eps[0]), weights.w1.t(), out=h)
     y = workspace.take("y", h.shape, h)
     run(cpu_gelu_grn, h, weights.b1, weights.gamma, weights.beta, row_offsets, eps[1], y)
-    return torch.addmm(weights.b2, y, weights.w2.t())
+    torch.addmm(weights.b2, y, weights.w2.t(), out=out)

@@ -66,6 +66,7 @@ template <typename S> struct MlpArgs {
     S *grad_w1, *grad_b1, *grad_gamma, *grad_beta, *grad_w2, *grad_b2;
     double norm_eps, grn_eps;
     int64_t groups, channels, dim;
+    int result_only;  // forward: h need not be kept, and is written over with its GELU
     int threads;
 };
 
