@@ -2,8 +2,8 @@
 
 Contenders have the same weights: ours on its kernels; ours on torch's operators; timm's eager and, with ``--compile``,
 compiled, each in both memory layouts. All take turns, so that a drift of the machine hits them alike. Ratios are
-against the faster layout, and printed only where outputs (and gradients) of that very run agree. timm's optimizer is what timm
-makes of ``adamw``; ours is fused, as in training.
+against the faster layout, and printed only where outputs (and gradients) of that very run agree. timm's optimizer is
+what timm makes of ``adamw``; ours is fused, as in training.
 
     python benchmarks/dense.py --models atto tiny --json results.json
 """

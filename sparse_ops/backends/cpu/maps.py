@@ -93,7 +93,7 @@ class CPUMaps(MapKernels):
 
 
 def mlp_result(call: MLPCall) -> Tensor:
-    """See :meth:`sparse_ops.backend.Backend.mlp_result`; the workspace holds the hidden layer of some images at a time."""
+    """See :meth:`sparse_ops.backend.Backend.mlp_result`; the workspace holds the hidden layer of a few images."""
     offsets, hidden = call.row_offsets.tolist(), call.weights.w1.shape[0]
     out, step = torch.empty_like(call.x), 1
     if offsets[-1] > 0:
