@@ -7,6 +7,7 @@ import sys
 
 import torch
 
+from sparse_ops.map_grid import runs_on
 from sparse_ops.registry import registry, resolve_backend
 
 
@@ -26,6 +27,10 @@ def report() -> str:
     lines.append("")
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     lines += [f"auto on {device}: {resolve_backend('auto', torch.device(device)).name}" for device in devices]
+    lines += [
+        f"dense networks on {device}: {runs_on('auto', torch.device(device), torch.float32, 7, True)}"
+        for device in devices
+    ]
     return "\n".join(lines)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sparse_ops.active_set import ActiveSet
 from sparse_ops.grid import Grid, GRNScope
+from sparse_ops.map_kernels import MapKernels
 from sparse_ops.pointwise import MLPWeights
 from sparse_ops.workspace import Workspace
 
@@ -49,6 +50,8 @@ class Backend(ABC):
     priority: ClassVar[int]
     #: Whether torch.compile can trace a network that runs on it.
     traceable: ClassVar[bool] = True
+    #: Kernels for a dense network, whose maps have nothing masked.
+    maps: ClassVar[MapKernels | None] = None
 
     @abstractmethod
     def unavailable_reason(self) -> str | None:
@@ -116,6 +119,10 @@ class Backend(ABC):
             The result, ``[N, C]`` or ``[M, C]``, and the tensors that :meth:`mlp_backward` needs.
         """
         raise NotImplementedError(f"backend {self.name!r} has no fused MLP")
+
+    def mlp_result(self, call: MLPCall) -> Tensor:
+        """The result of :meth:`mlp` alone, where no backward pass follows."""
+        return self.mlp(call)[0]
 
     def mlp_backward(self, grad: Tensor, call: MLPCall, kept: tuple[Tensor, ...]) -> list[Tensor]:
         """Gradients for ``x`` and for the eight weights, from ``grad`` (of the result) and what :meth:`mlp` kept."""

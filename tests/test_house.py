@@ -17,7 +17,8 @@ NEW = (
     "training/option_types training/processes training/saved_state weights/download weights/guard"
     " weights/loaders weights/stated"
 )
-ROOMS_SINCE = {f"convnextv2/{name}.py" for name in NEW.split()}
+NEW_BELOW = "map_grid.py map_kernels.py backends/cpu/maps.py backends/cpu/csrc/depthwise_map.inc"
+ROOMS_SINCE = {f"convnextv2/{name}.py" for name in NEW.split()} | {f"sparse_ops/{name}" for name in NEW_BELOW.split()}
 """What has been added for purposes of its own; a file that takes over from an older one does not belong here."""
 BANNER = re.compile(r"^[ \t]*(?:#|//)[^\n]*[-=*#]{8,}\s*$", re.M)
 SOURCES = sorted(

@@ -10,16 +10,21 @@ from torch import Tensor, nn
 from convnextv2.models.config import VARIANTS, ClassifierConfig, EncoderConfig, encoder_config
 from convnextv2.models.encoder import Encoder
 from convnextv2.models.layers import EPS, init_weights
+from sparse_ops.map_grid import map_backend
 
 
 class ConvNeXtV2(Encoder):
     """ConvNeXt V2 for classification: dense encoder, global average pooling, LayerNorm, linear head.
 
-    Its state dict has the names and shapes of the official dense checkpoints.
+    Its state dict has the names and shapes of the official dense checkpoints. ``backend`` is what runs its blocks on a
+    processor: ``auto`` for the best kernels there are, ``torch`` for torch's operators; :attr:`runs_on` says which.
     """
 
-    def __init__(self, config: ClassifierConfig) -> None:
+    def __init__(self, config: ClassifierConfig, backend: str = "auto") -> None:
         super().__init__(config.encoder)
+        if backend != "auto":
+            map_backend(backend)
+        self.backend = backend
         self.config = config
         self.norm = nn.LayerNorm(config.encoder.dims[-1], eps=EPS)
         self.head: nn.Module = nn.Identity()
@@ -50,6 +55,7 @@ def create_model(
     in_chans: int = 3,
     patch_size: int = 32,
     head_init_scale: float = 1.0,
+    backend: str = "auto",
 ) -> ConvNeXtV2:
     """Dense classifier of a published variant, or of a custom :class:`~convnextv2.models.config.EncoderConfig`.
 
@@ -57,12 +63,14 @@ def create_model(
         name: ``convnextv2_atto`` … ``convnextv2_huge``, or a configuration.
         num_classes, head_init_scale: as :class:`~convnextv2.models.config.ClassifierConfig`.
         drop_path_rate, in_chans, patch_size: as ``EncoderConfig``; taken from a configuration where one is given.
+        backend: of the blocks on a processor: ``auto``, ``torch`` or ``cpu``, as :class:`ConvNeXtV2`.
 
     Raises:
         ValueError: if the name is unknown or an option is out of range.
+        BackendUnavailableError: if the backend named cannot run here.
     """
     encoder = encoder_config(name, drop_path_rate=drop_path_rate, in_chans=in_chans, patch_size=patch_size)
-    return ConvNeXtV2(ClassifierConfig(encoder, num_classes, head_init_scale))
+    return ConvNeXtV2(ClassifierConfig(encoder, num_classes, head_init_scale), backend)
 
 
 def _variant(name: str) -> Callable[..., ConvNeXtV2]:

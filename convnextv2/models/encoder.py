@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from convnextv2.models.config import EncoderConfig, check_image_size
 from convnextv2.models.layers import EPS, DropPath, init_weights
-from sparse_ops.grid import MLP, DenseGrid, Grid
+from sparse_ops.grid import MLP, Grid
 from sparse_ops.layers import GRN
+from sparse_ops.map_grid import MapGrid, runs_on
 
 
 class Block(nn.Module):
@@ -95,6 +96,9 @@ torch.fx.wrap("check_images")  # a symbolic trace knows no shapes
 class Encoder(nn.Module):
     """Stem and four stages. Returns features, without final norm and head."""
 
+    backend: str = "auto"
+    """Of a dense pass on processors; see :attr:`runs_on`."""
+
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         self.encoder_config = config
@@ -107,6 +111,15 @@ class Encoder(nn.Module):
             for depth, dim in zip(config.depths, config.dims, strict=True)
         )
         self.apply(init_weights)
+
+    @property
+    def runs_on(self) -> str:
+        """What computes the blocks of a dense pass as the network is now: a backend's name, or ``torch: `` and why.
+
+        Single layers with hooks or adapters, traces, transforms and autocast are left to torch's operators besides.
+        """
+        weight = self.get_parameter("downsample_layers.0.1.weight")
+        return runs_on(self.backend, weight.device, weight.dtype, self.encoder_config.kernel_size, self.training)
 
     def forward_stages(self, images: Tensor, grid: Grid) -> Iterator[tuple[Tensor, Grid]]:
         """Features and their grid after each of the four stages.
@@ -134,7 +147,8 @@ class Encoder(nn.Module):
 
         Arguments and errors as :meth:`forward_stages`; the grid is every cell of ``images`` by default.
         """
-        *_, (features, _) = self.forward_stages(images, DenseGrid(images.shape[0]) if grid is None else grid)
+        grid = MapGrid(images.shape[0], self.backend) if grid is None else grid
+        *_, (features, _) = self.forward_stages(images, grid)
         return features
 
     def forward(self, images: Tensor, grid: Grid | None = None) -> Tensor:

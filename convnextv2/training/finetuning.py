@@ -66,6 +66,7 @@ class FinetuneOptions(RunOptions):
         None, "shares of an image's area that random crops take; default: 0.08 1 (digits: 0.5 1)"
     )
     hflip: float | None = option(None, "probability of a horizontal flip; default: 0.5 (digits: 0)")
+    backend: str = option("auto", "of the blocks on a processor: auto, torch, or cpu for its compiled kernels")
     ema_decay: float = option(0.0, "average the weights with this decay and validate the average; published: 0.9999")
     ema_warmup: bool = option(True, "let the average's decay rise from 0, so that short runs have a use for it")
 
@@ -186,7 +187,7 @@ class ClassifierTask(Task[FinetuneOptions]):
         if scale is None:
             scale = 1.0 if self.options.init is None else PRETRAINED_HEAD_SCALE
         names = tuple(self._classes)
-        return ConvNeXtV2(ClassifierConfig(self.options.encoder(), len(names), scale, names))
+        return ConvNeXtV2(ClassifierConfig(self.options.encoder(), len(names), scale, names), self.options.backend)
 
     def initialise(self, model: ConvNeXtV2, resumed: bool) -> str:
         if self._checkpoint is None:

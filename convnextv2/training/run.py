@@ -143,7 +143,8 @@ class Run:
         steep, advice = task.steep_lr
         if self._lr > steep:
             self.say(f"notice: the learning rate {self._lr:.2e} is steep; {advice}")
-        raw_optimizer = create_optimizer(task.groups(self.model), self._lr, options.betas, options.optimizer)
+        fused = self.accelerator.device.type == "cpu"  # accelerate looks after the others
+        raw_optimizer = create_optimizer(task.groups(self.model), self._lr, options.betas, options.optimizer, fused)
         self._sampler = EpochSampler(len(training), options.seed)
         batches = options.batch_size, options.workers
         loaders = [make_loader(training, *batches, self._sampler)]

@@ -331,6 +331,11 @@ def run_every_kernel(backend: Backend, device: str) -> None:
     backend.depthwise(x, weight, values["bias"], active, reverse_taps=False)
     backend.depthwise(x, weight, None, active, reverse_taps=True)
     backend.depthwise_weight_grad(x, grad, active, 7)
+    if backend.maps is not None:
+        on_maps = torch.randn(2, 5, 9, 5), torch.randn(5, 1, 7, 7)
+        backend.maps.depthwise(*on_maps, torch.randn(5), reverse_taps=False)
+        backend.maps.depthwise(*on_maps, None, reverse_taps=True)
+        backend.maps.depthwise_weight_grad(on_maps[0], on_maps[0], 7)
     if not backend.fuses_mlp(torch.device(device), torch.float32, torch.float32):
         return
     for channels, some_rows in ((8, None), (8, torch.tensor([4, 1], device=device)), (5, None)):
@@ -340,6 +345,7 @@ def run_every_kernel(backend: Backend, device: str) -> None:
         weights, offsets = MLPWeights(**values), case.row_offsets.to(device)
         call = MLPCall(features, offsets, some_rows, weights, (1e-6, 1e-6), Workspace())
         out, kept = backend.mlp(call)
+        torch.testing.assert_close(backend.mlp_result(call), out)
         grad = grad if some_rows is None else grad[some_rows]
         assert out.shape == grad.shape
         backend.mlp_backward(grad, call, kept)

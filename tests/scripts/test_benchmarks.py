@@ -42,6 +42,17 @@ def test_it_runs_and_writes_its_results(script, extra, rows, tmp_path):
     assert (tmp_path / "r.md").read_text().count("| convnextv2_atto") == rows
 
 
+def test_the_dense_network_is_compared_with_timm(tmp_path):
+    done = run("dense.py", *SMALL, "--no-compile", "--what", "step", "predict-one", "--json", tmp_path / "out.json")
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "out.json").read_text())["results"]
+    names = ["ours", "ours-torch", "timm", "timm+channels-last"]
+    assert [(r["what"], r["contender"]) for r in results] == [(w, n) for w in ("step", "predict-one") for n in names]
+    assert all(set(r["speedup"]) == ({"timm", "ours-torch"} if r["contender"] == "ours" else set()) for r in results)
+    memory = {r["contender"]: r["activation_mb"] for r in results if r["what"] == "step"}
+    assert memory["ours"] < 0.5 * memory["ours-torch"]
+
+
 @pytest.mark.parametrize(
     ("script", "arguments", "message"),
     [

@@ -146,6 +146,17 @@ def test_a_stopped_and_resumed_run_is_bit_identical(images: Path, tmp_path: Path
     assert torch.equal(raw["module.head.weight"], weights(tmp_path / "parts")["head.weight"])
 
 
+def test_the_kernels_of_the_processor_give_the_losses_of_torch(images: Path, tmp_path: Path) -> None:
+    """To rounding; the losses of ``torch`` are those of a network without such kernels."""
+    losses: dict[str, list[float]] = {}
+    for backend in ("torch", "auto"):
+        found = losses[backend] = []
+        options = finetune_options(images, tmp_path / backend, epochs=3, lr=1e-3, drop_path=0.3, backend=backend)
+        finetune(options, on_loss=lambda step, loss, found=found: found.append(loss))
+    assert len(losses["auto"]) >= 6
+    assert losses["auto"] == pytest.approx(losses["torch"], rel=1e-5)
+
+
 def test_odd_batches_are_made_even_for_mixup(images: Path, tmp_path: Path) -> None:
     finetune(finetune_options(images, tmp_path / "run", batch_size=5, mixup=0.2, epochs=1))
     assert metrics(tmp_path / "run")[0]["step"] == 3  # 15 images in batches of 4

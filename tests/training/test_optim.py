@@ -136,3 +136,16 @@ def test_rate_scales_with_the_batch_and_lr_overrides() -> None:
 def test_unknown_optimizer_is_named() -> None:
     with pytest.raises(ValueError, match="unknown optimizer 'adamx'"):
         create_optimizer([{"params": [torch.nn.Parameter(torch.zeros(1))]}], 1.0, (0.9, 0.95), "adamx")
+
+
+def test_fused_kernels_are_asked_for_where_there_are_any():
+    def options(name: str, fused: bool) -> object:
+        groups = [{"params": [torch.nn.Parameter(torch.zeros(1))]}]
+        return create_optimizer(groups, 1.0, (0.9, 0.95), name, fused)
+
+    assert options("adamw", True).param_groups[0]["fused"] is True
+    assert not options("adamw", False).param_groups[0]["fused"]
+    assert "fused" not in options("lion", True).param_groups[0]
+    resumed = options("adamw", True)
+    resumed.load_state_dict(options("adamw", False).state_dict())
+    assert not resumed.param_groups[0]["fused"]  # a run goes on as it began

@@ -13,16 +13,11 @@ from torch import Tensor
 from sparse_ops.active_set import ActiveSet
 from sparse_ops.backend import Backend, MLPCall
 from sparse_ops.backends._operators import run
-from sparse_ops.backends.cpu import composed
+from sparse_ops.backends.cpu import composed, maps
 from sparse_ops.backends.cpu.library import DTYPES, load
 from sparse_ops.backends.cpu.operators import cpu_depthwise, cpu_depthwise_weight_grad, cpu_mlp, cpu_mlp_backward
 
 KERNEL_SIZES = (3, 5, 7)
-
-
-#: Up to this width the whole pointwise half of a block is one kernel: its weights stay in a core's own cache.
-MLP_MAX_CHANNELS = 192
-MLP_CHANNELS_MULTIPLE = 4
 
 
 class CPUBackend(Backend):
@@ -30,6 +25,7 @@ class CPUBackend(Backend):
 
     name = "cpu"
     priority = 10
+    maps = maps.CPUMaps()
 
     @property
     def summary(self) -> str:  # type: ignore[override]  # says what was found on this machine
@@ -67,21 +63,18 @@ class CPUBackend(Backend):
         return device.type == "cpu" and dtype in (torch.float32, torch.float64) and weights_dtype == dtype
 
     def mlp(self, call: MLPCall) -> tuple[Tensor, tuple[Tensor, ...]]:
-        if not _fits(call):
+        if not composed.one_kernel(call):
             return composed.forward(call)
         *kept, out = run(cpu_mlp, call.x, list(call.weights), call.row_offsets, *call.eps)
         return out, tuple(kept)
 
+    def mlp_result(self, call: MLPCall) -> Tensor:
+        return maps.mlp_result(call) if call.rows is None else super().mlp_result(call)
+
     def mlp_backward(self, grad: Tensor, call: MLPCall, kept: tuple[Tensor, ...]) -> list[Tensor]:
-        if not _fits(call):
+        if not composed.one_kernel(call):
             return composed.backward(grad, call, kept)
         return run(cpu_mlp_backward, grad, call.x, list(call.weights), call.row_offsets, list(kept), *call.eps)
-
-
-def _fits(call: MLPCall) -> bool:
-    """Whether the whole pointwise half is one kernel; else it is composed of several and of torch's products."""
-    channels = call.x.shape[1]
-    return call.rows is None and channels <= MLP_MAX_CHANNELS and channels % MLP_CHANNELS_MULTIPLE == 0
 
 
 BACKEND = CPUBackend()

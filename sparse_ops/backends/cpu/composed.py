@@ -12,6 +12,18 @@ from sparse_ops.backend import MLPCall
 from sparse_ops.backends._operators import run
 from sparse_ops.backends.cpu.operators import cpu_gelu_grn, cpu_gelu_grn_backward, cpu_layer_norm_backward
 
+#: Up to this width the whole pointwise half of a block is one kernel: its weights stay in a core's own cache.
+MLP_MAX_CHANNELS = 192
+MLP_CHANNELS_MULTIPLE = 4
+MLP_HIDDEN_MULTIPLE = 16  # the widest vector
+
+
+def one_kernel(call: MLPCall) -> bool:
+    """Whether the whole pointwise half is one kernel; else it is composed of several and of torch's products."""
+    channels, hidden = call.x.shape[1], call.weights.w1.shape[0]
+    whole = channels % MLP_CHANNELS_MULTIPLE == 0 and hidden % MLP_HIDDEN_MULTIPLE == 0
+    return call.rows is None and channels <= MLP_MAX_CHANNELS and whole
+
 
 def forward(call: MLPCall) -> tuple[Tensor, tuple[Tensor, ...]]:
     """See :meth:`sparse_ops.backend.Backend.mlp`."""

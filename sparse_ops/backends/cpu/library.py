@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sparse_ops.pointwise import MLPWeights
 
-INTERFACE_VERSION = 4
+INTERFACE_VERSION = 5
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
 MLP_PARAMETERS = MLPWeights._fields
 MLP_OUTPUTS = ("h", "mean", "rstd", "norms", "out")
@@ -31,29 +31,29 @@ _REMEDY = (
 _KINDS = {"pointers": ctypes.c_void_p, "doubles": ctypes.c_double, "sizes": ctypes.c_int64, "ints": ctypes.c_int}
 
 
-def _structure(**names: str) -> type[ctypes.Structure]:
+def structure(**names: str) -> type[ctypes.Structure]:
     """Arguments of kernels: the names of each kind, in the order of csrc/kernels.h, which says what they mean."""
     fields = [(name, _KINDS[kind]) for kind, own in names.items() for name in own.split()]
     return type("Arguments", (ctypes.Structure,), {"_fields_": fields})
 
 
-DEPTHWISE = _structure(
+DEPTHWISE = structure(
     pointers="x other bias neighbours out", sizes="patches channels", ints="side kernel reverse_taps threads"
 )
-GELU_GRN = _structure(
+GELU_GRN = structure(
     pointers="h bias gamma beta offsets norms y grad grad_gamma grad_beta grad_bias",
     doubles="eps",
     sizes="groups dim",
     ints="threads",
 )
-LAYER_NORM = _structure(
+LAYER_NORM = structure(
     pointers="grad x mean rstd weight bias normed grad_x grad_weight grad_bias", sizes="rows channels", ints="threads"
 )
-MLP = _structure(
+MLP = structure(
     pointers=" ".join(["x", *MLP_PARAMETERS, "offsets", *MLP_OUTPUTS, "grad", *MLP_GRADS]),
     doubles="norm_eps grn_eps",
     sizes="groups channels dim",
-    ints="threads",
+    ints="result_only threads",
 )
 
 

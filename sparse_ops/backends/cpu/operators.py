@@ -113,7 +113,8 @@ def cpu_layer_norm_backward(
 cpu_layer_norm_backward.register_fake(lambda grad, x, mean, rstd, weight, bias, _: tuple(_alike(x, weight, bias)))
 
 
-def _call_mlp(function: str, x: Tensor, parameters: list[Tensor], row_offsets: Tensor, **fields: Any) -> None:
+def call_mlp(function: str, x: Tensor, parameters: list[Tensor], row_offsets: Tensor, **fields: Any) -> None:
+    """Call a function of the pointwise half, with pointers by their names in ``library.MLP``."""
     sizes = {"groups": row_offsets.numel() - 1, "channels": x.shape[1], "dim": parameters[2].shape[0]}
     fields |= zip(MLP_PARAMETERS, parameters, strict=True)
     call(function, library.MLP, x.dtype, x=x, offsets=row_offsets, **sizes, **fields)
@@ -133,7 +134,7 @@ def cpu_mlp(x: Tensor, parameters: list[Tensor], row_offsets: Tensor, norm_eps: 
     """See :meth:`sparse_ops.backend.Backend.mlp`: what is kept, then the result."""
     outputs = _mlp_outputs(x, parameters, row_offsets, norm_eps, grn_eps)
     named = dict(zip(MLP_OUTPUTS, outputs, strict=True))
-    _call_mlp("sparse_ops_mlp", x, parameters, row_offsets, norm_eps=norm_eps, grn_eps=grn_eps, **named)
+    call_mlp("sparse_ops_mlp", x, parameters, row_offsets, norm_eps=norm_eps, grn_eps=grn_eps, **named)
     return outputs
 
 
@@ -153,7 +154,7 @@ def cpu_mlp_backward(
     """See :meth:`sparse_ops.backend.Backend.mlp_backward`."""
     grads = _alike(x, *parameters)
     named = {"grad": grad, **dict(zip(MLP_GRADS, grads, strict=True)), **dict(zip(MLP_OUTPUTS[:-1], kept, strict=True))}
-    _call_mlp("sparse_ops_mlp_backward", x, parameters, row_offsets, norm_eps=norm_eps, grn_eps=grn_eps, **named)
+    call_mlp("sparse_ops_mlp_backward", x, parameters, row_offsets, norm_eps=norm_eps, grn_eps=grn_eps, **named)
     return grads
 
 

@@ -89,7 +89,7 @@ void parallel_tasks(int64_t tasks, int threads, void (*body)(void*, int64_t), vo
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-EXPORT int sparse_ops_interface_version() { return 4; }
+EXPORT int sparse_ops_interface_version() { return 5; }
 EXPORT const char* sparse_ops_instruction_set() { return sparse_ops::kernels().name; }
 EXPORT const char* sparse_ops_threads() { return sparse_ops::gomp_parallel() ? "OpenMP of torch" : "std::thread"; }
 
@@ -100,6 +100,8 @@ EXPORT const char* sparse_ops_threads() { return sparse_ops::gomp_parallel() ? "
     }
 EXPORT_KERNEL(depthwise)
 EXPORT_KERNEL(depthwise_weight_grad)
+EXPORT_KERNEL(depthwise_map)
+EXPORT_KERNEL(depthwise_map_weight_grad)
 EXPORT_KERNEL(gelu_grn)
 EXPORT_KERNEL(gelu_grn_backward)
 EXPORT_KERNEL(layer_norm_backward)

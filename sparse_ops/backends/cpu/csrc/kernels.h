@@ -16,6 +16,16 @@ template <typename S> struct DepthwiseArgs {
     int side, kernel, reverse_taps, threads;
 };
 
+// Whole maps, in row-major order.
+template <typename S> struct MapArgs {
+    const S* x;               // [B, H, W, C]
+    const S* other;           // forward: weight [C, K, K]; weight gradient: grad [B, H, W, C]
+    const S* bias;            // [C] or null (forward only)
+    S *out, *out_bias;        // forward: [B, H, W, C] and unused; weight gradient: [C, K, K] and [C]
+    int64_t batch, height, width, channels;
+    int kernel, reverse_taps, threads;
+};
+
 template <typename S> struct GeluGrnArgs {
     const S *h, *bias;            // [N, D]; [D], added to h before GELU
     const S *gamma, *beta;        // [D]
@@ -56,6 +66,7 @@ template <typename S> struct MlpArgs {
     S *grad_w1, *grad_b1, *grad_gamma, *grad_beta, *grad_w2, *grad_b2;
     double norm_eps, grn_eps;
     int64_t groups, channels, dim;
+    int result_only;  // forward: h need not be kept, and is written over with its GELU
     int threads;
 };
 
@@ -66,6 +77,7 @@ using Kernel = int (*)(const void* args);
 struct Kernels {
     const char* name;
     Kernel depthwise[3], depthwise_weight_grad[3];
+    Kernel depthwise_map[3], depthwise_map_weight_grad[3];
     Kernel gelu_grn[3], gelu_grn_backward[3];
     Kernel layer_norm_backward[3];
     Kernel mlp[3], mlp_backward[3];

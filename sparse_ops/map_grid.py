@@ -1,0 +1,259 @@
+"""The dense grid of a network on a processor: a backend's kernels for whole maps in place of torch's operators.
+
+Only where they do what the layers would do, and nothing watches: :func:`torch_reason` and :class:`MapGrid` say when.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.autograd.function import once_differentiable
+from torch.nn.modules import module as nn_module
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from sparse_ops.backend import Backend, MLPCall
+from sparse_ops.functional import _MLP
+from sparse_ops.grid import MLP, DenseGrid, GRNScope
+from sparse_ops.layers import has_hooks, mlp_weights
+from sparse_ops.map_kernels import MapKernels
+from sparse_ops.pointwise import MLPWeights, autocast_dtype, grn_scale
+from sparse_ops.registry import get_backend, registry
+from sparse_ops.workspace import Workspace
+
+TORCH = "torch"
+"""In place of a backend's name: torch's own operators."""
+
+logger = logging.getLogger(__name__)
+
+
+@cache
+def map_backend(name: str) -> Backend | None:
+    """The backend of that name; of ``auto`` the best one available that has kernels for whole maps; None for torch.
+
+    Raises:
+        ValueError: if no backend has that name, or it has no such kernels.
+        BackendUnavailableError: if it is named and cannot run here.
+    """
+    able = {name: backend for name, backend in registry().items() if backend.maps is not None}
+    if name == TORCH:
+        return None
+    if name != "auto":
+        if name not in able:
+            choices = ", ".join(("auto", TORCH, *able))
+            raise ValueError(f"backend of a dense network must be one of {choices}, got {name!r}")
+        return get_backend(name)
+    for backend in able.values():
+        reason = backend.unavailable_reason()
+        if reason is None:
+            logger.info("dense networks: chose %s for processors", backend.name)
+            return backend
+        logger.warning("dense networks: the faster %s is not available: %s", backend.name, reason)
+    return None
+
+
+def torch_reason(name: str, device: torch.device, dtype: torch.dtype, kernel_size: int, training: bool) -> str | None:
+    """Why a dense network would run on torch's operators, or None if it runs on a backend's kernels.
+
+    Args:
+        name: of the backend, as :func:`map_backend` takes it.
+        device, dtype, kernel_size: of the network.
+        training: whether gradients are asked for.
+    """
+    backend = map_backend(name)
+    if backend is None or backend.maps is None:
+        return "torch's operators were asked for" if name == TORCH else "no backend with kernels for whole maps is here"
+    if training and dtype not in (torch.float32, torch.float64):
+        return f"{dtype} is served in evaluation only"
+    return backend.maps.rejects(device, dtype, kernel_size)
+
+
+def runs_on(name: str, device: torch.device, dtype: torch.dtype, kernel_size: int, training: bool) -> str:
+    """The backend's name, or ``torch: `` and why; arguments as :func:`torch_reason`."""
+    reason = torch_reason(name, device, dtype, kernel_size, training)
+    backend = map_backend(name)
+    return f"{TORCH}: {reason}" if reason is not None or backend is None else backend.name
+
+
+def _watched(images: Tensor) -> bool:
+    """Whether something besides the layers' own arithmetic is to see the operators: a trace, a transform, a mode."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not _own(images):
+        return True
+    return (
+        autocast_dtype(images.device) is not None
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+        or _get_current_dispatch_mode() is not None
+        or any(not isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack())
+        or nn_module._has_any_global_hook()
+    )
+
+
+def _own(*tensors: Any) -> bool:
+    """Whether they are ordinary tensors in memory, of one device and dtype."""
+    return all(
+        type(tensor) in (Tensor, nn.Parameter)
+        and tensor.layout is torch.strided
+        and (tensor.device, tensor.dtype) == (tensors[0].device, tensors[0].dtype)
+        for tensor in tensors
+    )
+
+
+def _replaced(layer: nn.Module) -> bool:
+    """Whether calling the layer does more, or something else, than its class does."""
+    return has_hooks(layer) or "forward" in vars(layer)
+
+
+class _Depthwise(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, maps: MapKernels) -> Tensor:
+        ctx.save_for_backward(x, weight, bias)
+        ctx.maps = maps
+        return maps.depthwise(x, weight, bias, reverse_taps=False)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # the gradient is to be differentiated itself
+            return *_again(_plain_depthwise, ctx, ctx.saved_tensors, grad), None
+        return _Depthwise.first_order(ctx, grad)
+
+    @staticmethod
+    @once_differentiable
+    def first_order(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, _ = ctx.saved_tensors
+        grad = grad.contiguous()
+        grad_x = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = ctx.maps.depthwise(grad, weight, None, reverse_taps=True)
+        if any(ctx.needs_input_grad[1:3]):
+            grad_weight, grad_bias = ctx.maps.depthwise_weight_grad(x, grad, weight.shape[-1])
+        return grad_x, grad_weight, grad_bias if ctx.needs_input_grad[2] else None, None
+
+
+class _TwiceMLP(_MLP):
+    """The fused pointwise half, whose gradient can be differentiated too: by torch's operators then."""
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if not torch.is_grad_enabled():
+            return _MLP.backward(ctx, grad)
+        x, row_offsets, _, *weights = ctx.saved_tensors[:11]
+
+        def plain(x: Tensor, *weights: Tensor) -> Tensor:
+            return _plain_mlp(x, MLPWeights(*weights), row_offsets.numel() - 1, ctx.eps)
+
+        needed = ctx.needs_input_grad[3:4] + ctx.needs_input_grad[6:]
+        grad_x, *grads = _again(plain, ctx, (x, *weights), grad, needed)
+        return None, None, None, grad_x, None, None, *grads
+
+
+def _again(function: Any, ctx: Any, tensors: Any, grad: Tensor, needed: Any = None) -> list[Tensor | None]:
+    """Gradients of ``function`` of the saved tensors, with a graph of their own."""
+    needed = ctx.needs_input_grad if needed is None else needed
+    # Views, so that a tensor that was made from another one is not differentiated through to it.
+    views = [None if tensor is None else tensor.view_as(tensor) for tensor in tensors]
+    wanted = [view for view, need in zip(views, needed, strict=False) if need and view is not None]
+    found = iter(torch.autograd.grad(function(*views), wanted, grad, create_graph=True))
+    pairs = zip(views, needed, strict=False)
+    return [next(found) if need and view is not None else None for view, need in pairs]
+
+
+def _plain_depthwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    out = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=weight.shape[-1] // 2, groups=len(weight))
+    return out.permute(0, 2, 3, 1)
+
+
+def _plain_mlp(x: Tensor, weights: MLPWeights, groups: int, eps: tuple[float, float]) -> Tensor:
+    """The pointwise half of rows ``[N, C]``, of which each of the groups has as many."""
+    norm_weight, norm_bias, w1, b1, gamma, beta, w2, b2 = weights
+    h = F.gelu(F.linear(F.layer_norm(x, x.shape[1:], norm_weight, norm_bias, eps[0]), w1, b1))
+    h = h.view(groups, -1, h.shape[1])
+    scale = grn_scale(h.square().sum(1), gamma, eps[1])
+    return F.linear((h * scale[:, None] + beta).flatten(0, 1), w2, b2)
+
+
+class MapGrid(DenseGrid):
+    """Every cell of ``[B, C, H, W]``, with a backend's kernels for the depthwise convolution and the pointwise half.
+
+    A layer is called as on any dense grid where it has hooks, where its class is not torch's own or computes otherwise,
+    and where its tensors are not what the kernels serve. A network that is traced, compiled, transformed or watched by
+    a mode, or runs under autocast, gets an ordinary dense grid at its start (:meth:`native`).
+
+    Args:
+        batch_size: images.
+        backend: a backend's name, ``auto``, or ``torch`` for torch's operators; see :func:`map_backend`.
+        grn_scope: see :class:`~sparse_ops.grid.Grid`.
+    """
+
+    def __init__(self, batch_size: int, backend: str = "auto", grn_scope: GRNScope = "image") -> None:
+        super().__init__(batch_size, grn_scope)
+        self._choice = backend
+        self._workspace = Workspace()
+        self._offsets: dict[int, Tensor] = {}
+
+    def native(self, images: Tensor, kernel_size: int) -> DenseGrid:
+        plain = DenseGrid(self.batch_size, self.grn_scope)
+        if _watched(images):
+            return plain
+        backend = map_backend(self._choice)
+        if backend is None or backend.maps is None:
+            return plain
+        self._backend, self._maps = backend, backend.maps
+        return self
+
+    def depthwise(self, layer: nn.Conv2d, x: Tensor) -> Tensor:
+        if type(layer).forward is not nn.Conv2d.forward or _replaced(layer):
+            return layer(x)
+        weight, bias = layer.weight, layer.bias
+        size, channels = weight.shape[-1], x.shape[1]
+        usual = (
+            weight.shape == (channels, 1, size, size)
+            and (layer.groups, layer.stride, layer.dilation, layer.padding_mode) == (channels, (1, 1), (1, 1), "zeros")
+            and layer.padding in ((size // 2, size // 2), "same")
+        )
+        if not usual or not self._serves(size, x, weight, *(() if bias is None else (bias,))):
+            return layer(x)
+        cells = self.cells(x).contiguous()
+        return self.features(_Depthwise.apply(cells, weight.contiguous(), bias, self._maps))
+
+    def mlp(self, x: Tensor, layers: MLP, rows: Tensor | None = None) -> Tensor:
+        weights = None if rows is not None or any(map(_replaced, layers)) else mlp_weights(layers)
+        if weights is None or not self._serves(7, x, *weights):
+            return super().mlp(x, layers, rows)
+        channels, hidden = x.shape[1], weights.w1.shape[0]
+        shapes = [(channels,)] * 2 + [(hidden, channels), *[(hidden,)] * 3, (channels, hidden), (channels,)]
+        if [tuple(tensor.shape) for tensor in weights] != shapes or not self._fuses(x, weights):
+            return super().mlp(x, layers, rows)
+        cells = self.cells(x).contiguous()
+        kept = MLPWeights(*(tensor.contiguous() for tensor in weights))
+        arguments = cells.flatten(0, 2), self._row_offsets(cells), None
+        eps = layers.norm.eps, layers.grn.eps
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *weights)):
+            out = _TwiceMLP.apply(self._backend, eps, self._workspace, *arguments, *kept)
+        else:
+            out = self._backend.mlp_result(MLPCall(*arguments, kept, eps, self._workspace))
+        return self.features(out.view(cells.shape))
+
+    def _fuses(self, x: Tensor, weights: MLPWeights) -> bool:
+        return self._backend.fuses_mlp(x.device, x.dtype, weights.w1.dtype)
+
+    def _serves(self, kernel_size: int, x: Tensor, *weights: Any) -> bool:
+        if not _own(x, *weights):
+            return False
+        training = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *weights))
+        return torch_reason(self._choice, x.device, x.dtype, kernel_size, training) is None
+
+    def _row_offsets(self, cells: Tensor) -> Tensor:
+        """Of the images, or of all of them together, in the rows of a map."""
+        count = cells.shape[1] * cells.shape[2]
+        if count not in self._offsets:
+            images = torch.arange(self.batch_size + 1, device=cells.device) * count
+            self._offsets[count] = images if self.grn_scope == "image" else images[:: max(self.batch_size, 1)]
+        return self._offsets[count].contiguous()
