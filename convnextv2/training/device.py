@@ -19,6 +19,7 @@ def make_accelerator(options: RunOptions) -> Accelerator:
     """accelerate's entry for what the options ask for; ValueError if device or precision cannot be used here."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
+    from accelerate.utils import DataLoaderConfiguration
 
     kind, _, index = options.device.partition(":")
     if kind not in ("auto", "cpu", "cuda") or (index and not index.isdigit()):
@@ -41,6 +42,7 @@ def make_accelerator(options: RunOptions) -> Accelerator:
         "log_with": options.tracker,
         "project_dir": options.output,
         "kwargs_handlers": after_a_restart(),
+        "dataloader_config": DataLoaderConfiguration(non_blocking=True),  # from pinned memory
     }
     try:
         return Accelerator(**settings)
@@ -55,3 +57,8 @@ def mixed_precision(options: RunOptions) -> str:
         return options.precision
     on_cuda = not options.device.startswith("cpu") and torch.cuda.is_available()
     return "bf16" if on_cuda and torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+
+
+def memory_format(device: torch.device, channels_last: bool) -> torch.memory_format:
+    """How images and weights of four axes lie in memory; a processor keeps the order in which its sums were always."""
+    return torch.channels_last if channels_last and device.type == "cuda" else torch.contiguous_format
