@@ -66,9 +66,11 @@ def resample(regions: Regions, size: tuple[int, int]) -> Tensor:
     done = []
     for some in (slice(first, first + step) for first in range(0, number, step)):
         values = pixels[some].permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
-        # Rounded after each direction, as Pillow does.
-        values = (values.flatten(1, 2) @ columns[some]).clamp_(0, 255).round_().view(-1, channels, height, size[1])
-        values = (rows[some, None] @ values).clamp_(0, 255).round_()
+        # Rounded after each direction, a half up, as Pillow does.
+        values = (
+            (values.flatten(1, 2) @ columns[some]).add_(0.5).floor_().clamp_(0, 255).view(-1, channels, height, size[1])
+        )
+        values = (rows[some, None] @ values).add_(0.5).floor_().clamp_(0, 255)
         done.append(values.to(torch.uint8).permute(0, 2, 3, 1))
     return torch.cat(done)
 
