@@ -65,8 +65,8 @@ def test_the_crops_are_those_of_the_loader(image_folder: Callable[..., Path], vi
         other = there.finish(there.collate([there[i] for i in range(10)]))
         assert one.shape == other.shape == (10 * views, 3, 24, 32)
         levels = (one - other).abs() * torch.tensor(images.std)[:, None, None] * 255
-        assert float(levels.max()) < 3.01
-        assert float((levels > 1.5).float().mean()) < 0.01
+        assert float(levels.max()) < 6  # noise: bytes in between are cut off at 0 and 255, too
+        assert float(levels.mean()) < 0.3
 
 
 def test_large_crops_are_averaged_before_they_travel() -> None:
