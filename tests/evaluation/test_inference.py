@@ -9,20 +9,20 @@ from typing import Any
 import pytest
 import torch
 
-from convnextv2 import create_model
+from convnextv2 import ConvNeXtV2, EncoderConfig
 from convnextv2.data import build_predict_dataset
 from convnextv2.data.datasets import PredictDataset
 from convnextv2.evaluation import inference as inference_module
 from convnextv2.evaluation.inference import Inference, autocast_dtype
+from convnextv2.models.config import ClassifierConfig
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
 
 
 @pytest.fixture
 def model() -> Any:
-    torch.manual_seed(1)
-    size = {"depths": (1, 1, 1, 1), "dims": (8, 8, 16, 16), "patch_size": 8}
-    return create_model("convnextv2_atto", num_classes=5, head_init_scale=50.0, **size).eval()
+    config = ClassifierConfig(EncoderConfig((1, 1, 1, 1), (8, 8, 16, 16), patch_size=8), 5, head_init_scale=50)
+    return ConvNeXtV2(config).eval()
 
 
 @pytest.fixture
