@@ -57,8 +57,3 @@ def mixed_precision(options: RunOptions) -> str:
         return options.precision
     on_cuda = not options.device.startswith("cpu") and torch.cuda.is_available()
     return "bf16" if on_cuda and torch.cuda.is_bf16_supported(including_emulation=False) else "no"
-
-
-def memory_format(device: torch.device, channels_last: bool) -> torch.memory_format:
-    """How images and weights of four axes lie in memory; a processor keeps the order in which its sums were always."""
-    return torch.channels_last if channels_last and device.type == "cuda" else torch.contiguous_format

@@ -129,8 +129,14 @@ def fitting_batch(size: int, views: int, fit: Callable[[int], int]) -> int:
     return size
 
 
-def make_loaders(samples: Sequence[Samples], options: Any, sampler: Any) -> list[Any]:
-    """Loaders for accelerate to prepare; the one to train with first. ``batch_size`` counts crops."""
+def make_feeds(accelerator: Any, samples: Sequence[Samples], options: Any, sampler: Any) -> list[Feed]:
+    """Loaders of a run, prepared; the one to train with first. ``batch_size`` counts crops."""
     first, *others = samples
     loaders = [make_loader(first, options.batch_size // options.views, options.workers, sampler)]
-    return [*loaders, *(make_loader(other, options.batch_size, options.workers) for other in others)]
+    loaders += [make_loader(other, options.batch_size, options.workers) for other in others]
+    return [Feed(accelerator.prepare(loader), one.finish) for loader, one in zip(loaders, samples, strict=True)]
+
+
+def memory_format(device: torch.device, channels_last: bool) -> torch.memory_format:
+    """How images and weights of four axes lie in memory; a processor keeps the order in which its sums were always."""
+    return torch.channels_last if channels_last and device.type == "cuda" else torch.contiguous_format

@@ -20,8 +20,8 @@ from convnextv2.models.diversity import feature_diversity
 from convnextv2.models.encoder import Encoder
 from convnextv2.training.bad_data import BadData
 from convnextv2.training.claim import claim
-from convnextv2.training.device import make_accelerator, memory_format
-from convnextv2.training.feeding import Feed, fitting_batch, make_loaders, make_samples
+from convnextv2.training.device import make_accelerator
+from convnextv2.training.feeding import fitting_batch, make_feeds, make_samples, memory_format
 from convnextv2.training.loop import Loop, OnLoss
 from convnextv2.training.optim import create_optimizer, create_schedule, scaled_lr
 from convnextv2.training.pictures import save_loss_curve
@@ -150,11 +150,9 @@ class Run:
         self.model.to(memory_format=layout)
         raw_optimizer = create_optimizer(task.groups(self.model), self._lr, options.betas, options.optimizer)
         self._sampler = EpochSampler(len(training), options.seed)
+        self.wrapped, optimizer = self.accelerator.prepare(self.model, raw_optimizer)
         samples = make_samples(self.parts, options, layout, self.say)
-        loaders = make_loaders(samples, options, self._sampler)
-        self.wrapped, optimizer, *loaders = self.accelerator.prepare(self.model, raw_optimizer, *loaders)
-        feeds = [Feed(loader, one.finish) for loader, one in zip(loaders, samples, strict=True)]
-        self._loader, *self._others = feeds
+        self._loader, *self._others = make_feeds(self.accelerator, samples, options, self._sampler)
         updates = math.ceil(len(self._loader) / options.accum)
         schedule = create_schedule(raw_optimizer, updates, options.epochs, options.warmup_epochs, options.min_lr)
         if options.compile is not None:

@@ -19,7 +19,7 @@ from convnextv2.data.build import build_pretrain_dataset
 from convnextv2.data.datasets import ImageDataset
 from convnextv2.data.decoding import Wanted
 from convnextv2.data.images import load_image
-from convnextv2.training import PretrainOptions, device, finetune, pretrain, run
+from convnextv2.training import PretrainOptions, feeding, finetune, pretrain, run
 from convnextv2.training.feeding import Feed, fitting_batch, needed_side
 from convnextv2.training.recipe import parse_options
 
@@ -182,9 +182,9 @@ def test_batches_come_without_blocking_and_channels_last_on_a_gpu(
     images: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
     """The layout of a GPU, tried on a processor: weights and batches, and checkpoints as ever."""
-    assert device.memory_format(torch.device("cuda"), True) == torch.channels_last
-    assert device.memory_format(torch.device("cuda"), False) == torch.contiguous_format
-    assert device.memory_format(torch.device("cpu"), True) == torch.contiguous_format
+    assert feeding.memory_format(torch.device("cuda"), True) == torch.channels_last
+    assert feeding.memory_format(torch.device("cuda"), False) == torch.contiguous_format
+    assert feeding.memory_format(torch.device("cpu"), True) == torch.contiguous_format
     plain, _ = losses(finetune, finetune_options(images, tmp_path / "plain", ema_decay=0.9))
 
     seen: list[bool] = []
