@@ -16,8 +16,10 @@ from typing import TextIO
 import _cli
 
 from convnextv2.data.decoding import Wanted
+from convnextv2.evaluation.inference import PRECISIONS
 from convnextv2.evaluation.prediction import Prediction, load_classifier, predict_images, right_by_folder
 from convnextv2.outputs import Kind, check_output, is_stream, output_text
+from convnextv2.training.options import COMPILE_MODES
 
 HEADER = ("file", "predicted_class", "probability")
 FORMULA = ("=", "+", "-", "@", "\t", "\r")
@@ -36,6 +38,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--img-size", type=_cli.image_size, help="pixels, 224 or 192x256; default: the checkpoint's")
     parser.add_argument("--device", type=_cli.device, default="auto", help="cpu, cuda, cuda:1, or auto")
     parser.add_argument("--workers", type=int, help="processes that decode images; default: by the number of images")
+    parser.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default="auto",
+        help="auto (bf16 on a GPU that has it, else no), no, bf16, fp16",
+    )
+    parser.add_argument("--compile", choices=COMPILE_MODES, help="torch.compile with this mode; default: not at all")
     _cli.add_max_pixels(parser)
     options = parser.parse_args(arguments)
     if options.workers is not None and options.workers < 0:
@@ -54,6 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         topk=topk,
         batch_size=options.batch_size,
         workers=options.workers,
+        precision=options.precision,
+        compile=options.compile,
         progress=partial(_cli.progress, description="predict"),
     )
     with output_text(options.output) as file:

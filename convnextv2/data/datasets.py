@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any
@@ -93,13 +93,13 @@ class ImageDataset(_Epochs, Dataset[Any]):
         image = self._transformed(decoded, index)
         return image if self.labels is None else (image, self.labels[found])
 
-    def load(self, index: int) -> tuple[int, Any]:
-        """Number and decoded image of the next one that is readable; errors as above."""
+    def load(self, index: int, read: Callable[[int], Any] | None = None) -> tuple[int, Any]:
+        """Number and decoded image of the next one that is readable, by ``read`` or the source; errors as above."""
         reason = ""
         for step in range(len(self)):
             candidate = (index + step) % len(self)
             try:
-                return candidate, self.source.load(candidate)
+                return candidate, (read or self.source.load)(candidate)
             except UnreadableImageError as error:
                 self.damaged[candidate] = True
                 reason = reason or f"{name_of(self.source, candidate)}: {error}"

@@ -11,7 +11,7 @@ import os
 import struct
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +42,20 @@ class Wanted:
     Args:
         max_pixels: largest width × height. Larger JPEG and JPEG 2000 files are decoded at the largest of their reduced
             sizes (a half, a quarter, …) that keeps to it, where that takes little memory; all others are unreadable.
+        least_side: JPEG files are decoded at the smallest of their reduced sizes (to an eighth) whose shorter side has
+            this many pixels; None for never.
     """
 
     max_pixels: int = MAX_PIXELS
+    least_side: int | None = None
 
     def __post_init__(self) -> None:
         if self.max_pixels < 1:
             raise ValueError(f"max_pixels must be at least 1, got {self.max_pixels}")
+
+    def __str__(self) -> str:
+        unusual = [item.name for item in fields(self) if getattr(self, item.name) != item.default]
+        return f"Wanted({', '.join(f'{name}={getattr(self, name)!r}' for name in unusual)})"
 
     def check(self, width: int, height: int) -> None:
         """Raise UnreadableImageError for an image that is too large."""
@@ -145,6 +152,9 @@ def _reduce(image: ImageFile.ImageFile, path: Path, wanted: Wanted) -> None:
             else:
                 image.draft(None, (max(1, width // scale), max(1, height // scale)))
             return
+    if wanted.least_side is not None and image.format == "JPEG" and min(width, height) >= 2 * wanted.least_side:
+        scale = min(8, min(width, height) // wanted.least_side)
+        image.draft(None, (width // scale, height // scale))
 
 
 def _halvings(image: ImageFile.ImageFile, path: Path, wanted: Wanted) -> int:

@@ -45,4 +45,5 @@ def make_loader(dataset: Dataset[Any], batch_size: int, workers: int, sampler: S
         persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=_start_worker,
+        collate_fn=getattr(dataset, "collate", None),
     )

@@ -93,24 +93,30 @@ def preprocessing_from_metadata(
     return mean, std, (int(size[0]), int(size[-1]))
 
 
+def sample_words(seed: int, epoch: int, index: int, view: int = 0) -> Any:
+    """Three seeds, of Python's, numpy's and torch's generator, for a sample, or for a further view of it."""
+    place = (seed, epoch, index, view) if view else (seed, epoch, index)
+    return np.random.SeedSequence(place).generate_state(3)
+
+
 @contextlib.contextmanager
-def sample_seed(seed: int, epoch: int, index: int) -> Iterator[None]:
+def sample_seed(seed: int, epoch: int, index: int, view: int = 0) -> Iterator[None]:
     """Seed Python's, numpy's and torch's CPU generator for one sample, and give them their state back afterwards.
 
     With it a sample looks the same in the same epoch whatever was drawn before: after a resume, and with any number
     of workers. Costs well below a millisecond.
     """
-    states = random.getstate(), np.random.get_state()  # noqa: NPY002  # timm draws from it
-    words = np.random.SeedSequence((seed, epoch, index)).generate_state(3)
+    words = sample_words(seed, epoch, index, view)
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002  # timm draws from it
     random.seed(int(words[0]))
     np.random.seed(words[1])  # noqa: NPY002
     try:
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(int(words[2]))
-            yield
+        torch.default_generator.manual_seed(int(words[2]))
+        yield
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])  # noqa: NPY002
+        torch.set_rng_state(states[2])
 
 
 def image_transform(

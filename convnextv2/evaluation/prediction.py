@@ -13,8 +13,8 @@ import torch
 
 from convnextv2.data import PredictDataset, build_predict_dataset
 from convnextv2.data.decoding import USUAL, Wanted
-from convnextv2.data.loading import make_loader
 from convnextv2.data.names import shown
+from convnextv2.evaluation.inference import Inference
 from convnextv2.models.classifier import ConvNeXtV2
 from convnextv2.models.config import check_image_size
 from convnextv2.weights.checkpoint import Checkpoint, CheckpointError, load_checkpoint
@@ -98,6 +98,8 @@ def predict_images(
     topk: int = 5,
     batch_size: int = 64,
     workers: int | None = None,
+    precision: str = "auto",
+    compile: str | None = None,
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> Iterator[Prediction]:
     """One prediction a file, in the data set's order, as they come.
@@ -106,14 +108,18 @@ def predict_images(
         dataset: from :meth:`Classifier.dataset`.
         topk: likeliest classes to give; at most all.
         workers: processes that decode images; None takes up to four where there are eight batches or more.
+        precision, compile: see :class:`~.inference.Inference`.
         progress: wraps the batches.
+
+    Raises:
+        ValueError: if the precision cannot be used on the classifier's device.
     """
     if workers is None:
         workers = min(4, os.cpu_count() or 1) if len(dataset) >= 8 * batch_size else 0
     topk = min(topk, len(classifier.classes))
-    device = next(classifier.model.parameters()).device
-    for images, indices, errors in progress(make_loader(dataset, batch_size, workers)):
-        best, order = classifier.model(images.to(device)).float().softmax(1).cpu().topk(topk)
+    inference = Inference(classifier.model, dataset, batch_size, precision=precision, compile=compile)
+    for images, indices, errors in progress(inference.batches(workers)):
+        best, order = inference.probabilities(images).topk(topk)
         for index, error, values, numbers in zip(indices.tolist(), errors, best.tolist(), order.tolist(), strict=True):
             if error:
                 yield Prediction(dataset.files[index], error=error)

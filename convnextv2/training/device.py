@@ -19,6 +19,7 @@ def make_accelerator(options: RunOptions) -> Accelerator:
     """accelerate's entry for what the options ask for; ValueError if device or precision cannot be used here."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
+    from accelerate.utils import DataLoaderConfiguration
 
     kind, _, index = options.device.partition(":")
     if kind not in ("auto", "cpu", "cuda") or (index and not index.isdigit()):
@@ -41,6 +42,7 @@ def make_accelerator(options: RunOptions) -> Accelerator:
         "log_with": options.tracker,
         "project_dir": options.output,
         "kwargs_handlers": after_a_restart(),
+        "dataloader_config": DataLoaderConfiguration(non_blocking=True),  # from pinned memory
     }
     try:
         return Accelerator(**settings)

@@ -147,6 +147,7 @@ class ClassifierTask(Task[FinetuneOptions]):
 
     name = "finetune"
     loss_name = "train_loss"
+    channels_last = True
 
     def resolve(self, saved: dict[str, Any] | None) -> None:
         o = self.options

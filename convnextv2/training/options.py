@@ -11,9 +11,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from convnextv2.data.crops import RESIZERS
 from convnextv2.data.decoding import MAX_PIXELS, Wanted
 from convnextv2.data.opening import why_unknown
 from convnextv2.models.config import EncoderConfig, encoder_config
+from convnextv2.training.feeding import PLACES, check_feeding, least_side
 from convnextv2.training.option_types import check_types, plain_value
 from convnextv2.training.recipe import option
 
@@ -38,6 +40,14 @@ class RunOptions:
     workers: int = option(2, "processes that load images; 0 loads in the main process")
     max_bad: float = option(0.1, "stop when more than this share of the images has become unreadable; 1 for never")
     max_pixels: int = option(MAX_PIXELS, "largest width × height of an image; larger JPEG are reduced, others skipped")
+    reduce_jpeg: bool = option(
+        False, "decode large JPEG at a reduced size that no crop is enlarged from; pixels differ"
+    )
+    cache: str | Path | None = option(None, "folder to keep decoded images in, built by the first run that needs it")
+    cache_side: int | None = option(None, "pixels of the shorter side in --cache at most; default: no crop is enlarged")
+    resize: str = option("pillow", "what resizes crops; torchvision is faster, some pixels differ by 1 or 2", RESIZERS)
+    augment_on: str = option("loader", "where crops are resized and flipped: loader, or device (for GPUs)", PLACES)
+    views: int = option(1, "crops of each decoded image, each with its own mask; --batch-size counts crops")
     device: str = option("auto", "auto (a GPU if there is one), cpu, cuda or cuda:N")
     precision: str = option(
         "auto",
@@ -87,7 +97,7 @@ class RunOptions:
     @property
     def wanted(self) -> Wanted:
         """What is wanted of image files."""
-        return Wanted(self.max_pixels)
+        return Wanted(self.max_pixels, least_side(self))
 
     def check(self) -> None:
         """Raise ValueError on options out of range, TypeError on those of a wrong type."""
@@ -104,6 +114,7 @@ class RunOptions:
         self.require("must be positive", lambda value: 0 < value < math.inf, "lr", "blr", "clip_grad")
         self.require("must be in [0, 1]", lambda value: 0 <= value <= 1, "max_bad")
         self.require("must be in [0, 1)", lambda value: all(0 <= beta < 1 for beta in value), "betas")
+        check_feeding(self)
         if self.resume and self.overwrite:
             raise ValueError("`resume` and `overwrite` exclude each other")
         self.require(f"must be one of {', '.join(COMPILE_MODES)}", COMPILE_MODES.__contains__, "compile")

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import safetensors.torch
 from torch import Tensor, nn
 
-from convnextv2.data.loading import EpochSampler, derived_seed, make_loader
+from convnextv2.data.loading import EpochSampler, derived_seed
 from convnextv2.data.sources import describe_skipped
 from convnextv2.files import append_jsonl, write_json
 from convnextv2.models.config import config_to_dict
@@ -21,6 +21,7 @@ from convnextv2.models.encoder import Encoder
 from convnextv2.training.bad_data import BadData
 from convnextv2.training.claim import claim
 from convnextv2.training.device import make_accelerator
+from convnextv2.training.feeding import fitting_batch, make_feeds, make_samples, memory_format
 from convnextv2.training.loop import Loop, OnLoss
 from convnextv2.training.optim import create_optimizer, create_schedule, scaled_lr
 from convnextv2.training.pictures import save_loss_curve
@@ -77,7 +78,8 @@ def run_task(
                 row, better = run.measure(epoch, *run.train(epoch))
                 run.save(row, better)
                 run.draw(row["epoch"])
-                run.say(f"epoch {row['epoch']}/{run.options.epochs}: {task.line(row)}")
+                waited = f"{100 * row['data_wait']:.0f} % waiting for data"
+                run.say(f"epoch {row['epoch']}/{run.options.epochs}: {task.line(row)}, {waited}")
                 run.bad.tell(row["epoch"])
         return run.finish(kind)
 
@@ -135,22 +137,23 @@ class Run:
         images, processes = len(training), self.accelerator.num_processes
         if images < processes:
             raise ValueError(f"{images} images cannot be shared among {processes} processes; run fewer")
-        if (size := min(asked, images // processes)) < asked:
+        if (size := min(asked, images // processes * task.options.views)) < asked:
             self.say(f"notice: `batch_size` {asked} lowered to {size}: there are {images} images to train on")
-        task.options = self.options = options = replace(task.options, batch_size=task.fit_batch(size))
+        size = fitting_batch(size, task.options.views, task.fit_batch)
+        task.options = self.options = options = replace(task.options, batch_size=size)
         self._effective_batch = options.batch_size * options.accum * processes
         self._lr = scaled_lr(options.blr, self._effective_batch, options.lr)
         steep, advice = task.steep_lr
         if self._lr > steep:
             self.say(f"notice: the learning rate {self._lr:.2e} is steep; {advice}")
+        layout = memory_format(self.accelerator.device, task.channels_last)
+        self.model.to(memory_format=layout)
         fused = self.accelerator.device.type == "cpu"  # accelerate looks after the others
         raw_optimizer = create_optimizer(task.groups(self.model), self._lr, options.betas, options.optimizer, fused)
         self._sampler = EpochSampler(len(training), options.seed)
-        batches = options.batch_size, options.workers
-        loaders = [make_loader(training, *batches, self._sampler)]
-        loaders += [make_loader(part, *batches) for part in self.parts[1:]]
-        prepared = self.accelerator.prepare(self.model, raw_optimizer, *loaders)
-        self.wrapped, optimizer, self._loader, *self._others = prepared
+        self.wrapped, optimizer = self.accelerator.prepare(self.model, raw_optimizer)
+        samples = make_samples(self.parts, options, layout, self.say)
+        self._loader, *self._others = make_feeds(self.accelerator, samples, options, self._sampler)
         updates = math.ceil(len(self._loader) / options.accum)
         schedule = create_schedule(raw_optimizer, updates, options.epochs, options.warmup_epochs, options.min_lr)
         if options.compile is not None:
@@ -206,7 +209,8 @@ class Run:
         batches = self.bad.watch(self._loader, epoch)
         if self.main:
             batches = self._progress(batches, len(batches), f"epoch {epoch + 1}/{self.options.epochs}")
-        return self.loop.epoch(epoch, batches, lambda batch: self.task.loss(self.wrapped, batch))
+        loss, pace = self.loop.epoch(epoch, batches, lambda batch: self.task.loss(self.wrapped, batch))
+        return loss, {**pace, "data_wait": self._loader.share(pace["seconds"])}
 
     def measure(self, epoch: int, loss: float, pace: dict[str, float]) -> tuple[dict[str, Any], bool]:
         """The row of the epoch, and whether it is the best so far."""

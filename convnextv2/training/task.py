@@ -49,6 +49,8 @@ class Task(ABC, Generic[O]):
     """Of the training loss in ``metrics.jsonl``."""
     steep_lr: tuple[float, str] = math.inf, ""
     """Peak learning rate above which the user is told that it is steep, and what else to try."""
+    channels_last = False
+    """Whether batches and weights lie in memory with channels last on a GPU, as suits dense convolutions there."""
     ema_decay = 0.0
     """Above 0 the weights are averaged with this decay, and the average is evaluated and saved."""
     ema_warmup = True

@@ -53,9 +53,23 @@ def test_the_dense_network_is_compared_with_timm(tmp_path):
     assert memory["ours"] < 0.5 * memory["ours-torch"]
 
 
+def test_ways_of_loading_are_measured(tmp_path):
+    options = "--samples", 8, "--repeats", 1, "--img-size", 32, "--batch-size", 4, "--views", 2
+    done = run("loader.py", *options, "--json", tmp_path / "out.json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert len(report["results"]) == 9
+    for row in report["results"]:
+        assert 0 < row["least_ms"] <= row["processor_ms"] <= row["most_ms"]
+        assert row["samples_per_s"] == pytest.approx(1e3 / row["processor_ms"])
+        assert any(line.startswith(row["way"]) for line in done.stdout.splitlines())
+
+
 @pytest.mark.parametrize(
     ("script", "arguments", "message"),
     [
+        ("loader.py", ("nowhere",), "no such folder"),
+        ("loader.py", ("--views", 0), "at least 1"),
         ("encoder.py", ("--models", "gigantic"), "unknown models"),
         ("encoder.py", ("--backends", "cpu+speed"), "after + only"),
         ("encoder.py", ("--backends", "abacus"), "unknown backend"),

@@ -156,7 +156,8 @@ def test_python_example_of_the_runs_runs(
     (example,) = python_blocks(ROOT / "docs" / "python.md")
     exec(compile(example, "python.md", "exec"), {})
     printed = capsys.readouterr().out.splitlines()
-    assert printed[0].split() == ["epoch", "step", "loss", "lr", "seconds", "images_per_s", "feature_diversity"]
+    pace = ["lr", "seconds", "images_per_s", "data_wait"]
+    assert printed[0].split() == ["epoch", "step", "loss", *pace, "feature_diversity"]
     assert [line.split()[:2] for line in printed[1:3]] == [["1", "11"], ["2", "22"]]
     assert printed[3].endswith(" %, 359 images")
     assert sorted(path.name for path in Path("runs").iterdir()) == ["finetune", "pretrain", "probe"]

@@ -1,0 +1,142 @@
+"""How the images of a run get to its device: what the options of loading mean, and how long the loop waits."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from convnextv2.data.batches import Samples, take_apart
+from convnextv2.data.cache import cached
+from convnextv2.data.crops import RESIZERS
+from convnextv2.data.datasets import ImageDataset
+from convnextv2.data.loading import make_loader
+from convnextv2.data.sources import CROP_SCALES
+
+PLACES = ("loader", "device")
+CENTRE_CROP = 0.875
+"""Share of a side that validation keeps."""
+
+
+def check_feeding(options: Any) -> None:
+    """Raise ValueError on options of loading that are out of range or exclude each other."""
+    options.require("must be at least 1", lambda value: value >= 1, "views", "cache_side")
+    options.require(f"must be one of {', '.join(RESIZERS)}", RESIZERS.__contains__, "resize")
+    options.require(f"must be one of {', '.join(PLACES)}", PLACES.__contains__, "augment_on")
+    if options.batch_size % options.views:
+        raise ValueError(f"`batch_size` {options.batch_size} counts crops, so `views` {options.views} must divide it")
+    if options.cache is not None and Path(options.cache).resolve().is_relative_to(Path(options.data).resolve()):
+        raise ValueError(
+            f"`cache` {options.cache} lies in `data`, where its files would be read as images; move it out"
+        )
+    if options.cache_side is not None and options.cache is None:
+        raise ValueError("`cache_side` is of the images in `cache`; name its folder too")
+    if options.augment_on == "device" and options.resize != "pillow":
+        raise ValueError("`resize` is of the loader, and with `augment_on` device it resizes nothing; leave it out")
+
+
+def needed_side(size: tuple[int, int], smallest: float) -> int:
+    """Pixels that the shorter side of an image must have so that nothing is enlarged that need not be.
+
+    The smallest square crop, a share ``smallest`` of the area, is then as large as ``size`` (H, W), and so is what
+    validation leaves of a side.
+    """
+    return math.ceil(max(size) * max(1 / math.sqrt(smallest), 1 / CENTRE_CROP))
+
+
+def least_side(options: Any) -> int | None:
+    """The shorter side that JPEG files may be reduced to while they are decoded; None for not at all."""
+    if not options.reduce_jpeg or options.img_size is None:
+        return None
+    task = "finetune" if hasattr(options, "crop_scale") else "pretrain"
+    scale = getattr(options, "crop_scale", None) or CROP_SCALES[task]
+    return needed_side(options.size, scale[0])
+
+
+@dataclass
+class Feed:
+    """Batches of a part of the data, floats on the device of the run.
+
+    Args:
+        loader: as accelerate prepared it.
+        finish: makes batches of what comes from it.
+        waited: seconds that the last pass waited for the loader.
+    """
+
+    loader: Any
+    finish: Callable[[Any], Any]
+    waited: float = field(default=0.0, init=False)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.loader, name)
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        self.waited, batches, done = 0.0, iter(self.loader), object()
+        while True:
+            start = time.perf_counter()
+            batch = next(batches, done)
+            self.waited += time.perf_counter() - start
+            if batch is done:
+                return
+            yield self.finish(batch)
+
+    def share(self, seconds: float) -> float:
+        """Of an epoch of so many seconds that was waited for the loader."""
+        return round(self.waited / max(seconds, self.waited, 1e-9), 4)
+
+
+def make_samples(
+    parts: Sequence[ImageDataset], options: Any, memory_format: torch.memory_format, say: Callable[[str], None]
+) -> list[Samples]:
+    """What the loaders of a run read: the part to train on, and the others.
+
+    Raises ValueError if an option does not fit the data.
+    """
+    training = parts[0]
+    taken = take_apart(training.transform)
+    crop = None if taken is None else taken.crop
+    if options.cache is not None:
+        crops = [step.scale[0] for step in getattr(training.transform, "transforms", ()) if hasattr(step, "scale")]
+        side = options.cache_side or needed_side(options.size, min(crops, default=1.0))
+        for part in parts:
+            part.source = cached(part.source, options.cache, side, say)
+    on_device = options.augment_on == "device"
+    if crop is None and (on_device or options.resize != "pillow"):
+        name = "`augment_on` device" if on_device else f"`resize` {options.resize}"
+        raise ValueError(
+            f"{name} knows crops and flips of images of 1 or 3 channels alone: leave it out, or `auto_augment`, "
+            "`color_jitter` and `random_erasing`"
+        )
+    first = Samples(
+        training, views=options.views, resizer=options.resize, on_device=on_device, memory_format=memory_format
+    )
+    return [first, *(Samples(part, memory_format=memory_format) for part in parts[1:])]
+
+
+def fitting_batch(size: int, views: int, fit: Callable[[int], int]) -> int:
+    """The largest batch of at most ``size`` crops that ``fit`` takes, and raises no error for, and ``views`` divide."""
+    size = fit(size)
+    while size % views:
+        size = fit(size - 1)
+    return size
+
+
+def make_feeds(accelerator: Any, samples: Sequence[Samples], options: Any, sampler: Any) -> list[Feed]:
+    """Loaders of a run, prepared; the one to train with first. ``batch_size`` counts crops."""
+    first, *others = samples
+    loaders = [make_loader(first, options.batch_size // options.views, options.workers, sampler)]
+    loaders += [make_loader(other, options.batch_size, options.workers) for other in others]
+    return [Feed(accelerator.prepare(loader), one.finish) for loader, one in zip(loaders, samples, strict=True)]
+
+
+def memory_format(device: torch.device, channels_last: bool) -> torch.memory_format:
+    """How images and weights of four axes lie in memory; a processor keeps the order in which its sums were always."""
+    return torch.channels_last if channels_last and device.type == "cuda" else torch.contiguous_format
