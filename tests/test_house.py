@@ -17,7 +17,10 @@ NEW = (
     "training/option_types training/processes training/saved_state weights/download weights/guard"
     " weights/loaders weights/stated"
 )
+TRITON = "block gelu_kernels mlp_backward products rows_kernels sums_kernels"
+NEW_BELOW = ["conformance_block", "residual", *(f"backends/triton/{name}" for name in TRITON.split())]
 ROOMS_SINCE = {f"convnextv2/{name}.py" for name in NEW.split()}
+ROOMS_SINCE |= {f"sparse_ops/{name}.py" for name in NEW_BELOW}
 """What has been added for purposes of its own; a file that takes over from an older one does not belong here."""
 BANNER = re.compile(r"^[ \t]*(?:#|//)[^\n]*[-=*#]{8,}\s*$", re.M)
 SOURCES = sorted(

@@ -21,7 +21,8 @@ from sparse_ops.backends.triton.depthwise import (
     kernel_width,
     weight_grad_blocks,
 )
-from sparse_ops.backends.triton.mlp import hidden_tile, norm_tile, scale_tile
+from sparse_ops.backends.triton.launch import kernels_of
+from sparse_ops.backends.triton.mlp import COPIED, finish_tile, hidden_tile, norm_tile, scale_tile
 from sparse_ops.conformance_cases import CASES, MLP_CASES, random_case
 
 triton = pytest.importorskip("triton")
@@ -38,11 +39,13 @@ INTERPRETED = """
 import sys, torch
 from sparse_ops import registry
 from sparse_ops.conformance import check_conformance, check_mlp_conformance
+from sparse_ops.conformance_block import check_block_conformance
 from sparse_ops.conformance_cases import CASES, MLP_CASES, random_case
 
 dtype, backend, part, parts = getattr(torch, sys.argv[1]), registry()["triton"], *map(int, sys.argv[2:])
 checks = [(check_conformance, case) for case in (*CASES, *map(random_case, range(6)))]
 checks += [(check_mlp_conformance, case) for case in MLP_CASES]
+checks += [(check_block_conformance, case) for case in CASES[7:20:2]]
 for check, case in checks[part::parts]:
     if backend.rejects(torch.device("cpu"), dtype, getattr(case, "kernel_size", 7)) is None:
         check(backend, case, dtype, "cpu")
@@ -63,7 +66,7 @@ def test_kernels_conform_under_the_interpreter(dtype, part):
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stdout[-300:] + done.stderr[-3000:]
-    cases = [*CASES, *map(random_case, range(6)), *MLP_CASES]
+    cases = [*CASES, *map(random_case, range(6)), *MLP_CASES, *CASES[7:20:2]]
     served = [str(case) for case in cases[part::PARTS] if getattr(case, "kernel_size", 7) in KERNEL_SIZES]
     assert [line.removeprefix("passed ") for line in done.stdout.splitlines()] == served
 
@@ -98,15 +101,16 @@ def test_it_says_why_it_cannot_run():
 RESULTS = {
     "depthwise": {"depthwise_kernel": "out", "depthwise_weight_grad_kernel": "partial"},
     "mlp": {
-        "layer_norm_kernel": "out mean rstd",
-        "layer_norm_backward_kernel": "grad_x normed partial_weight partial_bias",
+        "layer_norm_kernel": "out mean rstd narrow_w1 narrow_w2",
+        "layer_norm_backward_kernel": "grad_x normed partial",
         "gelu_energy_kernel": "partial",
         "grn_scale_kernel": "norms scale",
-        "grn_apply_kernel": "out",
-        "grn_backward_sums_kernel": "partial_product partial_grad",
+        "grn_apply_kernel": "out begun",
+        "grn_backward_sums_kernel": "partial_product partial_grad partial_b2",
         "grn_backward_scale_kernel": "scale pull grad_gamma grad_beta",
         "grn_backward_apply_kernel": "grad out partial_bias",
     },
+    "sums": {"finish_kernel": "of_b1 of_b2 of_gamma of_beta of_norm_weight of_norm_bias of_x"},
 }
 """What each kernel writes."""
 
@@ -233,11 +237,13 @@ def test_mlp_kernels_compile_without_spilling(architecture, channels, dtype, tmp
     """Features in ``dtype``, parameters and sums in float32."""
     from sparse_ops.backends.triton import mlp_kernels as kernels
 
-    features = ("x", "h", "out", "grad", "grad_x", "normed")
+    features = ("x", "h", "out", "grad", "grad_x", "incoming", "shortcut", "begun")
     sums = ("weight", "bias", "gamma", "beta", "mean", "rstd", "norms", "scale", "pull", "grad_gamma", "grad_beta")
-    sums += ("partial", "partial_weight", "partial_bias", "partial_product", "partial_grad")
+    sums += ("partial", "partial_bias", "partial_product", "partial_grad", "partial_b2", "w1", "w2", "b1", "b2")
+    sums += tuple(name for name in kernels_of("sums").finish_kernel.arg_names if name.startswith("of_"))
     types = dict.fromkeys(features, f"*{dtype}") | dict.fromkeys(sums, "*fp32")
-    types |= {"offsets": "*i64", "eps": "fp32"}
+    types |= dict.fromkeys(("normed",), f"*{dtype}")
+    types |= dict.fromkeys(("narrow_w1", "narrow_w2"), f"*{dtype}") | {"offsets": "*i64", "eps": "fp32"}
     tiles = {
         norm_tile(channels): [kernels.layer_norm_kernel, kernels.layer_norm_backward_kernel],
         hidden_tile(4 * channels): [
@@ -247,7 +253,9 @@ def test_mlp_kernels_compile_without_spilling(architecture, channels, dtype, tmp
             kernels.grn_backward_apply_kernel,
         ],
         scale_tile(4 * channels): [kernels.grn_scale_kernel, kernels.grn_backward_scale_kernel],
+        finish_tile(4 * channels): [kernels_of("sums").finish_kernel],
     }
+    others = {"NARROW": hidden_tile(4 * channels)._replace(width=channels), "CHUNK": COPIED}
     for tile, some in tiles.items():
         for kernel in some:
-            check_compiles(kernel, architecture, types, {"TILE": tile}, tile.warps, tmp_path)
+            check_compiles(kernel, architecture, types, {"TILE": tile, **others}, tile.warps, tmp_path)
