@@ -33,6 +33,13 @@ from sparse_ops.conformance_cases import ConformanceCase, MLPCase
 from sparse_ops.residual import BlockBackend, BlockCall
 
 
+def _too_old(device: torch.device) -> str | None:
+    """Why the kernels do not run on a CUDA device, or None; also where torch finds none."""
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability(device)[0] >= 8:
+        return None
+    return f"it needs a GPU of compute capability 8.0 or newer; {device} is {torch.cuda.get_device_name(device)}"
+
+
 class TritonBackend(BlockBackend):
     """Kernels in Triton for float32, bfloat16 and float16, with sums in float32: convolution and pointwise half."""
 
@@ -53,13 +60,14 @@ class TritonBackend(BlockBackend):
             return None
         if not torch.cuda.is_available():
             return "torch finds no CUDA device (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly)"
-        if torch.cuda.get_device_capability()[0] < 8:
-            return f"it needs a GPU of compute capability 8.0 or newer, not {torch.cuda.get_device_name()}"
-        return None
+        devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+        return None if any(_too_old(device) is None for device in devices) else _too_old(devices[0])
 
     def rejects(self, device: torch.device, dtype: torch.dtype, kernel_size: int) -> str | None:
         if device.type != ("cpu" if interpreting() else "cuda"):
             return f"it runs on CUDA{', here interpreted on the CPU' if interpreting() else ''}, not on {device}"
+        if device.type == "cuda" and not torch.compiler.is_compiling() and (reason := _too_old(device)):
+            return reason
         if dtype not in DTYPES:
             return f"dtype {dtype} is not one of {', '.join(map(str, DTYPES))}"
         if kernel_size not in KERNEL_SIZES:
