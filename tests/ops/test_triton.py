@@ -177,7 +177,7 @@ print(((y - exact).abs() / exact.abs().clamp_min(1e-37))[usual].max().item())
 print((slope - exact_slope).abs().max().item(), (y - exact)[~usual].abs().nan_to_num(9).max().item())
 odd = torch.tensor([float("inf"), float("-inf"), float("nan")])
 both[(1,)](odd, y, slope, 3, BLOCK=4)
-print(*y[:3].tolist(), *torch.nn.functional.gelu(odd).tolist())
+print(*y[:3].tolist())
 """
 
 
@@ -195,7 +195,7 @@ def test_gelu_for_16_bits():
     assert float(relative) < 4e-5
     assert float(slope) < 2e-5
     assert float(far) < 1e-40
-    assert odd[:3] == odd[3:] == ["inf", "nan", "nan"]
+    assert odd == ["inf", "nan", "nan"]
 
 
 STRIDED = """
