@@ -22,6 +22,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 NO_KERNEL = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_local_scalar_dense", "set_"}
+NO_KERNEL |= {"_unsafe_view", "lift_fresh", "resize_"}
 """Operators of aten that launch nothing on a device though they are no views."""
 
 
@@ -30,37 +31,60 @@ class Launch:
     """One kernel: its name, and for Triton's the bytes it reads and writes by the name of the argument."""
 
     name: str
+    operator: str = ""
+    """Of ours, inside of which it happens."""
     read: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     written: dict[str, int] = field(default_factory=lambda: defaultdict(int))
 
 
 class _Operators(TorchDispatchMode):
-    """Notes torch's operators that launch a kernel, also those inside of ours."""
+    """Notes torch's operators that launch a kernel, also those inside of ours.
+
+    One launch each: a sum in two passes and a product split over its inner dimension count once, and so does the bias
+    of a product, which cuBLAS adds itself; what a product is added to is copied first, unless it is the result.
+    """
 
     def __init__(self, launches: list[Launch]) -> None:
         super().__init__()
         self._launches = launches
+        self.operator = ""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
         if func.namespace == "sparse_ops":
             backend = importlib.import_module(f"sparse_ops.backends.triton.{_room(func)}")
+            self.operator = func._schema.name.partition("::")[2]
             with self:
-                return getattr(backend, func._schema.name.partition("::")[2])._init_fn(*args, **(kwargs or {}))
+                out = getattr(backend, self.operator)._init_fn(*args, **kwargs)
+            self.operator = ""
+            return out
+        if func._can_decompose():  # such as `to`, which is a view where it changes nothing
+            with self:
+                return func.decompose(*args, **kwargs)
+        out = func(*args, **kwargs)
         name = func._schema.name.partition("::")[2]
-        out = func(*args, **(kwargs or {}))
-        unchanged = name in {"_to_copy", "contiguous", "reshape"} and out is args[0]
-        if func.namespace == "aten" and not func.is_view and name not in NO_KERNEL and not unchanged:
-            self._launches.append(Launch(f"aten.{name}"))
+        if func.namespace == "aten" and not func.is_view and name not in NO_KERNEL:
+            self.note(f"aten.{name}")
+            if name == "addmm" and args[0].dim() == 2 and args[0] is not kwargs.get("out"):
+                self.note("aten.copy_")
         return out
+
+    def note(self, name: str) -> Launch:
+        self._launches.append(Launch(name, self.operator))
+        return self._launches[-1]
 
 
 def _room(func: Any) -> str:
-    return "depthwise" if "depthwise" in func._schema.name else "mlp"
+    name = func._schema.name.partition("::triton_")[2]
+    return "depthwise" if "depthwise" in name else name
 
 
 @contextlib.contextmanager
-def counting() -> Iterator[list[Launch]]:
+def counting(execute: bool = True) -> Iterator[list[Launch]]:
     """The launches of what runs inside, in their order; ``TRITON_INTERPRET`` must be 1.
+
+    Args:
+        execute: False leaves Triton's kernels out, which is quick: launches are counted, bytes are not.
 
     Raises:
         RuntimeError: if kernels would not be interpreted.
@@ -69,11 +93,12 @@ def counting() -> Iterator[list[Launch]]:
         raise RuntimeError("launches are counted in Triton's interpreter: set TRITON_INTERPRET=1")
     from triton.runtime import interpreter
 
-    from sparse_ops.backends.triton import depthwise, launch, mlp
+    from sparse_ops.backends.triton import depthwise, launch, mlp, products
 
     launches: list[Launch] = []
     places: list[tuple[int, int, str]] = []
-    builder, execute = interpreter.InterpreterBuilder, launch.launch
+    operators = _Operators(launches)
+    builder, launch_it, multiply = interpreter.InterpreterBuilder, launch.launch, products._widened_product
     load, store = builder.create_masked_load, builder.create_masked_store
 
     def note(counts: dict[str, int], pointers: Any, mask: Any) -> None:
@@ -93,12 +118,19 @@ def counting() -> Iterator[list[Launch]]:
         return store(self, pointers, value, mask, *rest)
 
     def counted_launch(kernel: Any, grid: Any, *args: Any, **constants: Any) -> None:
-        launches.append(Launch(kernel.fn.__name__))
+        operators.note(kernel.fn.__name__)
+        if not execute:
+            return
         named = {**dict(zip(kernel.arg_names, args, strict=False)), **constants}
         tensors = [(name, tensor) for name, tensor in named.items() if isinstance(tensor, torch.Tensor)]
         places[:] = [(t.data_ptr(), t.data_ptr() + max(1, t.nbytes), name) for name, t in tensors]
         with torch.utils._python_dispatch._disable_current_modes():
-            execute(kernel, grid, *args, **constants)
+            launch_it(kernel, grid, *args, **constants)
+
+    def counted_product(*args: Any) -> torch.Tensor:
+        operators.note("aten.mm")
+        with torch.utils._python_dispatch._disable_current_modes():
+            return multiply(*args)
 
     with contextlib.ExitStack() as stack:
         for module in (depthwise, mlp):
@@ -106,7 +138,8 @@ def counting() -> Iterator[list[Launch]]:
             stack.enter_context(mock.patch.object(module, "interpreting", lambda: False))
         stack.enter_context(mock.patch.object(builder, "create_masked_load", counted_load))
         stack.enter_context(mock.patch.object(builder, "create_masked_store", counted_store))
-        stack.enter_context(_Operators(launches))
+        stack.enter_context(mock.patch.object(products, "_widened_product", counted_product))
+        stack.enter_context(operators)
         yield launches
 
 
@@ -126,7 +159,9 @@ class BlockCounts:
         return (sum(launch.read.values()) + sum(launch.written.values())) / (self.cells * self.channels)
 
 
-def block_counts(model: str, stage: int, active: Any, dtype: torch.dtype, residual: torch.dtype) -> BlockCounts:
+def block_counts(
+    model: str, stage: int, active: Any, dtype: torch.dtype, residual: torch.dtype, execute: bool = True
+) -> BlockCounts:
     """Forward and backward pass of a block of stage 1, 2, 3 or 4 on ``active``, under autocast to ``dtype``.
 
     Args:
@@ -135,6 +170,7 @@ def block_counts(model: str, stage: int, active: Any, dtype: torch.dtype, residu
         active: the active set of the stage.
         dtype: what is computed in.
         residual: dtype of the block's input; float32 in stage 1 on CUDA, where autocast leaves the stem's LayerNorm so.
+        execute: see :func:`counting`.
     """
     from convnextv2.models.config import encoder_config
     from convnextv2.models.encoder import Block
@@ -145,10 +181,10 @@ def block_counts(model: str, stage: int, active: Any, dtype: torch.dtype, residu
     x = torch.randn(active.num_cells, channels).to(residual).requires_grad_()
     get_backend("triton").prepare(active, 7)  # tables are made once a stage, not once a block
     _ = active.row_offsets
-    with counting() as forward, torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+    with counting(execute) as forward, torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         out = block(x, SparseGrid(active, "triton"))
     grad = torch.randn(out.shape).to(out.dtype)
-    with counting() as backward:
+    with counting(execute) as backward:
         out.backward(grad)
     return BlockCounts(model, stage, channels, active.num_cells, forward, backward)
 

@@ -104,6 +104,14 @@ class Grid(ABC):
             return layers.pwconv2(h.flatten(0, -2)[rows])
         return self.features(layers.pwconv2(h))
 
+    def residual(self, x: Tensor, dwconv: nn.Conv2d, mlp: MLP, drop_path: Any, rows: Tensor | None = None) -> Tensor:
+        """A block, ``x + drop_path(mlp(dwconv(x)))``: features, or ``[M, C]`` for the cells ``rows``, see :meth:`take`.
+
+        ``drop_path`` is called with features and their grid, and is ``idle`` where it returns them as they are.
+        """
+        h = self.mlp(self.depthwise(dwconv, x), mlp, rows)
+        return self.take(x, rows) + drop_path(h, self)
+
     @abstractmethod
     def image_sum(self, cells: Tensor) -> Tensor:
         """Sum over the cells of each image: ``[B, C]``."""

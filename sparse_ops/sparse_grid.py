@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -12,6 +14,7 @@ from sparse_ops.grid import MLP, Grid, GRNScope
 from sparse_ops.layers import call_in_place_of, conv_weights, mlp_weights
 from sparse_ops.pointwise import autocast_dtype, pointwise_linear
 from sparse_ops.registry import get_backend, resolve_backend
+from sparse_ops.residual import fused_block, groups_of
 
 
 class SparseGrid(Grid):
@@ -82,12 +85,17 @@ class SparseGrid(Grid):
             return (cells.view(self.batch_size, count, cells.shape[1]) * factor[:, None]).view(cells.shape)
         return cells * factor[self.active.image_index]
 
+    def residual(self, x: Tensor, dwconv: nn.Conv2d, mlp: MLP, drop_path: Any, rows: Tensor | None = None) -> Tensor:
+        backend = self.serving(autocast_dtype(x.device) or x.dtype, dwconv.kernel_size[0])
+        fused = None
+        if rows is None:
+            fused = fused_block(x, dwconv, mlp, drop_path, self.active, self.grn_scope, backend)
+        return super().residual(x, dwconv, mlp, drop_path, rows) if fused is None else fused
+
     def mlp(self, x: Tensor, layers: MLP, rows: Tensor | None = None) -> Tensor:
         weights = mlp_weights(layers)
         backend = self.serving(x.dtype, 7)
         if weights is None or not backend.fuses_mlp(x.device, x.dtype, weights.w1.dtype):
             return super().mlp(x, layers, rows)
-        offsets = self.active.row_offsets
-        groups = offsets if self.grn_scope == "image" else offsets[:: offsets.numel() - 1].contiguous()
-        eps = layers.norm.eps, layers.grn.eps
+        groups, eps = groups_of(self.active, self.grn_scope), (layers.norm.eps, layers.grn.eps)
         return functional.convnext_mlp(x, weights, groups, backend, eps=eps, rows=rows, workspace=self.active.workspace)

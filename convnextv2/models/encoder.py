@@ -45,9 +45,8 @@ class Block(nn.Module):
         With ``rows``, the indices ``[M]`` of cells in row-major order, only those are computed: ``[M, C]``. Then drop
         path must be off: it is per image, and rows are not grouped by image.
         """
-        h = grid.depthwise(self.dwconv, x)
-        h = grid.mlp(h, MLP(self.norm, self.pwconv1, self.act, self.grn, self.pwconv2), rows)
-        return grid.take(x, rows) + self.drop_path(h, grid)
+        mlp = MLP(self.norm, self.pwconv1, self.act, self.grn, self.pwconv2)
+        return grid.residual(x, self.dwconv, mlp, self.drop_path, rows)
 
 
 class Stage(nn.Sequential):

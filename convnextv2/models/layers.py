@@ -20,8 +20,13 @@ class DropPath(nn.Module):
         super().__init__()
         self.rate = rate
 
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is dropped."""
+        return self.rate == 0.0 or not self.training
+
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
-        if self.rate == 0.0 or not self.training:
+        if self.idle:
             return x
         keep = 1 - self.rate
 

@@ -33,6 +33,8 @@ def make_accelerator(options: RunOptions) -> Accelerator:
             torch.cuda.set_device(int(index))
     torch.set_float32_matmul_precision("high" if options.tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = options.tf32
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     # Without an accelerator, accelerate joins the processes of a launcher only if told that they run on processors;
     # otherwise each would train by itself, all into the same folder.
     settings: dict[str, Any] = {

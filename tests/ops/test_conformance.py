@@ -10,9 +10,11 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from sparse_ops import ActiveSet, Backend, convnext_mlp, depthwise_conv, get_backend, registry
 from sparse_ops.backend import MLPCall
 from sparse_ops.conformance import check_conformance, check_mlp_conformance
+from sparse_ops.conformance_block import check_block_conformance
 from sparse_ops.conformance_cases import CASES, MLP_CASES, ConformanceCase, MLPCase, random_case
 from sparse_ops.oracle import dense_depthwise
 from sparse_ops.pointwise import MLPWeights
+from sparse_ops.residual import BlockBackend
 from sparse_ops.workspace import Workspace
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -349,6 +351,8 @@ def run_every_kernel(backend: Backend, device: str) -> None:
         grad = grad if some_rows is None else grad[some_rows]
         assert out.shape == grad.shape
         backend.mlp_backward(grad, call, kept)
+    if isinstance(backend, BlockBackend):
+        check_block_conformance(backend, ConformanceCase("opcheck", ("..#/#.#",), channels=5, side=2), device=device)
 
 
 @pytest.mark.parametrize("device", DEVICES)

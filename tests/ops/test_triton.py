@@ -21,7 +21,9 @@ from sparse_ops.backends.triton.depthwise import (
     kernel_width,
     weight_grad_blocks,
 )
-from sparse_ops.backends.triton.mlp import hidden_tile, norm_tile, scale_tile
+from sparse_ops.backends.triton.launch import kernels_of
+from sparse_ops.backends.triton.mlp import COPIED, finish_tile, hidden_tile, norm_tile, scale_tile
+from sparse_ops.backends.triton.products import add_product, product
 from sparse_ops.conformance_cases import CASES, MLP_CASES, random_case
 
 triton = pytest.importorskip("triton")
@@ -38,11 +40,13 @@ INTERPRETED = """
 import sys, torch
 from sparse_ops import registry
 from sparse_ops.conformance import check_conformance, check_mlp_conformance
+from sparse_ops.conformance_block import check_block_conformance
 from sparse_ops.conformance_cases import CASES, MLP_CASES, random_case
 
 dtype, backend, part, parts = getattr(torch, sys.argv[1]), registry()["triton"], *map(int, sys.argv[2:])
 checks = [(check_conformance, case) for case in (*CASES, *map(random_case, range(6)))]
 checks += [(check_mlp_conformance, case) for case in MLP_CASES]
+checks += [(check_block_conformance, case) for case in CASES[7:20:2]]
 for check, case in checks[part::parts]:
     if backend.rejects(torch.device("cpu"), dtype, getattr(case, "kernel_size", 7)) is None:
         check(backend, case, dtype, "cpu")
@@ -63,7 +67,7 @@ def test_kernels_conform_under_the_interpreter(dtype, part):
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stdout[-300:] + done.stderr[-3000:]
-    cases = [*CASES, *map(random_case, range(6)), *MLP_CASES]
+    cases = [*CASES, *map(random_case, range(6)), *MLP_CASES, *CASES[7:20:2]]
     served = [str(case) for case in cases[part::PARTS] if getattr(case, "kernel_size", 7) in KERNEL_SIZES]
     assert [line.removeprefix("passed ") for line in done.stdout.splitlines()] == served
 
@@ -95,18 +99,150 @@ def test_it_says_why_it_cannot_run():
     assert "kernel size 9" in backend.rejects(torch.device("cuda"), torch.float32, 9)
 
 
+@pytest.mark.parametrize("old", [0, 1])
+def test_it_judges_the_device_that_is_asked_for(old, monkeypatch):
+    """One GPU of two is too old, the current one or the other."""
+    backend = registry()["triton"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: f"GPU {device}")
+
+    def capability(device=None):
+        index = torch.device(device or "cuda").index or 0
+        return (7, 5) if index == old else (9, 0)
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", capability)
+    assert backend.unavailable_reason() is None
+    reasons = [backend.rejects(torch.device("cuda", index), torch.float32, 7) for index in (0, 1)]
+    assert reasons[1 - old] is None
+    assert f"8.0 or newer; cuda:{old} is GPU cuda:{old}" in reasons[old]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+    assert "8.0 or newer" in backend.unavailable_reason()
+
+
+SWITCHES = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_products_are_summed_in_float32_and_the_users_switches_stay(before, monkeypatch):
+    switches, seen, multiply = torch.backends.cuda.matmul, [], torch.mm
+    users = [getattr(switches, name) for name in SWITCHES]
+    for name in SWITCHES:
+        setattr(switches, name, before)
+
+    def watched(*args, **options):
+        seen.append([getattr(switches, name) for name in SWITCHES])
+        return multiply(*args, **options)
+
+    monkeypatch.setattr(torch, "mm", watched)
+    a, b = torch.randn(5, 7).bfloat16(), torch.randn(7, 3).bfloat16()
+    assert torch.equal(product(a, b), a @ b)
+    wide = product(a, b, torch.float32)
+    assert wide.dtype == torch.float32
+    assert (wide - a.double() @ b.double()).abs().max() < 1e-5
+    begun = torch.randn(5, 3)
+    expected = begun + wide
+    add_product(begun, a, b)
+    assert torch.allclose(begun, expected, atol=1e-6)
+    assert seen == [[False, False]] * 2
+    assert [getattr(switches, name) for name in SWITCHES] == [before] * 2
+    with pytest.raises(RuntimeError):
+        product(a, a)
+    assert [getattr(switches, name) for name in SWITCHES] == [before] * 2
+    for name, value in zip(SWITCHES, users, strict=True):
+        setattr(switches, name, value)
+
+
+GELU = """
+import numpy, torch, triton
+import triton.language as tl
+from sparse_ops.backends.triton.gelu_kernels import gelu_and_derivative
+
+@triton.jit
+def both(x, y, slope, count, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    value, derivative = gelu_and_derivative(tl.load(x + at, mask=at < count, other=0.0), False)
+    tl.store(y + at, value, mask=at < count)
+    tl.store(slope + at, derivative, mask=at < count)
+
+tiny = torch.tensor([0.0, 1e-45, -1e-45, 1e-38, -1e-38, 1e4, -1e4, 3e38, -3e38])
+x = torch.cat((torch.linspace(-13, 13, 200_001), tiny))
+y, slope = torch.empty_like(x), torch.empty_like(x)
+both[(-(-len(x) // 65536),)](x, y, slope, len(x), BLOCK=65536)
+wide = x.double()
+below = torch.erfc(-wide * 0.5**0.5) / 2
+exact, exact_slope = wide * below, below + wide * torch.exp(-wide * wide / 2) * 0.3989422804014327
+usual = wide.abs() < 13
+print(((y - exact).abs() / exact.abs().clamp_min(1e-37))[usual].max().item())
+print((slope - exact_slope).abs().max().item(), (y - exact)[~usual].abs().nan_to_num(9).max().item())
+odd = torch.tensor([float("inf"), float("-inf"), float("nan")])
+both[(1,)](odd, y, slope, 3, BLOCK=4)
+print(*y[:3].tolist())
+"""
+
+
+@pytest.mark.slow
+def test_gelu_for_16_bits():
+    done = subprocess.run(
+        [sys.executable, "-c", GELU],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    relative, slope, far, *odd = done.stdout.split()
+    assert float(relative) < 4e-5
+    assert float(slope) < 2e-5
+    assert float(far) < 1e-40
+    assert odd == ["inf", "nan", "nan"]
+
+
+STRIDED = """
+import torch
+from sparse_ops.backends.triton.mlp import triton_mlp
+from sparse_ops.backends.triton.mlp_backward import triton_mlp_backward
+from sparse_ops.conformance_cases import MLPCase
+
+case = MLPCase("strided", (5, 3), channels=8)
+found = []
+for layout in ("contiguous", "transposed", "strided"):
+    values = MLPCase("strided", (5, 3), channels=8, layout=layout).values(torch.float32)
+    x, grad = values.pop("x"), values.pop("grad")
+    assert layout == "contiguous" or not x.is_contiguous()
+    weights = list(values.values())
+    *kept, out = triton_mlp(x, weights, case.row_offsets, None, 1e-6, 1e-6, x, torch.float32)
+    found.append([out, *triton_mlp_backward(grad, x, weights, case.row_offsets, None, kept, 1e-6, 1e-6)])
+for other in found[1:]:
+    assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+"""
+
+
+@pytest.mark.slow
+def test_operators_called_directly_take_any_layout():
+    done = subprocess.run(
+        [sys.executable, "-c", STRIDED],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 RESULTS = {
     "depthwise": {"depthwise_kernel": "out", "depthwise_weight_grad_kernel": "partial"},
     "mlp": {
-        "layer_norm_kernel": "out mean rstd",
-        "layer_norm_backward_kernel": "grad_x normed partial_weight partial_bias",
+        "layer_norm_kernel": "out mean rstd narrow_w1 narrow_w2",
+        "layer_norm_backward_kernel": "grad_x normed partial",
         "gelu_energy_kernel": "partial",
         "grn_scale_kernel": "norms scale",
-        "grn_apply_kernel": "out",
-        "grn_backward_sums_kernel": "partial_product partial_grad",
+        "grn_apply_kernel": "out begun",
+        "grn_backward_sums_kernel": "partial_product partial_grad partial_b2",
         "grn_backward_scale_kernel": "scale pull grad_gamma grad_beta",
         "grn_backward_apply_kernel": "grad out partial_bias",
     },
+    "sums": {"finish_kernel": "of_b1 of_b2 of_gamma of_beta of_norm_weight of_norm_bias of_x"},
 }
 """What each kernel writes."""
 
@@ -233,11 +369,13 @@ def test_mlp_kernels_compile_without_spilling(architecture, channels, dtype, tmp
     """Features in ``dtype``, parameters and sums in float32."""
     from sparse_ops.backends.triton import mlp_kernels as kernels
 
-    features = ("x", "h", "out", "grad", "grad_x", "normed")
+    features = ("x", "h", "out", "grad", "grad_x", "incoming", "shortcut", "begun")
     sums = ("weight", "bias", "gamma", "beta", "mean", "rstd", "norms", "scale", "pull", "grad_gamma", "grad_beta")
-    sums += ("partial", "partial_weight", "partial_bias", "partial_product", "partial_grad")
+    sums += ("partial", "partial_bias", "partial_product", "partial_grad", "partial_b2", "w1", "w2", "b1", "b2")
+    sums += tuple(name for name in kernels_of("sums").finish_kernel.arg_names if name.startswith("of_"))
     types = dict.fromkeys(features, f"*{dtype}") | dict.fromkeys(sums, "*fp32")
-    types |= {"offsets": "*i64", "eps": "fp32"}
+    types |= dict.fromkeys(("normed",), f"*{dtype}")
+    types |= dict.fromkeys(("narrow_w1", "narrow_w2"), f"*{dtype}") | {"offsets": "*i64", "eps": "fp32"}
     tiles = {
         norm_tile(channels): [kernels.layer_norm_kernel, kernels.layer_norm_backward_kernel],
         hidden_tile(4 * channels): [
@@ -247,7 +385,9 @@ def test_mlp_kernels_compile_without_spilling(architecture, channels, dtype, tmp
             kernels.grn_backward_apply_kernel,
         ],
         scale_tile(4 * channels): [kernels.grn_scale_kernel, kernels.grn_backward_scale_kernel],
+        finish_tile(4 * channels): [kernels_of("sums").finish_kernel],
     }
+    others = {"NARROW": hidden_tile(4 * channels)._replace(width=channels), "CHUNK": COPIED}
     for tile, some in tiles.items():
         for kernel in some:
-            check_compiles(kernel, architecture, types, {"TILE": tile}, tile.warps, tmp_path)
+            check_compiles(kernel, architecture, types, {"TILE": tile, **others}, tile.warps, tmp_path)

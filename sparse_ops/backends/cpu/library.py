@@ -86,7 +86,8 @@ def call(function: str, arguments: type[ctypes.Structure], dtype: torch.dtype, *
     assert library is not None
     for name, value in fields.items():
         if isinstance(value, Tensor):
-            assert value.is_contiguous()
+            if not value.is_contiguous():
+                raise ValueError(f"{function} takes contiguous tensors; {name} is not: call .contiguous() on it")
             fields[name] = value.data_ptr()
     args = arguments(threads=torch.get_num_threads(), **fields)
     status = getattr(library, function)(ctypes.byref(args), DTYPES[dtype])

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from sparse_ops.active_set import ActiveSet
-from sparse_ops.backend import Backend, MLPCall
+from sparse_ops.backend import MLPCall
 from sparse_ops.backends._operators import run
+from sparse_ops.backends.triton import block
 from sparse_ops.backends.triton.depthwise import (
     DTYPES,
     KERNEL_SIZES,
@@ -24,27 +25,22 @@ from sparse_ops.backends.triton.depthwise import (
     triton_depthwise_weight_grad,
 )
 from sparse_ops.backends.triton.launch import interpreting, only_compiling
-from sparse_ops.backends.triton.mlp import triton_mlp, triton_mlp_backward
+from sparse_ops.backends.triton.mlp import triton_mlp
+from sparse_ops.backends.triton.mlp_backward import triton_mlp_backward
 from sparse_ops.conformance import check_conformance, check_mlp_conformance
+from sparse_ops.conformance_block import check_block_conformance
 from sparse_ops.conformance_cases import ConformanceCase, MLPCase
+from sparse_ops.residual import BlockBackend, BlockCall
 
 
-def _compile_stage(side: int, channels: int, kernel_size: int, device: torch.device, dtype: torch.dtype) -> None:
-    """Inside of :func:`only_compiling`: everything that a block of such a stage launches; parameters are float32."""
-    active = ActiveSet.full(1, (1, 1), side, device=device)
-    x = torch.empty(active.num_cells, channels, device=device, dtype=dtype)
-    weight = x.new_empty(channels, 1, kernel_size, kernel_size)
-    convolved, summed = (active.tile_neighbours(kernel_size, tile) for tile in (TILE, WEIGHT_TILE))
-    triton_depthwise(x, weight, None, convolved, min(side, TILE), False)
-    triton_depthwise_weight_grad(x, x, summed, min(side, WEIGHT_TILE), kernel_size)
-    dim = 4 * channels
-    shapes = [(channels,)] * 2 + [(dim, channels), *[(dim,)] * 3, (channels, dim), (channels,)]
-    parameters = [torch.empty(shape, device=device) for shape in shapes]
-    *kept, out = triton_mlp(x, parameters, active.row_offsets, None, 1e-6, 1e-6)
-    triton_mlp_backward(out, x, parameters, active.row_offsets, None, kept, 1e-6, 1e-6)
+def _too_old(device: torch.device) -> str | None:
+    """Why the kernels do not run on a CUDA device, or None; also where torch finds none."""
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability(device)[0] >= 8:
+        return None
+    return f"it needs a GPU of compute capability 8.0 or newer; {device} is {torch.cuda.get_device_name(device)}"
 
 
-class TritonBackend(Backend):
+class TritonBackend(BlockBackend):
     """Kernels in Triton for float32, bfloat16 and float16, with sums in float32: convolution and pointwise half."""
 
     name = "triton"
@@ -64,13 +60,14 @@ class TritonBackend(Backend):
             return None
         if not torch.cuda.is_available():
             return "torch finds no CUDA device (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly)"
-        if torch.cuda.get_device_capability()[0] < 8:
-            return f"it needs a GPU of compute capability 8.0 or newer, not {torch.cuda.get_device_name()}"
-        return None
+        devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+        return None if any(_too_old(device) is None for device in devices) else _too_old(devices[0])
 
     def rejects(self, device: torch.device, dtype: torch.dtype, kernel_size: int) -> str | None:
         if device.type != ("cpu" if interpreting() else "cuda"):
             return f"it runs on CUDA{', here interpreted on the CPU' if interpreting() else ''}, not on {device}"
+        if device.type == "cuda" and not torch.compiler.is_compiling() and (reason := _too_old(device)):
+            return reason
         if dtype not in DTYPES:
             return f"dtype {dtype} is not one of {', '.join(map(str, DTYPES))}"
         if kernel_size not in KERNEL_SIZES:
@@ -85,6 +82,7 @@ class TritonBackend(Backend):
                 for dtype in (torch.float32, torch.bfloat16):
                     check_conformance(self, case, dtype, device)
                     check_mlp_conformance(self, mlp_case, dtype, device)
+                    check_block_conformance(self, case, dtype, device)
         except Exception as error:  # whatever Triton raises, it is told and another backend runs
             return f"its kernels fail their check on this device ({type(error).__name__}: {str(error)[:500]})"
         return None
@@ -99,7 +97,7 @@ class TritonBackend(Backend):
         if missing:
             with only_compiling(), torch.no_grad(), torch.autocast(device.type, enabled=False):
                 for stage in missing:
-                    _compile_stage(*stage)
+                    block.compile_stage(self, *stage)
             self._compiled |= missing
 
     def prepare(self, active: ActiveSet, kernel_size: int) -> None:
@@ -120,12 +118,23 @@ class TritonBackend(Backend):
         return self.rejects(device, dtype, KERNEL_SIZES[0]) is None and weights_dtype in (dtype, torch.float32)
 
     def mlp(self, call: MLPCall) -> tuple[Tensor, tuple[Tensor, ...]]:
-        *kept, out = run(triton_mlp, call.x, list(call.weights), call.row_offsets, call.rows, *call.eps)
+        x, row_offsets, rows, weights, eps, _ = call
+        *kept, out = run(triton_mlp, x, list(weights), row_offsets, rows, *eps, None, x.dtype)
         return out, tuple(kept)
 
     def mlp_backward(self, grad: Tensor, call: MLPCall, kept: tuple[Tensor, ...]) -> list[Tensor]:
         x, row_offsets, rows, weights, eps, _ = call
-        return run(triton_mlp_backward, grad, x, list(weights), row_offsets, rows, list(kept), *eps)
+        grad_x, _, *grads = run(triton_mlp_backward, grad, x, list(weights), row_offsets, rows, list(kept), *eps)
+        return [grad_x, *grads]
+
+    def fuses_block(self, device: torch.device, dtype: torch.dtype, stream: torch.dtype, weights: torch.dtype) -> bool:
+        return self.fuses_mlp(device, dtype, weights) and stream in (dtype, torch.float32)
+
+    def block(self, call: BlockCall) -> tuple[Tensor, tuple[Tensor, ...]]:
+        return block.forward(self, call)
+
+    def block_backward(self, grad: Tensor, call: BlockCall, kept: tuple[Tensor, ...]) -> list[Tensor | None]:
+        return block.backward(self, grad, call, kept)
 
 
 BACKEND = TritonBackend()

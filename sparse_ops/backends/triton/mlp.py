@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sparse_ops.backends.triton.launch import PROGRAMS, interpreting, kernels_of, launch
+from sparse_ops.backends.triton.products import add_product, product, projected
 
 
 class RowTile(NamedTuple):
@@ -40,13 +41,19 @@ def hidden_tile(dim: int) -> RowTile:
 
 
 def scale_tile(dim: int) -> RowTile:
-    """For the kernels that take a group's norms, a row of them at a time."""
-    return RowTile(dim, 1, min(512 if interpreting() else 2048, _power_of_two(dim, 128)))
+    """For the kernels that take a group's norms; the rows are those of partial sums."""
+    return RowTile(dim, 8, min(512, _power_of_two(dim, 64)), 8)
 
 
-def _launch(kernel: Any, grid: tuple[int, ...], tile: RowTile, *args: Any) -> None:
+def finish_tile(dim: int) -> RowTile:
+    """For the kernel that adds up partial sums: a row of them is a sum."""
+    return RowTile(dim, 64, 64 if interpreting() else 32)
+
+
+def launch_tiles(kernel: Any, grid: tuple[int, ...], tile: RowTile, *args: Any, **constants: Any) -> None:
+    """Launch, unless there is nothing to do."""
     if all(grid):
-        launch(kernel, grid, *args, TILE=tile, num_warps=tile.warps)
+        launch(kernel, grid, *args, TILE=tile, num_warps=tile.warps, **constants)
 
 
 def _parts(rows: int, groups: int, tile: RowTile) -> int:
@@ -55,108 +62,105 @@ def _parts(rows: int, groups: int, tile: RowTile) -> int:
     return max(1, min(wanted, 256, -(-rows // (max(1, groups) * tile.rows))))
 
 
-class _Hidden:
+COPIED = 2048
+"""Numbers of each weight that a program copies to 16 bits."""
+
+
+class Hidden:
     """Launches the kernels of the hidden layer."""
 
-    def __init__(self, h: Tensor, row_offsets: Tensor) -> None:
+    def __init__(self, h: Tensor, row_offsets: Tensor, channels: int) -> None:
         self.groups, self.tile = row_offsets.numel() - 1, hidden_tile(h.shape[1])
         self.parts = _parts(h.shape[0], self.groups, self.tile)
+        self.narrow = self.tile._replace(width=channels)
         self._h = h
 
-    def partial(self) -> Tensor:
-        """Memory for a sum of each part, ``[groups, parts, dim]`` float32."""
-        return self._h.new_empty(self.groups, self.parts, self.tile.width, dtype=torch.float32)
+    def partial(self, width: int) -> Tensor:
+        """Memory for a sum of each part, ``[groups, parts, width]`` float32."""
+        return self._h.new_empty(self.groups, self.parts, width, dtype=torch.float32)
 
     def walk(self, kernel: Any, *args: Any) -> None:
         """Over all rows: program (part, group, block of columns)."""
-        _launch(kernel, (self.parts, self.groups, self.tile.blocks), self.tile, *args)
+        launch_tiles(kernel, (self.parts, self.groups, self.tile.blocks), self.tile, *args)
+
+    def walk_both(self, kernel: Any, *args: Any, both: bool) -> None:
+        """As :meth:`walk`, and over the rows of a tensor ``[N, C]`` too where there is one."""
+        blocks = self.tile.blocks + (self.narrow.blocks if both else 0)
+        launch_tiles(kernel, (self.parts, self.groups, blocks), self.tile, *args, NARROW=self.narrow)
 
     def each_group(self, kernel: Any, *args: Any) -> None:
-        _launch(kernel, (self.groups,), scale_tile(self.tile.width), *args)
+        launch_tiles(kernel, (self.groups,), scale_tile(self.tile.width), *args)
+
+
+def contiguous(*tensors: Tensor) -> list[Tensor]:
+    """Row-major, which the kernels take for granted."""
+    return [tensor.contiguous() for tensor in tensors]
 
 
 def _mlp_outputs(
-    x: Tensor, parameters: list[Tensor], row_offsets: Tensor, rows: Tensor | None, norm_eps: float, grn_eps: float
+    x: Tensor,
+    parameters: list[Tensor],
+    row_offsets: Tensor,
+    rows: Tensor | None,
+    norm_eps: float,
+    grn_eps: float,
+    shortcut: Tensor | None,
+    dtype: torch.dtype,
 ) -> list[Tensor]:
-    """h, mean, rstd, norms and the result, uninitialised."""
+    """h, mean, rstd, norms, both weights in 16 bits where they are wider, and the result, uninitialised."""
     count, channels, dim = x.shape[0], x.shape[1], parameters[2].shape[0]
+    wide = parameters[2].dtype != dtype
     return [
-        x.new_empty(count, dim),
+        x.new_empty(count, dim, dtype=dtype),
         *(x.new_empty(count, dtype=torch.float32) for _ in range(2)),
         x.new_empty(row_offsets.numel() - 1, dim, dtype=torch.float32),
-        x.new_empty(count if rows is None else rows.numel(), channels),
+        *(x.new_empty(shape if wide else (0, 0), dtype=dtype) for shape in ((dim, channels), (channels, dim))),
+        x.new_empty(
+            count if rows is None else rows.numel(), channels, dtype=dtype if shortcut is None else shortcut.dtype
+        ),
     ]
 
 
 @torch.library.custom_op("sparse_ops::triton_mlp", mutates_args=())
 def triton_mlp(
-    x: Tensor, parameters: list[Tensor], row_offsets: Tensor, rows: Tensor | None, norm_eps: float, grn_eps: float
-) -> list[Tensor]:
-    """See :meth:`sparse_ops.backend.Backend.mlp`: what is kept, then the result."""
-    kernels = kernels_of("mlp")
-    norm_weight, norm_bias, w1, b1, gamma, beta, w2, b2 = parameters
-    h, mean, rstd, norms, out = _mlp_outputs(x, parameters, row_offsets, rows, norm_eps, grn_eps)
-    normed = torch.empty_like(x)
-    tile = norm_tile(x.shape[1])
-    grid = (-(-x.shape[0] // tile.rows), tile.blocks)
-    _launch(kernels.layer_norm_kernel, grid, tile, x, norm_weight, norm_bias, normed, mean, rstd, x.shape[0], norm_eps)
-    torch.mm(normed, w1.to(x.dtype).t(), out=h)
-    hidden = _Hidden(h, row_offsets)
-    partial, scale, y = hidden.partial(), torch.empty_like(norms), torch.empty_like(h)
-    hidden.walk(kernels.gelu_energy_kernel, h, b1, row_offsets, partial)
-    hidden.each_group(kernels.grn_scale_kernel, partial, gamma, norms, scale, hidden.parts, grn_eps)
-    hidden.walk(kernels.grn_apply_kernel, h, b1, scale, beta, row_offsets, y)
-    y = y if rows is None else y.index_select(0, rows)
-    torch.addmm(b2.to(x.dtype), y, w2.to(x.dtype).t(), out=out)
-    return [h, mean, rstd, norms, out]
-
-
-triton_mlp.register_fake(_mlp_outputs)
-
-
-@torch.library.custom_op("sparse_ops::triton_mlp_backward", mutates_args=())
-def triton_mlp_backward(
-    grad: Tensor,
     x: Tensor,
     parameters: list[Tensor],
     row_offsets: Tensor,
     rows: Tensor | None,
-    kept: list[Tensor],
     norm_eps: float,
     grn_eps: float,
+    shortcut: Tensor | None,
+    dtype: torch.dtype,
 ) -> list[Tensor]:
-    """See :meth:`sparse_ops.backend.Backend.mlp_backward`."""
+    """See :meth:`sparse_ops.backend.Backend.mlp`, computed in ``dtype``: what is kept, then the result.
+
+    A ``shortcut`` ``[N, C]`` is added to the result, which has its dtype then; ``rows`` must be None.
+    """
     kernels = kernels_of("mlp")
-    norm_weight, norm_bias, w1, b1, gamma, beta, w2, _ = parameters
-    h, mean, rstd, norms = kept
-    w1, w2 = w1.to(x.dtype), w2.to(x.dtype)
-    grad_h = torch.empty_like(h)
-    if rows is None:
-        torch.mm(grad, w2, out=grad_h)
-    else:
-        grad_h.zero_().index_copy_(0, rows, grad @ w2)
-
-    hidden = _Hidden(h, row_offsets)
-    product, plain = hidden.partial(), hidden.partial()
-    hidden.walk(kernels.grn_backward_sums_kernel, grad_h, h, b1, row_offsets, product, plain)
-    found = scale, pull, grad_gamma, grad_beta = tuple(torch.empty_like(norms) for _ in range(4))
-    kernel = kernels.grn_backward_scale_kernel
-    hidden.each_group(kernel, product, plain, gamma, norms, *found, hidden.parts, grn_eps)
-    y, grad_b1 = torch.empty_like(h), product
-    hidden.walk(kernels.grn_backward_apply_kernel, grad_h, h, b1, scale, pull, beta, row_offsets, y, grad_b1)
-    grad_w2 = grad.t() @ (y if rows is None else y.index_select(0, rows))
-    del y
-
-    grad_normed, normed = grad_h @ w1, torch.empty_like(x)
+    x, row_offsets, *parameters = contiguous(x, row_offsets, *parameters)
+    norm_weight, norm_bias, w1, b1, gamma, beta, w2, b2 = parameters
+    *kept, out = _mlp_outputs(x, parameters, row_offsets, rows, norm_eps, grn_eps, shortcut, dtype)
+    h, mean, rstd, norms, *narrow = kept
+    copied = narrow if narrow[0].numel() else (w1, w2)
+    normed = x.new_empty(x.shape, dtype=dtype)
     tile = norm_tile(x.shape[1])
-    programs = min(512, -(-x.shape[0] // tile.rows))
-    grad_x, partial = torch.empty_like(x), x.new_empty(2, programs, x.shape[1], dtype=torch.float32)
-    given = grad_normed, x, norm_weight, norm_bias, mean, rstd
-    _launch(kernels.layer_norm_backward_kernel, (programs,), tile, *given, grad_x, normed, *partial, x.shape[0])
-    grad_norm, grad_w1 = [part.sum(0) for part in partial], grad_h.t() @ normed
-    of_groups = grad_b1.sum((0, 1)), grad_gamma.sum(0), grad_beta.sum(0)
-    grads = *grad_norm, grad_w1, *of_groups, grad_w2, grad.sum(0, dtype=torch.float32)
-    return [grad_x, *(value.to(parameter.dtype) for value, parameter in zip(grads, parameters, strict=True))]
+    programs = -(-x.shape[0] // tile.rows) + -(-narrow[0].numel() // COPIED)
+    given = x, norm_weight, norm_bias, w1, w2, normed, mean, rstd, *copied
+    launch_tiles(kernels.layer_norm_kernel, (programs,), tile, *given, x.shape[0], w1.numel(), norm_eps, CHUNK=COPIED)
+    product(normed, copied[0].t(), out=h)
+    hidden = Hidden(h, row_offsets, x.shape[1])
+    partial, scale, y = hidden.partial(h.shape[1]), torch.empty_like(norms), torch.empty_like(h)
+    hidden.walk(kernels.gelu_energy_kernel, h, b1, row_offsets, partial)
+    hidden.each_group(kernels.grn_scale_kernel, partial, gamma, norms, scale, hidden.parts, grn_eps)
+    # The result is begun with what does not depend on y, so that the product adds to it in place.
+    begun = (out, b2, out) if shortcut is None else (shortcut.contiguous(), b2, out)
+    applied = h, b1, scale, beta, row_offsets, y
+    hidden.walk_both(kernels.grn_apply_kernel, *applied, *begun, both=shortcut is not None)
+    if shortcut is not None:
+        add_product(out, y, copied[1].t())
+    else:
+        projected(b2.to(dtype), y if rows is None else y.index_select(0, rows), copied[1].t(), out)
+    return [*kept, out]
 
 
-triton_mlp_backward.register_fake(lambda grad, x, parameters, *_: [torch.empty_like(t) for t in (x, *parameters)])
+triton_mlp.register_fake(_mlp_outputs)

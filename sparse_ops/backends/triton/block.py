@@ -1,0 +1,55 @@
+"""A whole block: the operators in their order, with what they can take over from each other.
+
+The residual is what the projection adds its product to, and the sum over the rows of the gradient for the LayerNorm's
+input, which the kernel that writes it takes on the way, is the gradient for the convolution's bias.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparse_ops.active_set import ActiveSet
+from sparse_ops.backends._operators import run
+from sparse_ops.backends.triton.mlp import triton_mlp
+from sparse_ops.backends.triton.mlp_backward import triton_mlp_backward
+from sparse_ops.pointwise import MLPWeights
+from sparse_ops.residual import BlockBackend, BlockCall
+
+FIRST_SIDE = 8
+"""Cells a patch side of the first stage, whose blocks add up in float32 under autocast as the LayerNorm before does."""
+
+
+def forward(backend: BlockBackend, call: BlockCall) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """See :meth:`sparse_ops.residual.BlockBackend.block`. The convolution reads x as it comes and keeps its dtype."""
+    x, weight, bias, active, row_offsets, weights, eps, dtype = call
+    h = backend.depthwise(x, weight, bias, active, reverse_taps=False)
+    *kept, out = run(triton_mlp, h, list(weights), row_offsets, None, *eps, x, dtype)
+    return out, (h, *kept)
+
+
+def backward(backend: BlockBackend, grad: Tensor, call: BlockCall, kept: tuple[Tensor, ...]) -> list[Tensor | None]:
+    """See :meth:`sparse_ops.residual.BlockBackend.block_backward`."""
+    x, weight, bias, active, row_offsets, weights, eps, _ = call
+    h, *of_mlp = kept
+    given = grad, h, list(weights), row_offsets, None, of_mlp
+    grad_h, grad_bias, *grads = run(triton_mlp_backward, *given, *eps)
+    # Where the convolution adds a tensor to what it writes, this is the tensor; the sum has the dtype of grad.
+    grad_x = grad + backend.depthwise(grad_h, weight, None, active, reverse_taps=True)
+    grad_weight = backend.depthwise_weight_grad(x, grad_h, active, weight.shape[-1]).to(weight.dtype)
+    return [grad_x, grad_weight, None if bias is None else grad_bias.to(bias.dtype), *grads]
+
+
+def compile_stage(
+    backend: BlockBackend, side: int, channels: int, kernel_size: int, device: torch.device, dtype: torch.dtype
+) -> None:
+    """Where launches only compile: everything that a block of such a stage launches; parameters are float32."""
+    active, dim = ActiveSet.full(1, (1, 1), side, device=device), 4 * channels
+    shapes = [(channels, 1, kernel_size, kernel_size), *[(channels,)] * 3]
+    shapes += [(dim, channels), *[(dim,)] * 3, (channels, dim), (channels,)]
+    weight, bias, *rest = (torch.empty(shape, device=device) for shape in shapes)
+    for stream in {dtype, torch.float32} if side == FIRST_SIDE else {dtype}:
+        x = torch.empty(active.num_cells, channels, device=device, dtype=stream)
+        call = BlockCall(x, weight, bias, active, active.row_offsets, MLPWeights(*rest), (1e-6, 1e-6), dtype)
+        out, kept = forward(backend, call)
+        backward(backend, out, call, kept)

@@ -1,0 +1,56 @@
+"""What a block launches on a GPU, counted in Triton's interpreter, in a process of its own; no kernel is executed."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+COUNTED = """
+import json, sys, torch
+from counts import block_counts
+from convnextv2.models.masking import keep_count, random_mask
+from sparse_ops import ActiveSet
+
+active = ActiveSet.from_mask(random_mask(1, 49, 0.6), (7, 7), keep=keep_count(49, 0.6))
+for stage in range(1, 5):
+    stream = torch.float32 if stage == 1 else torch.bfloat16
+    found = block_counts("convnextv2_tiny", stage, active, torch.bfloat16, stream, execute=False)
+    print(json.dumps([(launch.operator, launch.name) for launch in (*found.forward, *found.backward)]))
+    active = active.down() if active.side > 1 else active
+"""
+OF_THE_CONVOLUTION = 4
+"""Launches of the convolution, of the gradient for its input, and two of that for its weights, when all else is in."""
+
+
+@pytest.mark.slow
+def test_a_block_launches_few_kernels():
+    """tiny, bfloat16 under autocast, forward and backward: at most 20, the convolution's preparations aside."""
+    done = subprocess.run(
+        [sys.executable, "-c", COUNTED],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={
+            **os.environ,
+            "TRITON_INTERPRET": "1",
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join([str(BENCHMARKS), os.environ.get("PYTHONPATH", "")]),
+        },
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    stages = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(stages) == 4
+    for launches in stages:
+        kernels = [name for operator, name in launches if operator == "triton_mlp"]
+        assert kernels[-1] in ("aten.addmm_", "aten.mm")  # the projection, added to the residual in place
+        pointwise = [name for operator, name in launches if operator.startswith("triton_mlp")]
+        assert pointwise.count("finish_kernel") == 1
+        assert len(pointwise) + OF_THE_CONVOLUTION <= 20, pointwise
+        # The gradient of the residual, and the weight gradient's dtype.
+        assert len([name for operator, name in launches if not operator]) <= 2, launches
