@@ -18,6 +18,7 @@ NEW = (
     " weights/loaders weights/stated"
 )
 ROOMS_SINCE = {f"convnextv2/{name}.py" for name in NEW.split()}
+ROOMS_SINCE |= {"sparse_ops/backends/triton/depthwise_sum_kernels.py"}
 """What has been added for purposes of its own; a file that takes over from an older one does not belong here."""
 BANNER = re.compile(r"^[ \t]*(?:#|//)[^\n]*[-=*#]{8,}\s*$", re.M)
 SOURCES = sorted(

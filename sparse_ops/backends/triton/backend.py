@@ -19,7 +19,8 @@ from sparse_ops.backends.triton.depthwise import (
     DTYPES,
     KERNEL_SIZES,
     TILE,
-    WEIGHT_TILE,
+    TILE_OF_ANY,
+    tile_side,
     triton_depthwise,
     triton_depthwise_weight_grad,
 )
@@ -29,14 +30,20 @@ from sparse_ops.conformance import check_conformance, check_mlp_conformance
 from sparse_ops.conformance_cases import ConformanceCase, MLPCase
 
 
+def _tiles(active: ActiveSet, kernel_size: int, channels: int) -> tuple[Tensor, int]:
+    """The table of tiles that the kernels for ``channels`` take, and cells a side of a tile."""
+    side = tile_side(active.side, channels)
+    return active.tile_neighbours(kernel_size, side), side
+
+
 def _compile_stage(side: int, channels: int, kernel_size: int, device: torch.device, dtype: torch.dtype) -> None:
     """Inside of :func:`only_compiling`: everything that a block of such a stage launches; parameters are float32."""
     active = ActiveSet.full(1, (1, 1), side, device=device)
     x = torch.empty(active.num_cells, channels, device=device, dtype=dtype)
-    weight = x.new_empty(channels, 1, kernel_size, kernel_size)
-    convolved, summed = (active.tile_neighbours(kernel_size, tile) for tile in (TILE, WEIGHT_TILE))
-    triton_depthwise(x, weight, None, convolved, min(side, TILE), False)
-    triton_depthwise_weight_grad(x, x, summed, min(side, WEIGHT_TILE), kernel_size)
+    weight = torch.empty(channels, 1, kernel_size, kernel_size, device=device)
+    tiles = _tiles(active, kernel_size, channels)
+    triton_depthwise(x, weight, None, *tiles, False)
+    triton_depthwise_weight_grad(x, x, *tiles, kernel_size, weight.dtype)
     dim = 4 * channels
     shapes = [(channels,)] * 2 + [(dim, channels), *[(dim,)] * 3, (channels, dim), (channels,)]
     parameters = [torch.empty(shape, device=device) for shape in shapes]
@@ -49,6 +56,7 @@ class TritonBackend(Backend):
 
     name = "triton"
     priority = 5
+    wide_weights = True
 
     def __init__(self) -> None:
         self._compiled: set[tuple[int, int, int, torch.device, torch.dtype]] = set()
@@ -103,18 +111,25 @@ class TritonBackend(Backend):
             self._compiled |= missing
 
     def prepare(self, active: ActiveSet, kernel_size: int) -> None:
-        active.tile_neighbours(kernel_size, TILE)
-        active.tile_neighbours(kernel_size, WEIGHT_TILE)
+        for side in (TILE, TILE_OF_ANY):
+            active.tile_neighbours(kernel_size, side)
 
     def depthwise(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, active: ActiveSet, *, reverse_taps: bool
     ) -> Tensor:
-        neighbours = active.tile_neighbours(weight.shape[-1], TILE)
-        return run(triton_depthwise, x, weight, bias, neighbours, min(active.side, TILE), reverse_taps)
+        return run(triton_depthwise, x, weight, bias, *_tiles(active, weight.shape[-1], x.shape[1]), reverse_taps)
 
     def depthwise_weight_grad(self, x: Tensor, grad: Tensor, active: ActiveSet, kernel_size: int) -> Tensor:
-        neighbours = active.tile_neighbours(kernel_size, WEIGHT_TILE)
-        return run(triton_depthwise_weight_grad, x, grad, neighbours, min(active.side, WEIGHT_TILE), kernel_size)
+        return self._grads(x, grad, active, kernel_size, x.dtype)[0]
+
+    def depthwise_grads(self, x: Tensor, grad: Tensor, active: ActiveSet, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return self._grads(x, grad, active, weight.shape[-1], weight.dtype)
+
+    def _grads(
+        self, x: Tensor, grad: Tensor, active: ActiveSet, kernel_size: int, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        tiles = _tiles(active, kernel_size, x.shape[1])
+        return run(triton_depthwise_weight_grad, x, grad, *tiles, kernel_size, dtype)
 
     def fuses_mlp(self, device: torch.device, dtype: torch.dtype, weights_dtype: torch.dtype) -> bool:
         return self.rejects(device, dtype, KERNEL_SIZES[0]) is None and weights_dtype in (dtype, torch.float32)
