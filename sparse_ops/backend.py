@@ -52,6 +52,8 @@ class Backend(ABC):
     traceable: ClassVar[bool] = True
     #: Kernels for a dense network, whose maps have nothing masked.
     maps: ClassVar[MapKernels | None] = None
+    #: Whether the depthwise convolution takes weights and biases of float32 beside features of 16 bits.
+    wide_weights: ClassVar[bool] = False
 
     @abstractmethod
     def unavailable_reason(self) -> str | None:
@@ -102,6 +104,12 @@ class Backend(ABC):
     @abstractmethod
     def depthwise_weight_grad(self, x: Tensor, grad: Tensor, active: ActiveSet, kernel_size: int) -> Tensor:
         """Gradient for the weight, ``[C, 1, K, K]`` in the dtype of ``x``, from ``x`` and ``grad``, both ``[N, C]``."""
+
+    def depthwise_grads(
+        self, x: Tensor, grad: Tensor, active: ActiveSet, weight: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """The same in the dtype of ``weight``, and the gradient for the bias where one kernel finds both, else None."""
+        return self.depthwise_weight_grad(x, grad, active, weight.shape[-1]), None
 
     def native_grid(self, active: ActiveSet, grn_scope: GRNScope) -> Grid | None:
         """The grid to run a whole network on, for a backend that runs all its layers; None for the ordinary one."""

@@ -32,9 +32,11 @@ class _DepthwiseConv(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = ctx.backend.depthwise(grad, weight, None, ctx.active, reverse_taps=True)
         if ctx.needs_input_grad[1]:
-            grad_weight = ctx.backend.depthwise_weight_grad(x, grad, ctx.active, weight.shape[-1])
-        if ctx.needs_input_grad[2]:
-            grad_bias = grad.sum(0, dtype=wide_dtype(grad.dtype)).to(grad.dtype)
+            grad_weight, grad_bias = ctx.backend.depthwise_grads(x, grad, ctx.active, weight)
+        if not ctx.needs_input_grad[2]:
+            grad_bias = None
+        elif grad_bias is None:
+            grad_bias = grad.sum(0, dtype=wide_dtype(grad.dtype)).to(weight.dtype)
         return grad_x, grad_weight, grad_bias, None, None
 
 
@@ -42,7 +44,8 @@ def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None, active: Activ
     """Depthwise convolution, stride 1 and "same" padding, over the active cells only.
 
     Equal to a dense convolution of the map in which every masked cell is zero, read at the active cells.
-    Under autocast the operands are cast to the autocast dtype, as for a dense convolution.
+    Under autocast the operands are cast to the autocast dtype, as for a dense convolution; weight and bias stay in
+    float32 where the backend takes them so.
 
     Args:
         x: ``[N, C]``, rows in the order of ``active``.
@@ -70,14 +73,15 @@ def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None, active: Activ
         raise ValueError(f"expected a bias [{channels}], got {tuple(bias.shape)}")
     if active.device != x.device:
         raise ValueError(f"x is on {x.device} but the active set is on {active.device}")
-    dtype = autocast_dtype(x.device)
+    dtype, expected = autocast_dtype(x.device), x.dtype
     if dtype is not None:
-        x, weight = x.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
+        expected = torch.float32 if backend.wide_weights and weight.dtype == torch.float32 else dtype
+        x, weight = x.to(dtype), weight.to(expected)
+        bias = None if bias is None else bias.to(expected)
     for name, operand in (("weight", weight), ("bias", bias)):
         if operand is None:
             continue
-        if operand.dtype != x.dtype:
+        if operand.dtype != expected:
             raise TypeError(f"x is {x.dtype} but {name} is {operand.dtype}; cast one of them")
         if operand.device != x.device:
             raise ValueError(f"x is on {x.device} but {name} is on {operand.device}")

@@ -20,6 +20,7 @@ def cpu_depthwise(
     x: Tensor, weight: Tensor, bias: Tensor | None, neighbours: Tensor, side: int, reverse_taps: bool
 ) -> Tensor:
     """See :meth:`sparse_ops.backend.Backend.depthwise`; ``neighbours`` is the patch table ``[P, (2R + 1)²]``."""
+    x, weight, bias = x.contiguous(), weight.contiguous(), None if bias is None else bias.contiguous()
     out = torch.empty_like(x)
     tensors = {"x": x, "other": weight, "bias": bias, "neighbours": neighbours, "out": out}
     sizes = {"patches": neighbours.shape[0], "channels": x.shape[1], "side": side, "kernel": weight.shape[-1]}
@@ -27,12 +28,13 @@ def cpu_depthwise(
     return out
 
 
-cpu_depthwise.register_fake(lambda x, *_: torch.empty_like(x))
+cpu_depthwise.register_fake(lambda x, *_: x.new_empty(x.shape))
 
 
 @torch.library.custom_op("sparse_ops::cpu_depthwise_weight_grad", mutates_args=(), device_types="cpu")
 def cpu_depthwise_weight_grad(x: Tensor, grad: Tensor, neighbours: Tensor, side: int, kernel_size: int) -> Tensor:
     """See :meth:`sparse_ops.backend.Backend.depthwise_weight_grad`."""
+    x, grad = x.contiguous(), grad.contiguous()
     out = x.new_empty(x.shape[1], 1, kernel_size, kernel_size)
     sizes = {"patches": neighbours.shape[0], "channels": x.shape[1], "side": side, "kernel": kernel_size}
     tensors = {"x": x, "other": grad, "neighbours": neighbours, "out": out}

@@ -198,7 +198,7 @@ class MinkowskiBackend(Backend):
             return torch.zeros_like(x)
         kernel_TC = weight.flatten(1).t().contiguous()
         table_NT = Coordinates.of(active).table(weight.shape[-1])
-        out = layers.sum_taps(x, kernel_TC.flip(0) if reverse_taps else kernel_TC, table_NT)
+        out = layers.sum_taps(x.contiguous(), kernel_TC.flip(0) if reverse_taps else kernel_TC, table_NT)
         return out if bias is None else out + bias
 
     def depthwise_weight_grad(self, x: Tensor, grad: Tensor, active: ActiveSet, kernel_size: int) -> Tensor:

@@ -20,7 +20,8 @@ from sparse_ops.backends.triton.depthwise import (
     DTYPES,
     KERNEL_SIZES,
     TILE,
-    WEIGHT_TILE,
+    TILE_OF_ANY,
+    tiles_of,
     triton_depthwise,
     triton_depthwise_weight_grad,
 )
@@ -45,6 +46,7 @@ class TritonBackend(BlockBackend):
 
     name = "triton"
     priority = 5
+    wide_weights = True
 
     def __init__(self) -> None:
         self._compiled: set[tuple[int, int, int, torch.device, torch.dtype]] = set()
@@ -101,18 +103,25 @@ class TritonBackend(BlockBackend):
             self._compiled |= missing
 
     def prepare(self, active: ActiveSet, kernel_size: int) -> None:
-        active.tile_neighbours(kernel_size, TILE)
-        active.tile_neighbours(kernel_size, WEIGHT_TILE)
+        for side in (TILE, TILE_OF_ANY):
+            active.tile_neighbours(kernel_size, side)
 
     def depthwise(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, active: ActiveSet, *, reverse_taps: bool
     ) -> Tensor:
-        neighbours = active.tile_neighbours(weight.shape[-1], TILE)
-        return run(triton_depthwise, x, weight, bias, neighbours, min(active.side, TILE), reverse_taps)
+        return run(triton_depthwise, x, weight, bias, *tiles_of(active, weight.shape[-1], x.shape[1]), reverse_taps)
 
     def depthwise_weight_grad(self, x: Tensor, grad: Tensor, active: ActiveSet, kernel_size: int) -> Tensor:
-        neighbours = active.tile_neighbours(kernel_size, WEIGHT_TILE)
-        return run(triton_depthwise_weight_grad, x, grad, neighbours, min(active.side, WEIGHT_TILE), kernel_size)
+        return self._grads(x, grad, active, kernel_size, x.dtype)[0]
+
+    def depthwise_grads(self, x: Tensor, grad: Tensor, active: ActiveSet, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return self._grads(x, grad, active, weight.shape[-1], weight.dtype)
+
+    def _grads(
+        self, x: Tensor, grad: Tensor, active: ActiveSet, kernel_size: int, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        tiles = tiles_of(active, kernel_size, x.shape[1])
+        return run(triton_depthwise_weight_grad, x, grad, *tiles, kernel_size, dtype)
 
     def fuses_mlp(self, device: torch.device, dtype: torch.dtype, weights_dtype: torch.dtype) -> bool:
         return self.rejects(device, dtype, KERNEL_SIZES[0]) is None and weights_dtype in (dtype, torch.float32)

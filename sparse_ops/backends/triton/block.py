@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sparse_ops.active_set import ActiveSet
 from sparse_ops.backends._operators import run
+from sparse_ops.backends.triton.depthwise import tiles_of, triton_depthwise, triton_depthwise_weight_grad
 from sparse_ops.backends.triton.mlp import triton_mlp
 from sparse_ops.backends.triton.mlp_backward import triton_mlp_backward
 from sparse_ops.pointwise import MLPWeights
@@ -34,9 +35,9 @@ def backward(backend: BlockBackend, grad: Tensor, call: BlockCall, kept: tuple[T
     h, *of_mlp = kept
     given = grad, h, list(weights), row_offsets, None, of_mlp
     grad_h, grad_bias, *grads = run(triton_mlp_backward, *given, *eps)
-    # Where the convolution adds a tensor to what it writes, this is the tensor; the sum has the dtype of grad.
-    grad_x = grad + backend.depthwise(grad_h, weight, None, active, reverse_taps=True)
-    grad_weight = backend.depthwise_weight_grad(x, grad_h, active, weight.shape[-1]).to(weight.dtype)
+    tiles = tiles_of(active, weight.shape[-1], x.shape[1])
+    grad_x = run(triton_depthwise, grad_h, weight, None, *tiles, True, grad)  # in the dtype of grad
+    grad_weight, _ = run(triton_depthwise_weight_grad, x, grad_h, *tiles, weight.shape[-1], weight.dtype)
     return [grad_x, grad_weight, None if bias is None else grad_bias.to(bias.dtype), *grads]
 
 

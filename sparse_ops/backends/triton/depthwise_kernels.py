@@ -1,8 +1,10 @@
 """The Triton kernels of the depthwise convolution. Importing this module imports triton.
 
-Convolution: a program owns one patch and a block of channels, and goes from neighbour to neighbour. Weight gradient:
-rows of a program's tensors are (patch, y) pairs and columns are channels; the cells of a line of a patch are separate
-tensors in registers, so that a value read once serves up to seven sums.
+The convolution and its weight gradient mirror each other. A program takes a slice of the patches and a block of
+channels, one patch after the other. For each it goes from neighbour to neighbour and reads a line of cells at a time,
+and each value meets whatever it has to: the convolution holds the taps and sums the cells of the patch, the weight
+gradient holds the gradients of the cells and sums the taps. Values, what is held and sums are tensors ``[PATCHES,
+BLOCK]`` in registers, one for each cell or tap.
 Everything but the number of patches is known when a kernel is compiled: STAGE is a
 :class:`~sparse_ops.backends.triton.depthwise.Stage`, whose 0 channels take ``any_channels`` instead.
 
@@ -24,14 +26,36 @@ def _z(cell, SIDE):
 
 
 @triton.constexpr_function
-def _taps(ny, nx, cell, STAGE):
-    """The tap from a cell of a neighbour to each cell of the patch itself; -1 beyond the kernel, none if all are."""
+def _columns(neighbour, line, STAGE):
+    """The columns of a line of a neighbour that a tap reaches from the patch itself."""
     _, side, kernel, reach = STAGE
-    y = (ny - reach) * side + cell // side + kernel // 2  # line of taps towards the patch's line 0
-    x = (nx - reach) * side + cell % side + kernel // 2
-    to = [(y - oy, x - ox) for oy in range(side) for ox in range(side)]
-    taps = tuple(ty * kernel + tx if 0 <= ty < kernel and 0 <= tx < kernel else -1 for ty, tx in to)
-    return taps if max(taps) >= 0 else ()
+    ny, nx, half = neighbour // (2 * reach + 1) - reach, neighbour % (2 * reach + 1) - reach, kernel // 2
+    if not -half <= ny * side + line < side + half:
+        return ()
+    return tuple(column for column in range(side) if -half <= nx * side + column < side + half)
+
+
+@triton.constexpr_function
+def _products(neighbour, line, STAGE, OF_TAPS):
+    """What is added to each sum: a place in :func:`_columns`, a tap, and so on; with OF_TAPS sums are those of the
+    taps, and there are cells of the patch in place of taps."""
+    _, side, kernel, reach = STAGE
+    size, other = (kernel, side) if OF_TAPS else (side, kernel)
+    y = (neighbour // (2 * reach + 1) - reach) * side + line + kernel // 2  # the line of a cell and of its tap, added
+    x = [
+        (neighbour % (2 * reach + 1) - reach) * side + column + kernel // 2
+        for column in _columns(neighbour, line, STAGE)
+    ]
+    return tuple(
+        tuple(
+            number
+            for place, sum_x in enumerate(x)
+            if 0 <= y - sy < other and 0 <= sum_x - sx < other
+            for number in (place, (y - sy) * other + sum_x - sx)
+        )
+        for sy in range(size)
+        for sx in range(size)
+    )
 
 
 @triton.jit
@@ -43,120 +67,144 @@ def _load(at, valid, WHOLE: tl.constexpr):
 
 
 @triton.jit
-def _add_cell(
-    sums, at, valid, held, taps, inside, channels, TAPS: tl.constexpr, ALL: tl.constexpr, WHOLE: tl.constexpr
-):
-    """``sums`` of a patch's cells, with what the cell ``at`` of a neighbour adds; taps are ``held``, or loaded here."""
-    if len(TAPS) > 0:
-        value = _load(at, valid, ALL)
+def _add_neighbour(
+    sums, held, base, valid, channels, NEIGHBOUR: tl.constexpr, STAGE: tl.constexpr, OF_TAPS: tl.constexpr,
+    WHOLE: tl.constexpr,
+):  # fmt: skip
+    """``sums`` with the products of a neighbour's values and of what is ``held``."""
+    SIDE: tl.constexpr = STAGE.side
+    for line in tl.static_range(SIDE):
+        at = base + _z(line * SIDE, SIDE) * channels
+        sums = _add_line(
+            sums, held, at, valid, channels, _columns(NEIGHBOUR, line, STAGE),
+            _products(NEIGHBOUR, line, STAGE, OF_TAPS), SIDE, WHOLE,
+        )  # fmt: skip
+    return sums
+
+
+@triton.jit
+def _add_line(
+    sums, held, line, valid, channels, COLUMNS: tl.constexpr, PRODUCTS: tl.constexpr, SIDE: tl.constexpr,
+    WHOLE: tl.constexpr,
+):  # fmt: skip
+    if len(COLUMNS) > 0:
+        values = ()
+        for place in tl.static_range(len(COLUMNS)):
+            values = values + (_load(line + _z(COLUMNS[place], SIDE) * channels, valid, WHOLE),)
         updated = ()
-        for o in tl.static_range(len(TAPS)):
-            if TAPS[o] < 0:
-                updated = updated + (sums[o],)
-            elif len(held) > 0:
-                updated = updated + (sums[o] + value * held[TAPS[o]],)
-            else:
-                updated = updated + (sums[o] + value * _load(taps + TAPS[o] * channels, inside, WHOLE),)
+        for index in tl.static_range(len(PRODUCTS)):
+            total = sums[index]
+            for i in tl.static_range(0, len(PRODUCTS[index]), 2):
+                total = tl.fma(values[PRODUCTS[index][i]], held[PRODUCTS[index][i + 1]], total)
+            updated = updated + (total,)
         sums = updated
     return sums
 
 
-@triton.jit(do_not_specialize=["patches", "any_channels"])
-def depthwise_kernel(
-    x, weight, neighbours, out, patches, any_channels, STAGE: tl.constexpr, PATCHES: tl.constexpr, BLOCK: tl.constexpr
-):
-    """out[cell] = bias + sum over taps of weight[tap] · x[cell under the tap].
+@triton.jit
+def _add_neighbours(
+    sums, held, x, neighbours, patch, live, columns, inside, channels, STAGE: tl.constexpr, OF_TAPS: tl.constexpr,
+    PATCHES: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """``sums`` with the products of all neighbours, the patch itself among them.
 
-    ``weight`` is ``[K·K + 1, C]``, float32: the taps, and the bias.
-
-    A program goes from neighbour to neighbour, and past those that none of its patches has: with one patch a program,
-    multiply-adds on masked cells cost nothing. All cells of a patch are summed at once, a tensor each.
+    A program goes past large neighbours that none of its patches has. Small ones are read under masks, all at once:
+    there are few loads for each, and to wait for them one by one takes longer than to multiply zeros.
     """
     SIDE: tl.constexpr = STAGE.side
-    AREA: tl.constexpr = SIDE * SIDE
-    ACROSS: tl.constexpr = 2 * STAGE.reach + 1
-    KERNEL_AREA: tl.constexpr = STAGE.kernel_size * STAGE.kernel_size
-    WHOLE: tl.constexpr = STAGE.channels > 0 and STAGE.channels % BLOCK == 0
     ALL: tl.constexpr = WHOLE and PATCHES == 1
+    AROUND: tl.constexpr = (2 * STAGE.reach + 1) * (2 * STAGE.reach + 1)
+    sources = ()
+    for neighbour in tl.static_range(AROUND):
+        at = neighbours + patch * AROUND + neighbour
+        sources = sources + (tl.load(at),) if PATCHES == 1 else sources + (tl.load(at, mask=live, other=-1),)
+    for neighbour in tl.static_range(AROUND):
+        source = sources[neighbour]
+        base = x + (source.to(tl.int64) * (SIDE * SIDE * channels))[:, None] + columns
+        valid = (source >= 0)[:, None] & inside
+        if SIDE > 2:
+            if tl.max(source, 0) >= 0:
+                sums = _add_neighbour(sums, held, base, valid, channels, neighbour, STAGE, OF_TAPS, ALL)
+        else:
+            sums = _add_neighbour(sums, held, base, valid, channels, neighbour, STAGE, OF_TAPS, False)
+    return sums
+
+
+@triton.jit(do_not_specialize=["patches", "length", "any_channels", "first_tap", "tap_step", "has_bias"])
+def depthwise_kernel(
+    x, weight, bias, add, neighbours, out, patches, length, first_tap, tap_step, has_bias, any_channels,
+    STAGE: tl.constexpr, PATCHES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """out[cell] = bias + sum over taps of weight[tap] · x[cell under the tap], + add[cell] unless that is None.
+
+    ``weight`` is ``[C, K·K]``; tap t is its column ``first_tap + t · tap_step``, so that the gradient for x, whose taps
+    are reversed, takes the same kernel. ``length`` patches a program.
+    """
+    AREA: tl.constexpr = STAGE.side * STAGE.side
+    TAPS: tl.constexpr = STAGE.kernel_size * STAGE.kernel_size
+    WHOLE: tl.constexpr = STAGE.channels > 0 and STAGE.channels % BLOCK == 0
     channels = STAGE.channels if STAGE.channels > 0 else any_channels
-    patch = tl.program_id(0).to(tl.int64) * PATCHES + tl.arange(0, PATCHES)
-    live = patch < patches
     columns = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK))[None, :]
     inside = columns < channels
-    taps = weight + columns
-    sums = (tl.zeros([PATCHES, BLOCK], tl.float32) + _load(taps + KERNEL_AREA * channels, inside, WHOLE),) * AREA
-    held = ()
-    if SIDE > 2:  # the patch's own cells need each tap, most of them many times; smaller patches need few at once
-        for tap in tl.static_range(KERNEL_AREA):
-            held = held + (_load(taps + tap * channels, inside, WHOLE),)
-    for ny in tl.static_range(ACROSS):
-        for nx in tl.static_range(ACROSS):
-            source = tl.load(neighbours + patch * (ACROSS * ACROSS) + ny * ACROSS + nx, mask=live, other=-1)
-            if tl.max(source, 0) >= 0:
-                base = x + (source.to(tl.int64) * (AREA * channels))[:, None] + columns
-                valid = (source >= 0)[:, None] & inside
-                for cell in tl.static_range(AREA):
-                    at = base + _z(cell, SIDE) * channels
-                    sums = _add_cell(
-                        sums, at, valid, held, taps, inside, channels, _taps(ny, nx, cell, STAGE), ALL, WHOLE
-                    )
-    own = out + (patch * (AREA * channels))[:, None] + columns
-    for cell in tl.static_range(AREA):
-        at = own + _z(cell, SIDE) * channels
-        tl.store(at, sums[cell].to(out.dtype.element_ty), mask=live[:, None] & inside)
-
-
-@triton.jit
-def _line(features, patch, y, channels, SIDE: tl.constexpr):
-    """Where line y of each patch begins; its column x is ``_z(x, SIDE) · channels`` further on."""
-    place = ((y & 1) | ((y & 2) << 1) | ((y & 4) << 2)) * 2
-    return (features + (patch.to(tl.int64) * (SIDE * SIDE) + place) * channels)[:, None]
-
-
-@triton.jit(do_not_specialize=["patches", "any_channels"])
-def depthwise_weight_grad_kernel(
-    x, grad, neighbours, partial, patches, any_channels, STAGE: tl.constexpr, PATCHES: tl.constexpr, BLOCK: tl.constexpr
-):
-    """partial[slice, tap] = sum over the slice's cells of x[cell under the tap] · grad[cell], for one line of taps.
-
-    ``partial`` is ``[slices, K·K, C]``, float32; program (slice, block of channels, line of taps).
-    """
-    SIDE: tl.constexpr = STAGE.side
-    KERNEL: tl.constexpr = STAGE.kernel_size
-    ACROSS: tl.constexpr = 2 * STAGE.reach + 1
-    HALO: tl.constexpr = STAGE.reach * SIDE - KERNEL // 2  # line and column of the window of patches where it begins
-    channels = STAGE.channels if STAGE.channels > 0 else any_channels
-    length = tl.cdiv(patches, tl.num_programs(0))  # patches of a slice
+    tap = weight + columns * TAPS + first_tap
+    taps = ()
+    for _ in tl.static_range(TAPS):
+        taps = taps + (_load(tap, inside, WHOLE),)
+        tap += tap_step
+    start = tl.load(bias + columns, mask=inside & (has_bias != 0), other=0.0).to(tl.float32)
     first = tl.program_id(0) * length
     end = tl.minimum(first + length, patches)
-    columns = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK))[None, :]
-    ky = tl.program_id(2)
-    inside = columns < channels
-    sums = (tl.zeros([PATCHES * SIDE, BLOCK], tl.float32),) * KERNEL
     while first < end:  # the interpreter's `range` takes no number known at run time only
-        row = tl.arange(0, PATCHES * SIDE)
-        patch, y = first + row // SIDE, row % SIDE
+        patch = first.to(tl.int64) + tl.arange(0, PATCHES)
         live = patch < end
-        own = _line(grad, patch, y, channels, SIDE)
-        grads = ()
-        for tx in tl.static_range(SIDE):
-            grads = grads + (_load(own + _z(tx, SIDE) * channels + columns, live[:, None] & inside, False),)
-        line = y + ky + HALO
-        for column in tl.static_range(SIDE + KERNEL - 1):  # of the halo
-            if column == 0 or (HALO + column) % SIDE == 0:  # the first in its patch
-                at = neighbours + patch * (ACROSS * ACROSS) + (line // SIDE) * ACROSS + (HALO + column) // SIDE
-                source = tl.load(at, mask=live, other=-1)
-                base = _line(x, source, line % SIDE, channels, SIDE)
-            at = base + _z((HALO + column) % SIDE, SIDE) * channels + columns
-            value = _load(at, (source >= 0)[:, None] & inside, False)
-            updated = ()
-            for kx in tl.static_range(KERNEL):
-                if kx <= column and column < kx + SIDE:
-                    updated = updated + (sums[kx] + value * grads[column - kx],)
-                else:
-                    updated = updated + (sums[kx],)
-            sums = updated
+        sums = (tl.zeros([PATCHES, BLOCK], tl.float32) + start,) * AREA
+        sums = _add_neighbours(
+            sums, taps, x, neighbours, patch, live, columns, inside, channels, STAGE, False, PATCHES, WHOLE
+        )
+        own = (patch * (AREA * channels))[:, None] + columns
+        written = live[:, None] & inside
+        for cell in tl.static_range(AREA):
+            at = own + _z(cell, STAGE.side) * channels
+            total = sums[cell]
+            if add is not None:
+                total += tl.load(add + at, mask=written, other=0.0).to(tl.float32)
+            tl.store(out + at, total.to(out.dtype.element_ty), mask=written)
         first += PATCHES
-    for kx in tl.static_range(KERNEL):
-        tap = tl.program_id(0) * KERNEL * KERNEL + ky * KERNEL + kx
-        tl.store(partial + tap.to(tl.int64) * channels + columns, tl.sum(sums[kx], axis=0)[None, :], mask=inside)
+
+
+@triton.jit(do_not_specialize=["patches", "length", "any_channels"])
+def depthwise_weight_grad_kernel(
+    x, grad, neighbours, partial, patches, length, any_channels, STAGE: tl.constexpr, PATCHES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """partial[slice, tap] = sum over the slice's cells of x[cell under the tap] · grad[cell]; after the taps, of grad.
+
+    ``partial`` is ``[slices, K·K + 1, C]``, float32. ``length`` patches a slice.
+    """
+    AREA: tl.constexpr = STAGE.side * STAGE.side
+    TAPS: tl.constexpr = STAGE.kernel_size * STAGE.kernel_size
+    WHOLE: tl.constexpr = STAGE.channels > 0 and STAGE.channels % BLOCK == 0
+    channels = STAGE.channels if STAGE.channels > 0 else any_channels
+    columns = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK))[None, :]
+    inside = columns < channels
+    sums = (tl.zeros([PATCHES, BLOCK], tl.float32),) * TAPS
+    own_sum = tl.zeros([PATCHES, BLOCK], tl.float32)
+    first = tl.program_id(0) * length
+    end = tl.minimum(first + length, patches)
+    while first < end:
+        patch = first.to(tl.int64) + tl.arange(0, PATCHES)
+        live = patch < end
+        own = grad + (patch * (AREA * channels))[:, None] + columns
+        grads = ()
+        for cell in tl.static_range(AREA):
+            value = _load(own + _z(cell, STAGE.side) * channels, live[:, None] & inside, WHOLE and PATCHES == 1)
+            grads = grads + (value,)
+            own_sum += value
+        sums = _add_neighbours(
+            sums, grads, x, neighbours, patch, live, columns, inside, channels, STAGE, True, PATCHES, WHOLE
+        )
+        first += PATCHES
+    at = partial + (tl.program_id(0) * (TAPS + 1)).to(tl.int64) * channels + columns
+    for tap in tl.static_range(TAPS):
+        tl.store(at + tap * channels, tl.sum(sums[tap], 0)[None, :], mask=inside)
+    tl.store(at + TAPS * channels, tl.sum(own_sum, 0)[None, :], mask=inside)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 PROGRAMS = 2048
-"""About how many programs the weight gradient is cut into: some for each multiprocessor of any GPU. A constant, so that
+"""About how many programs work is cut into: some for each multiprocessor of any GPU. A constant, so that
 the order of the sum, and with it the last bits, depend on the shapes alone."""
 
 
@@ -24,11 +24,6 @@ def interpreting() -> bool:
 
 _only_compiling = False
 """Whether kernels are compiled where they would be launched."""
-
-
-def compiling_only() -> bool:
-    """Whether launches only compile now, see :func:`only_compiling`."""
-    return _only_compiling
 
 
 @contextlib.contextmanager
