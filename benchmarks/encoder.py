@@ -258,7 +258,7 @@ def main(argv: list[str] | None = None) -> int:
                 print(line_of(r), flush=True)
             against = next((r.against for r in new if r.against is not None), None)
             if against is not None:
-                print(f"{name}, {what}: ratios against {against}", flush=True)
+                print(f"ratios of {name}, {what}, against {against}", flush=True)
             if any(r.note is not None for r in new):
                 status = 2
             torch.compiler.reset()
