@@ -244,7 +244,7 @@ class Check:
                 self.keep()
         except StoppedError as stop:
             status = 128 + stop.number
-            self._stop(GRACE * 0.4)
+            self._stop(GRACE * 0.4 * self.scale)
             for outcome in self.outcomes.values():
                 if outcome.state == "running":
                     outcome.state = f"CUT OFF by {stop}"
