@@ -86,8 +86,12 @@ class _Operators(TorchDispatchMode):
             sizes = {f"in {i}": t.numel() * t.element_size() for i, t in enumerate(given)}
             sizes |= {f"out {i}": t.numel() * t.element_size() for i, t in enumerate(made)}
             read = {n: size for n, size in sizes.items() if n.startswith("in")}
-            if changes and name in {"copy_", "fill_", "zero_"}:
-                read.pop("in 0", None)  # written only
+            only_written = given[:1] if name in {"copy_", "fill_", "zero_"} else tree_leaves((kwargs or {}).get("out"))
+            read = {
+                n: size
+                for (n, size), t in zip(read.items(), given, strict=True)
+                if not any(t is w for w in only_written)
+            }
             written = {n: size for n, size in sizes.items() if n.startswith("out")}
             self._launches.append(Launch(f"aten.{name}", read, written, sizes))
         return out
