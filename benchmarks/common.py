@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import time
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from convnextv2.files import write_json
 from convnextv2.models.config import VARIANTS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -77,6 +77,19 @@ def hardware(device: torch.device) -> dict[str, Any]:
     return facts
 
 
+def same_arithmetic(device: torch.device) -> dict[str, Any]:
+    """On CUDA: float32 is float32 everywhere, and cuDNN tries its algorithms, as one who trains a dense network does.
+
+    Returns:
+        What was set, to be told beside the hardware; nothing elsewhere.
+    """
+    if device.type != "cuda":
+        return {}
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.benchmark = True
+    return {"tf32": "off", "cudnn_benchmark": "on"}
+
+
 def print_facts(facts: dict[str, Any]) -> None:
     """Hardware and versions in a line."""
     print(", ".join(f"{key} {value}" for key, value in facts.items()))
@@ -89,13 +102,13 @@ def print_head(facts: dict[str, Any], args: argparse.Namespace, dtype: str) -> N
 
 
 def write_report(facts: dict[str, Any], args: argparse.Namespace, results: Sequence[Any]) -> None:
-    """Hardware, options and results (dataclasses) as JSON, where ``--json`` asks for it."""
-    if args.json is None:
-        return
-    options = {k: v for k, v in vars(args).items() if k != "json"}
-    report = {"hardware": facts, "options": options, "results": [asdict(r) for r in results]}
-    args.json.parent.mkdir(parents=True, exist_ok=True)
-    args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    """Hardware, options and results (dataclasses) as JSON, where ``--json`` asks for it.
+
+    Atomically, so that it can be called whenever something was measured.
+    """
+    if args.json is not None:
+        options = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k != "json"}
+        write_json(args.json, {"hardware": facts, "options": options, "results": [asdict(r) for r in results]})
 
 
 PEAK_FLOPS = {
@@ -181,6 +194,23 @@ def relative_error(ours: list[Tensor], theirs: list[Tensor]) -> float:
     )
 
 
+def compare(contender: Contender, expected: list[Tensor], dtype: str) -> tuple[float | None, str | None]:
+    """Runs it once: its largest relative difference from ``expected``, and why it gets no ratio, or None."""
+    try:
+        error = relative_error(contender.values(), expected)
+    except Exception as failure:  # a compiler's or the device's; the others are measured all the same
+        return None, first_line(failure)
+    if error <= TOLERANCE[dtype]:
+        return error, None
+    return error, f"differs from dense masked by {error:.1e}, so there is no ratio"
+
+
+def first_line(failure: Exception) -> str:
+    """An exception in a line."""
+    reason = str(failure).strip().splitlines() or [""]
+    return f"{type(failure).__name__}: {reason[0][:300]}"
+
+
 def agreement(
     contenders: list[Contender], dense: Contender, dtype: str, what: str
 ) -> tuple[list[Contender], dict[str, float], list[str]]:
@@ -195,26 +225,26 @@ def agreement(
     for contender in contenders:
         if contender is dense:
             continue
-        try:
-            error = relative_error(contender.values(), expected)
-        except Exception as failure:  # a compiler's or the device's; the others are measured all the same
-            reason = str(failure).strip().splitlines() or [""]
-            failures.append(f"{what}, {contender.name}: {type(failure).__name__}: {reason[0][:300]}")
-            continue
-        if error <= TOLERANCE[dtype]:
+        error, failure = compare(contender, expected, dtype)
+        if failure is not None:
+            failures.append(f"{what}, {contender.name}: {failure}")
+        elif error is not None:
             agreeing.append(contender)
             errors[contender.name] = error
-        else:
-            failures.append(f"{what}, {contender.name}: differs from dense masked by {error:.1e}, so there is no ratio")
     return [c for c in contenders if c in agreeing], errors, failures
+
+
+def warm_up(contender: Contender, passes: int) -> None:
+    """Passes that are not timed."""
+    for _ in range(passes):
+        contender.clear()
+        contender.run()
 
 
 def time_in_turns(contenders: list[Contender], args: argparse.Namespace) -> None:
     """Warm up, then time all contenders in turns, so that a drift of the machine hits them alike."""
     for contender in contenders:
-        for _ in range(args.warmup):
-            contender.clear()
-            contender.run()
+        warm_up(contender, args.warmup)
     for _ in range(args.repeats):
         for contender in contenders:
             contender.time(torch.device(args.device))

@@ -1,9 +1,11 @@
 """Speed and memory of the sparse encoder, and of whole training steps, against a dense masked implementation.
 
 The rival computes the same function with the same weights: dense convolutions in channels-last memory, re-masked
-before every depthwise convolution and in every GRN norm; eager, and compiled with torch.compile. Ratios are against
-the faster of the two in the same run. All contenders take turns, so that a drift of the machine hits them alike. A
-ratio is printed only if outputs and gradients of that very run agree.
+before every depthwise convolution and in every GRN norm; eager, and compiled with torch.compile (on CUDA as CUDA graphs
+too, where a contender is), with TF32 off and cuDNN's benchmark mode on. Ratios are against the fastest of them in the
+same run, which the results name, with every rival that failed. All contenders take turns, so that a drift of the
+machine hits them alike. A ratio is given only if outputs and gradients of that very run agree; else a note says why.
+The JSON is written whenever something has been measured; results are provisional until all contenders took their turns.
 
     python benchmarks/encoder.py --models atto pico tiny --batch-size 16 --json results.json
 """
@@ -14,22 +16,21 @@ import argparse
 import statistics
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from common import (
     DTYPES,
     Contender,
     add_options,
-    agreement,
     check_options,
     hardware,
     peak_flops,
     print_head,
-    synchronise,
-    time_in_turns,
+    same_arithmetic,
     write_report,
 )
+from match import Match, Plan, Result
 from torch import Tensor
 
 from convnextv2.models.classifier import ConvNeXtV2
@@ -42,29 +43,6 @@ from sparse_ops.backends.triton.backend import TritonBackend
 from sparse_ops.oracle import MaskedDenseGrid
 
 COMPILE_MODES = {"compile": "default", "graphs": "reduce-overhead"}
-
-
-@dataclass
-class Result:
-    """One line of the table. Times are of the forward and backward pass of one batch, per image."""
-
-    model: str
-    what: str
-    backend: str
-    ms_per_image: float
-    ms_per_image_min: float
-    ms_per_image_max: float
-    images_per_s: float
-    activation_mb: float | None
-    """None for CUDA graphs, whose memory the allocator does not count."""
-    speedup: float | None = None
-    speedup_min: float | None = None
-    speedup_max: float | None = None
-    memory_ratio: float | None = None
-    flop_utilisation: float | None = None
-    """Multiply-adds of the visible cells, forward and backward, twice that in FLOP, over what the device could do."""
-    error: float | None = None
-    times_ms: list[float] = field(default_factory=list)
 
 
 class DenseMaskedFCMAE(FCMAE):
@@ -88,27 +66,6 @@ def dense_grid(visible: ActiveSet) -> MaskedDenseGrid:
     return MaskedDenseGrid(keep, visible.side)
 
 
-def peak_activation_bytes(run: Callable[[], None], device: torch.device) -> int:
-    """Peak of the memory that ``run`` allocates through torch, in bytes, above what is allocated before.
-
-    Gradients of parameters must exist already, so that they do not count.
-    """
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        run()
-        synchronise(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
-    now = peak = 0
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return peak
-
-
 def encoder_flop(config: EncoderConfig, patches: int) -> float:
     """FLOP of a forward and backward pass of the encoder on ``patches`` visible patches: three times the forward's."""
     with torch.device("meta"):
@@ -123,7 +80,7 @@ def randomise_grn(model: FCMAE) -> None:
             torch.nn.init.normal_(parameter, std=0.2)
 
 
-def encoder_contenders(args: argparse.Namespace, model: FCMAE, images: Tensor, mask: Tensor) -> list[Contender]:
+def encoder_contenders(args: argparse.Namespace, model: FCMAE, images: Tensor, mask: Tensor) -> Plan:
     """Dense eager, dense compiled and the backends, for the encoder's forward and backward pass."""
     grid_size = args.img_size[0] // 32, args.img_size[1] // 32
     keep = keep_count(mask.shape[1], args.mask_ratio)
@@ -133,7 +90,9 @@ def encoder_contenders(args: argparse.Namespace, model: FCMAE, images: Tensor, m
     channels_last = images.contiguous(memory_format=torch.channels_last)
     weights = torch.randn(last.num_cells, model.config.encoder.dims[-1], device=images.device)
 
-    def sparse(name: str) -> Callable[[], tuple[Tensor, Tensor]]:
+    parameters = list(model.encoder.parameters())
+
+    def sparse(name: str) -> Contender:
         backend, mode = entry(name)
         config = model.config.encoder
         backend.warm_up(config.stages, config.kernel_size, images.device, DTYPES[args.dtype])
@@ -149,21 +108,30 @@ def encoder_contenders(args: argparse.Namespace, model: FCMAE, images: Tensor, m
                 rows = run(images, mask)
             return (rows.float() * weights).sum(), rows
 
-        return forward
+        return Contender(name, forward, parameters)
 
-    def dense(encoder: Callable[[Tensor, MaskedDenseGrid], Tensor]) -> Callable[[], tuple[Tensor, Tensor]]:
+    def dense(name: str) -> Contender:
+        encoder = model.encoder if rivals[name] is None else torch.compile(model.encoder, mode=rivals[name])
+
         def forward() -> tuple[Tensor, Tensor]:
             with autocast:
                 rows = last.gather(encoder(channels_last, dense_grid(visible)).permute(0, 2, 3, 1))
             return (rows.float() * weights).sum(), rows
 
-        return forward
+        return Contender(name, forward, parameters)
 
-    parameters = list(model.encoder.parameters())
-    contenders = [Contender("dense", dense(model.encoder), parameters)]
+    rivals = rival_modes(args)
+    return {name: partial(dense, name) for name in rivals} | {name: partial(sparse, name) for name in args.backends}
+
+
+def rival_modes(args: argparse.Namespace) -> dict[str, str | None]:
+    """Names of the dense rivals, and the mode of torch.compile of each."""
+    rivals: dict[str, str | None] = {"dense": None}
     if args.compile:
-        contenders.append(Contender("dense-compiled", dense(torch.compile(model.encoder)), parameters))
-    return contenders + [Contender(name, sparse(name), parameters) for name in args.backends]
+        rivals["dense-compiled"] = "default"
+        if torch.device(args.device).type == "cuda" and any(name.endswith("+graphs") for name in args.backends):
+            rivals["dense-compiled+graphs"] = COMPILE_MODES["graphs"]
+    return rivals
 
 
 def entry(name: str) -> tuple[Backend, str | None]:
@@ -185,7 +153,7 @@ class DepthwiseOnly(TritonBackend):
         return False
 
 
-def step_contenders(args: argparse.Namespace, model: FCMAE, images: Tensor, mask: Tensor) -> list[Contender]:
+def step_contenders(args: argparse.Namespace, model: FCMAE, images: Tensor, mask: Tensor) -> Plan:
     """The same for a whole training step: encoder, decoder, loss on the masked patches, backward, AdamW."""
     autocast = torch.autocast(images.device.type, DTYPES[args.dtype], enabled=args.dtype != "float32")
     masks = torch.Generator(images.device)
@@ -200,27 +168,28 @@ def step_contenders(args: argparse.Namespace, model: FCMAE, images: Tensor, mask
 
         return Contender(name, forward, list(network.parameters()), optimiser.step)
 
-    def rival(compiled: bool) -> FCMAE:
+    def rival(name: str) -> Contender:
         network = DenseMaskedFCMAE(model.config).to(images.device)
         network.load_state_dict(model.state_dict())
-        object.__setattr__(network, "dense_encoder", torch.compile(network.encoder) if compiled else network.encoder)
-        return network
+        mode = rivals[name]
+        encoder = network.encoder if mode is None else torch.compile(network.encoder, mode=mode)
+        object.__setattr__(network, "dense_encoder", encoder)
+        return contender(name, network)
 
-    contenders = [contender("dense", rival(compiled=False))]
-    if args.compile:
-        contenders.append(contender("dense-compiled", rival(compiled=True)))
-    for name in args.backends:
+    def sparse(name: str) -> Contender:
         network = FCMAE(model.config).to(images.device)
         network.backend, mode = entry(name)
         network.load_state_dict(model.state_dict())
         if mode:
             network.compile(mode=mode)
-        contenders.append(contender(name, network))
-    return contenders
+        return contender(name, network)
+
+    rivals = rival_modes(args)
+    return {name: partial(rival, name) for name in rivals} | {name: partial(sparse, name) for name in args.backends}
 
 
-def measure(args: argparse.Namespace, name: str, what: str) -> tuple[list[Result], list[str]]:
-    """Check that all contenders agree, time them in turns, measure their memory; a line for each that fails."""
+def measure(args: argparse.Namespace, name: str, what: str, told: Callable[[list[Result]], None]) -> list[Result]:
+    """Check that all contenders agree, measure their memory, time them in turns; see :class:`Match`."""
     torch.manual_seed(args.seed)
     device = torch.device(args.device)
     model = create_fcmae(name, img_size=args.img_size, mask_ratio=args.mask_ratio).to(device)
@@ -229,44 +198,14 @@ def measure(args: argparse.Namespace, name: str, what: str) -> tuple[list[Result
     patches = args.img_size[0] // 32 * (args.img_size[1] // 32)
     mask = random_mask(args.batch_size, patches, args.mask_ratio, device=device)
     build = encoder_contenders if what == "encoder" else step_contenders
-    contenders = build(args, model, images, mask)
-
-    contenders, errors, failures = agreement(contenders, contenders[0], args.dtype, f"{name}, {what}")
-    time_in_turns(contenders, args)
-    memory: dict[str, float] = {}
-    for contender in contenders:
-        if not contender.name.endswith("+graphs"):
-            contender.clear(keep=True)
-            memory[contender.name] = peak_activation_bytes(contender.run, device)
-
-    results = []
-    dense = min((c for c in contenders if c.name.startswith("dense")), key=lambda c: statistics.median(c.times_ms))
-    for contender in contenders:
-        times = [t / args.batch_size for t in contender.times_ms]
-        result = Result(
-            model=name,
-            what=what,
-            backend=contender.name,
-            ms_per_image=statistics.median(times),
-            ms_per_image_min=min(times),
-            ms_per_image_max=max(times),
-            images_per_s=1e3 / statistics.median(times),
-            activation_mb=memory[contender.name] / 2**20 if contender.name in memory else None,
-            error=errors.get(contender.name),
-            times_ms=contender.times_ms,
-        )
-        peak = peak_flops(device, args.dtype)
-        if peak is not None and what == "encoder":
-            flop = encoder_flop(model.config.encoder, args.batch_size * keep_count(patches, args.mask_ratio))
-            result.flop_utilisation = flop / (statistics.median(contender.times_ms) * 1e-3 * peak)
-        if not contender.name.startswith("dense"):
-            ratios = [d / t for d, t in zip(dense.times_ms, contender.times_ms, strict=True)]
-            result.speedup = statistics.median(ratios)
-            result.speedup_min, result.speedup_max = min(ratios), max(ratios)
-            if contender.name in memory:
-                result.memory_ratio = memory[contender.name] / memory[dense.name]
-        results.append(result)
-    return results, failures
+    results = Match(args, build(args, model, images, mask), partial(Result, name, what), told).run()
+    peak = peak_flops(device, args.dtype)
+    if peak is not None and what == "encoder":
+        flop = encoder_flop(model.config.encoder, args.batch_size * keep_count(patches, args.mask_ratio))
+        for result in results:
+            if result.times_ms:
+                result.flop_utilisation = flop / (statistics.median(result.times_ms) * 1e-3 * peak)
+    return results
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -299,41 +238,47 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def written(value: float | None, form: str) -> str:
-    """A number of the table; a dash for None."""
-    return "–" if value is None else format(value, form)
-
-
 def main(argv: list[str] | None = None) -> int:
-    """Run, print a table, write the JSON after every model; 2 where a contender fails or disagrees."""
+    """Run, print a table, write the JSON whenever something was measured; 2 where a contender fails or disagrees."""
     args = parse_args(argv)
     device = torch.device(args.device)
-    facts = hardware(device)
+    facts = hardware(device) | same_arithmetic(device)
     print_head(facts, args, args.dtype)
-    print(f"{'model':<18}{'what':<9}{'backend':<16}{'ms/image':>10}{'(min–max)':>16}{'img/s':>8}{'act. MB':>9}", end="")
+    print(f"{'model':<18}{'what':<9}{'backend':<24}{'ms/image':>10}{'(min–max)':>16}{'img/s':>8}{'act. MB':>9}", end="")
     print(f"{'speed-up':>10}{'(min–max)':>14}{'memory':>8}{'error':>9}{'of peak':>9}")
     results: list[Result] = []
     status = 0
     for name in args.models:
         for what in args.what:
-            new, failures = measure(args, name, what)
+            before = tuple(results)
+            new = measure(args, name, what, lambda rows, before=before: write_report(facts, args, [*before, *rows]))
             results += new
             write_report(facts, args, results)
-            for failure in failures:
-                print(f"error: {failure}", file=sys.stderr)
-                status = 2
             for r in new:
-                spread = f"({r.ms_per_image_min:.1f}–{r.ms_per_image_max:.1f})"
-                line = f"{r.model:<18}{r.what:<9}{r.backend:<16}{r.ms_per_image:>10.2f}{spread:>16}"
-                line += f"{r.images_per_s:>8.1f}{written(r.activation_mb, '.1f'):>9}"
-                if r.speedup is not None:
-                    line += f"{r.speedup:>9.2f}×{f'({r.speedup_min:.2f}–{r.speedup_max:.2f})':>14}"
-                    line += f"{written(r.memory_ratio, '.2f'):>8}{r.error:>9.1e}"
-                if r.flop_utilisation is not None:
-                    line = f"{line:<119}{r.flop_utilisation:>8.1%}"
-                print(line, flush=True)
+                print(line_of(r), flush=True)
+            against = next((r.against for r in new if r.against is not None), None)
+            if against is not None:
+                print(f"ratios of {name}, {what}, against {against}", flush=True)
+            if any(r.note is not None for r in new):
+                status = 2
             torch.compiler.reset()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
     return status
+
+
+def line_of(r: Result) -> str:
+    """A line of the table."""
+    line = f"{r.model:<18}{r.what:<9}{r.backend:<24}"
+    if r.ms_per_image is None:
+        print(f"error: {r.model}, {r.what}, {r.backend}: {r.note}", file=sys.stderr)
+        return f"{line}{'–':>10}  {r.note}"
+    spread = f"({r.ms_per_image_min:.1f}–{r.ms_per_image_max:.1f})"
+    line += f"{r.ms_per_image:>10.2f}{spread:>16}{r.images_per_s:>8.1f}{r.activation_mb:>9.1f}"
+    if r.speedup is not None:
+        line += f"{r.speedup:>9.2f}×{f'({r.speedup_min:.2f}–{r.speedup_max:.2f})':>14}"
+        line += f"{r.memory_ratio:>8.2f}{r.error:>9.1e}"
+    return line if r.flop_utilisation is None else f"{line:<127}{r.flop_utilisation:>8.1%}"
 
 
 if __name__ == "__main__":

@@ -4,8 +4,9 @@ For the depthwise convolution the floor is the larger of two times: the bytes th
 results written once) over the bandwidth of a copy measured in the same run, and the multiply-adds of taps that lie on
 visible cells over the float32 rate of the device. For the pointwise half of a block it is the larger of the bytes and
 of its matrix products at the rate of a large one in that dtype. ``of floor`` is the floor over the time, 100 % being
-perfect. Dense is torch's (cuDNN's) operation on every cell of the same images; its results are compared, and no figure
-is printed where they differ.
+perfect. Dense is torch's (cuDNN's) operation on every cell of the same images; its results are compared. Where they
+differ, or a kernel fails, the result says so and has no ratio, the others are measured all the same, and the status is
+2 at the end. The JSON is written after each result.
 
     python benchmarks/ops.py --device cuda --dtype bfloat16 --models tiny base --batch-size 128 --json ops.json
     python benchmarks/ops.py --models atto --batch-size 8
@@ -15,15 +16,28 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import DTYPES, add_options, check_options, hardware, print_head, relative_error, synchronise, write_report
+from common import (
+    DTYPES,
+    add_options,
+    check_options,
+    first_line,
+    hardware,
+    print_head,
+    relative_error,
+    same_arithmetic,
+    synchronise,
+    write_report,
+)
 from torch import Tensor
 
 from convnextv2.models.config import encoder_config
@@ -44,14 +58,16 @@ class Result:
     stage: int
     channels: int
     what: str
-    us: float
-    floor_us: float
-    bound: str
-    of_floor: float
-    dense_us: float
-    against_dense: float
-    gathered_us: float | None
-    error: float
+    us: float | None = None
+    floor_us: float | None = None
+    bound: str | None = None
+    of_floor: float | None = None
+    dense_us: float | None = None
+    against_dense: float | None = None
+    gathered_us: float | None = None
+    error: float | None = None
+    note: str | None = None
+    """Why there is no ratio."""
     times_us: list[float] = field(default_factory=list)
 
 
@@ -80,7 +96,7 @@ class Clock:
             call()
             return (time.perf_counter() - start) * 1e6
         self.flush.zero_()
-        torch.cuda._sleep(2_000_000)  # about a millisecond, in which all launches of the call are queued
+        torch.cuda._sleep(6_000_000)  # about three milliseconds, in which all launches of the call are queued
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         call()
@@ -112,12 +128,23 @@ class Rates:
 
 
 def vector_rate(device: torch.device) -> float:
-    """Float32 FLOP a second of a GPU's ordinary units by its clock, 0 where torch does not tell."""
+    """Float32 FLOP a second of a GPU's ordinary units by its highest clock, 0 where nobody tells that."""
     if device.type != "cuda":
         return 0.0
     properties = torch.cuda.get_device_properties(device)
     lanes = 64 if (properties.major, properties.minor) == (8, 0) else 128
-    return 2.0 * lanes * properties.multi_processor_count * getattr(properties, "clock_rate", 0) * 1e3
+    return 2.0 * lanes * properties.multi_processor_count * (clock_hz(properties) or 0.0)
+
+
+def clock_hz(properties: Any) -> float | None:
+    """Of torch's properties of a device, else of nvidia-smi: CUDA 13 took the clock out of the properties."""
+    if getattr(properties, "clock_rate", 0):
+        return properties.clock_rate * 1e3
+    query = ["nvidia-smi", f"--id=GPU-{properties.uuid}", "--query-gpu=clocks.max.sm", "--format=csv,noheader,nounits"]
+    try:
+        return float(subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout) * 1e6
+    except (OSError, ValueError, AttributeError, subprocess.SubprocessError):
+        return None
 
 
 def visible_taps(active: ActiveSet) -> int:
@@ -125,19 +152,52 @@ def visible_taps(active: ActiveSet) -> int:
     return int((active.cell_neighbours(KERNEL) < active.num_cells).sum())
 
 
-def check(name: str, ours: list[Tensor], theirs: list[Tensor], dtype: str) -> float:
-    """The largest relative difference.
+Measurement = Callable[[], Result]
 
-    Raises:
-        RuntimeError: if it is beyond the tolerance.
+
+class Measured:
+    """Takes results one by one; what fails becomes one that says so.
+
+    Args:
+        told: called with each result.
     """
-    error = relative_error(ours, theirs)
-    if not error <= TOLERANCE[dtype]:
-        raise RuntimeError(f"{name}: results differ from dense by {error:.1e}")
-    return error
+
+    def __init__(self, args: argparse.Namespace, clock: Clock, told: Callable[[Result], None]) -> None:
+        self.args, self.clock, self.told = args, clock, told
+
+    def __call__(self, stage: Stage, whats: tuple[str, ...], measurements: Callable[[], Iterator[Measurement]]) -> None:
+        """Make the ``measurements``, which are those of ``whats``, one by one, and tell their results.
+
+        Raises:
+            RuntimeError: if the device serves nobody any longer.
+        """
+        left = list(whats)
+        try:
+            for measurement in measurements():
+                self._tell(stage, left[:1], measurement)
+                del left[0]
+        except Exception as failure:  # before there was anything to measure
+            self._failed(stage, left, failure)
+
+    def _tell(self, stage: Stage, what: list[str], measurement: Measurement) -> None:
+        try:
+            self.told(measurement())
+        except Exception as failure:  # a compiler's or the device's; the other kernels are measured all the same
+            self._failed(stage, what, failure)
+
+    def _failed(self, stage: Stage, whats: list[str], failure: Exception) -> None:
+        for what in whats:
+            self.told(Result(stage.model, stage.number, stage.channels, what, note=first_line(failure)))
+        synchronise(self.clock.device)  # raises if it was an illegal address, say
+        if self.clock.device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
-def depthwise(args: argparse.Namespace, clock: Clock, rates: Rates, stage: Stage) -> list[Result]:
+DEPTHWISE = "depthwise", "depthwise, grad of x", "depthwise, grad of weight"
+POINTWISE = "pointwise half", "pointwise half, gradients"
+
+
+def depthwise(args: argparse.Namespace, clock: Clock, rates: Rates, stage: Stage) -> Iterator[Measurement]:
     """Forward, gradient for the input, gradient for the weight."""
     active, backend, dtype = stage.active, args.kernels, DTYPES[args.dtype]
     backend.prepare(active, KERNEL)
@@ -174,24 +234,25 @@ def depthwise(args: argparse.Namespace, clock: Clock, rates: Rates, stage: Stage
     }
     move = 2 * rows * channels * x.element_size() / rates.copy
     compute = 2 * visible_taps(active) * channels / rates.float32
-    results = []
-    for what, (ours, dense, other) in calls.items():
+
+    def measure(what: str) -> Result:
+        ours, dense, other = calls[what]
         expected = dense()
         if what != "depthwise, grad of weight":
             expected = active.gather(expected.permute(0, 2, 3, 1))
-        error = check(f"{stage}, {what}", [ours()], [expected], args.dtype)
+        error = relative_error([ours()], [expected])
         times = clock(ours, dense, *([other] if other else []))
-        results.append(stage.result(what, move, compute, times, error))
-    return results
+        return stage.result(what, move, compute, times, error, args.dtype)
+
+    for what in calls:
+        yield partial(measure, what)
 
 
-def pointwise(args: argparse.Namespace, clock: Clock, rates: Rates, stage: Stage) -> list[Result]:
+def pointwise(args: argparse.Namespace, clock: Clock, rates: Rates, stage: Stage) -> Iterator[Measurement]:
     """LayerNorm to projection, forward and backward: the backend's, and separate operations on every cell."""
     active, backend, dtype = stage.active, args.kernels, DTYPES[args.dtype]
     channels, hidden = stage.channels, 4 * stage.channels
     mixed = backend.fuses_mlp(clock.device, dtype, torch.float32)
-    if not mixed and not backend.fuses_mlp(clock.device, dtype, dtype):
-        return []
 
     def pair(*shape: int) -> tuple[Tensor, Tensor]:
         scale = shape[1] ** -0.5 if len(shape) > 1 else 1.0
@@ -217,33 +278,28 @@ def pointwise(args: argparse.Namespace, clock: Clock, rates: Rates, stage: Stage
         h = F.gelu(F.linear(F.layer_norm(dense_x, [channels], *norm, EPS), *pwconv1))
         return F.linear(dense_grid.grn(h, *grn, EPS), *pwconv2)
 
-    ours, theirs = fused(), separate()
-    our_grads = torch.autograd.grad(ours, [x, *own], grad, retain_graph=True)
-    their_grads = list(torch.autograd.grad(theirs, [dense_x, *leaves], dense_grad, retain_graph=True))
-    their_grads[0] = active.gather(their_grads[0])
-    error = check(f"{stage}, pointwise", [ours, *our_grads], [active.gather(theirs), *their_grads], args.dtype)
-
-    size = x.element_size()
-    cells = active.num_cells
+    size, cells = x.element_size(), active.num_cells
     products = 2 * 2 * cells * channels * hidden / rates.products
+
+    def measure(what: str, numbers: int, factor: int, backward: bool) -> Result:
+        """``numbers`` a cell are read or written; the products are ``factor`` times those of the forward pass."""
+        ours, theirs = fused(), separate()
+        our_grads = torch.autograd.grad(ours, [x, *own], grad, retain_graph=True)
+        their_grads = list(torch.autograd.grad(theirs, [dense_x, *leaves], dense_grad, retain_graph=True))
+        their_grads[0] = active.gather(their_grads[0])
+        error = relative_error([ours, *our_grads], [active.gather(theirs), *their_grads])
+        if backward:
+            times = clock(
+                lambda: torch.autograd.grad(ours, [x, *own], grad, retain_graph=True),
+                lambda: torch.autograd.grad(theirs, [dense_x, *leaves], dense_grad, retain_graph=True),
+            )
+        else:
+            times = clock(fused, separate)
+        return stage.result(what, cells * numbers * size / rates.copy, factor * products, times, error, args.dtype)
+
     # The hidden layer is written once and read twice, before and after the norms are known.
-    forward = clock(lambda: fused(), lambda: separate())
-    backward = clock(
-        lambda: torch.autograd.grad(ours, [x, *own], grad, retain_graph=True),
-        lambda: torch.autograd.grad(theirs, [dense_x, *leaves], dense_grad, retain_graph=True),
-    )
-    return [
-        stage.result(
-            "pointwise half", cells * (2 * channels + 3 * hidden) * size / rates.copy, products, forward, error
-        ),
-        stage.result(
-            "pointwise half, gradients",
-            cells * (3 * channels + 2 * hidden) * size / rates.copy,
-            2 * products,
-            backward,
-            error,
-        ),
-    ]
+    yield partial(measure, POINTWISE[0], 2 * channels + 3 * hidden, 1, False)
+    yield partial(measure, POINTWISE[1], 3 * channels + 2 * hidden, 2, True)
 
 
 @dataclass(frozen=True)
@@ -258,9 +314,12 @@ class Stage:
     def __str__(self) -> str:
         return f"{self.model}, stage {self.number}"
 
-    def result(self, what: str, move: float, compute: float, times: list[list[float]], error: float) -> Result:
+    def result(
+        self, what: str, move: float, compute: float, times: list[list[float]], error: float, dtype: str
+    ) -> Result:
         """``move`` and ``compute`` are the two floors in seconds; ``times`` are ours, dense, and perhaps gathered."""
         ours, dense, *gathered = (statistics.median(found) for found in times)
+        agrees = error <= TOLERANCE[dtype]
         floor = max(move, compute) * 1e6
         return Result(
             model=self.model,
@@ -272,9 +331,10 @@ class Stage:
             bound="bytes" if move > compute else "arithmetic",
             of_floor=floor / ours,
             dense_us=dense,
-            against_dense=dense / ours,
+            against_dense=dense / ours if agrees else None,
             gathered_us=gathered[0] if gathered else None,
             error=error,
+            note=None if agrees else f"results differ from dense by {error:.1e}",
             times_us=times[0],
         )
 
@@ -314,46 +374,63 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def print_line(r: Result) -> None:
+    """A line of the table."""
+    line = f"{r.model:<17}{r.stage:>6}{r.channels:>6}  {r.what:<27}"
+    if r.us is None:
+        print(f"{line}{'–':>10}  {r.note}", flush=True)
+        return
+    ratio = "–" if r.against_dense is None else f"{r.against_dense:.2f}×"
+    gathered = "" if r.gathered_us is None else f"{r.gathered_us:.1f}"
+    print(
+        f"{line}{r.us:>10.1f}{r.floor_us:>9.1f} {r.bound:<11}{r.of_floor:>9.0%}{r.dense_us:>11.1f}{ratio:>8}"
+        f"{gathered:>11}{r.error:>9.1e}  {r.note or ''}".rstrip(),
+        flush=True,
+    )
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Run, print a table, write the JSON; 2 where results differ."""
+    """Run, print a table, write the JSON after each result; 2 where results differ or a kernel fails."""
     args = parse_args(argv)
     torch.manual_seed(args.seed)
     device = torch.device(args.device)
-    facts = hardware(device) | {"backend": args.backend}
+    kernels, dtype = args.kernels, DTYPES[args.dtype]
+    facts = hardware(device) | {"backend": args.backend} | same_arithmetic(device)
     print_head(facts, args, args.dtype)
     clock = Clock(device, args.repeats, args.warmup)
-    with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False):
-        rates = Rates.measure(clock, DTYPES[args.dtype])
-        facts |= {"copy_gb_s": rates.copy / 1e9, "float32_tflop_s": rates.float32 / 1e12}
-        facts |= {"products_tflop_s": rates.products / 1e12}
-        print(
-            f"copy {rates.copy / 1e9:,.0f} GB/s, float32 {rates.float32 / 1e12:.2f} TFLOP/s, matrix products "
-            f"{rates.products / 1e12:.2f} TFLOP/s"
-        )
-        print(f"{'model':<17}{'stage':>6}{'C':>6}  {'what':<27}{'µs':>10}{'floor':>9} {'bound by':<11}", end="")
-        print(f"{'of floor':>9}{'dense µs':>11}{'ratio':>8}{'densified':>11}{'error':>9}")
-        results: list[Result] = []
-        for name in args.models:
-            config = encoder_config(name)
-            args.kernels.warm_up(config.stages, config.kernel_size, device, DTYPES[args.dtype])
-            for stage in stages(args, name):
-                try:
-                    new = depthwise(args, clock, rates, stage) + pointwise(args, clock, rates, stage)
-                except RuntimeError as error:
-                    print(f"error: {error}", file=sys.stderr)
-                    return 2
-                results += new
-                for r in new:
-                    gathered = "" if r.gathered_us is None else f"{r.gathered_us:.1f}"
-                    print(
-                        f"{r.model:<17}{r.stage:>6}{r.channels:>6}  {r.what:<27}{r.us:>10.1f}{r.floor_us:>9.1f} "
-                        f"{r.bound:<11}{r.of_floor:>9.0%}{r.dense_us:>11.1f}{r.against_dense:>7.2f}×{gathered:>11}"
-                        f"{r.error:>9.1e}",
-                        flush=True,
-                    )
-    del args.kernels
-    write_report(facts, args, results)
-    return 0
+    rates = Rates.measure(clock, dtype)
+    facts |= {"copy_gb_s": rates.copy / 1e9, "float32_tflop_s": rates.float32 / 1e12}
+    facts |= {"products_tflop_s": rates.products / 1e12}
+    print(
+        f"copy {rates.copy / 1e9:,.0f} GB/s, float32 {rates.float32 / 1e12:.2f} TFLOP/s, matrix products "
+        f"{rates.products / 1e12:.2f} TFLOP/s"
+    )
+    print(f"{'model':<17}{'stage':>6}{'C':>6}  {'what':<27}{'µs':>10}{'floor':>9} {'bound by':<11}", end="")
+    print(f"{'of floor':>9}{'dense µs':>11}{'ratio':>8}{'densified':>11}{'error':>9}")
+    results: list[Result] = []
+    options = argparse.Namespace(**{k: v for k, v in vars(args).items() if k != "kernels"})
+
+    def told(result: Result) -> None:
+        results.append(result)
+        print_line(result)
+        write_report(facts, options, results)
+
+    measured = Measured(args, clock, told)
+    fused = kernels.fuses_mlp(device, dtype, torch.float32) or kernels.fuses_mlp(device, dtype, dtype)
+    for name in args.models:
+        config = encoder_config(name)
+        try:
+            kernels.warm_up(config.stages, config.kernel_size, device, dtype)
+        except Exception as failure:  # a compiler's: the kernels that it has are measured, and the others fail again
+            print(f"error: {name}, kernels compiled beforehand: {first_line(failure)}", file=sys.stderr)
+        for stage in stages(args, name):
+            measured(stage, DEPTHWISE, partial(depthwise, args, clock, rates, stage))
+            if fused:
+                measured(stage, POINTWISE, partial(pointwise, args, clock, rates, stage))
+    failures = [r for r in results if r.note is not None]
+    for r in failures:
+        print(f"error: {r.model}, stage {r.stage}, {r.what}: {r.note}", file=sys.stderr)
+    return 2 if failures else 0
 
 
 if __name__ == "__main__":

@@ -48,11 +48,32 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Atomically: whoever is killed meanwhile leaves the file as it was."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
 def section(title: str, report: dict[str, Any]) -> str:
     """One benchmark: what it ran on, its options, its table."""
     facts = ", ".join(f"{k} {cell(k, v)}" for k, v in report["hardware"].items())
     options = ", ".join(f"{k} {cell(k, v)}" for k, v in report["options"].items() if v not in (None, False))
-    return f"## {title}\n{facts}\n\nOptions: {options}\n\n{table(report['results'])}\n"
+    found = table(report["results"]) if report["results"] else "Nothing was measured."
+    return f"## {title}\n{facts}\n\nOptions: {options}\n\n{found}\n"
+
+
+def write(reports: dict[str, dict[str, Any]], title: str, notes: list[str], markdown: Path, into: Path) -> None:
+    """Both files: ``notes`` are lines below the title, then a section for each of ``reports``.
+
+    Raises:
+        KeyError: if one is not a benchmark's report.
+        OSError: if a file cannot be written.
+    """
+    sections = [section(name, found) for name, found in reports.items()]
+    write_text(markdown, "\n".join([f"# {title}\n", *(f"{n}\n" for n in notes), *sections]))
+    write_text(into, json.dumps({"notes": notes, "reports": reports}, indent=1) + "\n")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -66,14 +87,10 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         reports = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in args.reports}
-        sections = [section(title, report) for title, report in reports.items()]
-    except (OSError, ValueError, KeyError, IndexError) as error:
+        write(reports, args.title, args.note, args.markdown, args.json)
+    except (OSError, ValueError, KeyError, TypeError) as error:
         print(f"error: not a benchmark's report: {error!r}", file=sys.stderr)
         return 2
-    for path in (args.markdown, args.json):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    args.markdown.write_text("\n".join([f"# {args.title}\n", *(f"{n}\n" for n in args.note), *sections]), "utf-8")
-    args.json.write_text(json.dumps({"notes": args.note, "reports": reports}, indent=1) + "\n", encoding="utf-8")
     return 0
 
 

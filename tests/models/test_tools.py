@@ -2,12 +2,9 @@
 
 import copy
 
-import peft
 import pytest
-import thop
 import timm
 import torch
-import torchinfo
 from model_helpers import BACKENDS, RAGGED, as_rows, images_for, randomise, tiny_config
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
@@ -19,6 +16,7 @@ from sparse_ops import ActiveSet, SparseGrid
 from sparse_ops.layers import has_hooks
 from sparse_ops.oracle import MaskedDenseGrid
 
+peft, thop, torchinfo = map(pytest.importorskip, ("peft", "thop", "torchinfo"))  # a GPU machine may lack them
 VISIBLE = RAGGED
 
 

@@ -1,8 +1,12 @@
 """The benchmarks run, agree with dense in the run that they time, and write what they print."""
 
+import gzip
 import json
 import subprocess
 import sys
+from argparse import Namespace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,11 +14,16 @@ import pytest
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import match  # noqa: E402
+import ops  # noqa: E402
+import profile_step  # noqa: E402
 import torch  # noqa: E402
 from common import Contender, agreement  # noqa: E402  # a script's folder
 from encoder import encoder_flop  # noqa: E402
+from match import Match, Result, graph_pool_bytes  # noqa: E402
 
 from convnextv2.models.config import encoder_config  # noqa: E402
+from sparse_ops import Backend, get_backend  # noqa: E402
 
 
 def run(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
@@ -27,7 +36,11 @@ SMALL = ("--models", "atto", "--batch-size", 1, "--img-size", 64, "--repeats", 2
 
 @pytest.mark.parametrize(
     ("script", "extra", "rows"),
-    [("encoder.py", ("--no-compile", "--what", "encoder", "step"), 4), ("ops.py", ("--stages", 3, 4), 10)],
+    [
+        ("encoder.py", ("--no-compile", "--what", "encoder", "step"), 4),
+        ("ops.py", ("--stages", 3, 4), 10),
+        ("finetune_step.py", ("--no-compile",), 1),
+    ],
 )
 def test_it_runs_and_writes_its_results(script, extra, rows, tmp_path):
     done = run(script, *SMALL, *extra, "--json", tmp_path / "out.json")
@@ -101,6 +114,153 @@ def test_a_contender_that_fails_or_differs_is_left_out_and_told():
     assert errors == {"right": pytest.approx(1e-5, rel=0.1)}
     assert failures[0].startswith("atto, wrong: differs from dense masked by 1.0e-01")
     assert failures[1:] == ["atto, broken: ZeroDivisionError: compiled"]
+
+
+def weighing(name: str, factor: float, weight: torch.Tensor, fails_at: int = 0) -> Contender:
+    """Multiplies by ``factor``; raises in one of its passes, counted from 1."""
+    passes = iter(range(1, 1000))
+
+    def forward() -> tuple[torch.Tensor, torch.Tensor]:
+        if next(passes) == fails_at:
+            raise torch.OutOfMemoryError(f"pass {fails_at}\nof {name}")
+        out = weight * factor
+        return out.sum(), out
+
+    return Contender(name, forward, [weight])
+
+
+def matched(**made: tuple[float, int]) -> tuple[dict[str, Result], list[list[Result]]]:
+    """Results by name, and what was told on the way."""
+    weight, told = torch.ones(3, requires_grad=True), []
+    plan = {name: partial(weighing, name, factor, weight, at) for name, (factor, at) in made.items()}
+    args = Namespace(device="cpu", dtype="float32", batch_size=1, repeats=3, warmup=1)
+    rows = Match(
+        args, plan, partial(Result, "atto", "encoder"), lambda rows: told.append([replace(r) for r in rows])
+    ).run()
+    return {row.backend: row for row in rows}, told
+
+
+def test_results_are_told_as_they_come_and_provisional_until_the_end():
+    rows, told = matched(**{"dense": (1, 0), "dense-compiled": (1, 0), "triton": (1, 0), "triton+graphs": (1, 0)})
+    names = [[row.backend for row in rows] for rows in told]
+    assert names[:3] == [["dense"], ["dense", "triton"], ["dense", "dense-compiled", "triton"]]  # compiled ones later
+    assert names[3] == names[4] == list(rows)
+    assert all(row.provisional for row in told[3])
+    assert not any(row.provisional for row in told[4])
+    assert [len(row.times_ms) for row in rows.values()] == [3] * 4
+    assert told[1][1].speedup is not None
+    for row in rows.values():
+        assert row.activation_mb is not None
+
+
+def test_a_rival_that_fails_is_named_beside_the_ratio():
+    rows, _ = matched(**{"dense": (1, 0), "dense-compiled": (1.1, 0), "triton": (1, 0)})
+    assert rows["dense-compiled"].note.startswith("differs from dense masked by 1.0e-01")
+    assert rows["dense-compiled"].speedup is rows["dense-compiled"].ms_per_image is None
+    assert rows["triton"].against.startswith("dense; not dense-compiled: differs from dense masked by 1.0e-01")
+
+
+def test_without_memory_for_eager_dense_the_compiled_one_is_the_rival():
+    rows, _ = matched(**{"dense": (1, 1), "dense-compiled": (1, 0), "triton": (1, 0), "wrong": (2, 0)})
+    assert rows["dense"].note == "OutOfMemoryError: pass 1"
+    assert rows["triton"].against == "dense-compiled; not dense: OutOfMemoryError: pass 1"
+    assert rows["triton"].error == 0
+    assert rows["triton"].speedup is not None
+    assert rows["wrong"].note.startswith("differs")
+
+
+def test_a_contender_that_fails_when_it_is_timed_has_no_figures():
+    rows, _ = matched(dense=(1, 0), triton=(1, 5))
+    assert rows["triton"].note == "OutOfMemoryError: pass 5"
+    assert rows["triton"].ms_per_image is rows["triton"].speedup is None
+    assert len(rows["dense"].times_ms) == 3
+
+
+def test_without_any_dense_network_there_is_no_figure():
+    rows, _ = matched(dense=(1, 1), triton=(1, 0))
+    assert "no dense network ran" in rows["triton"].note
+    assert rows["triton"].ms_per_image is None
+
+
+def test_memory_of_cuda_graphs_is_that_of_their_pools(monkeypatch):
+    segments = [{"total_size": 5, "segment_pool_id": (0, 0)}, {"total_size": 7, "segment_pool_id": (0, 3)}]
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: segments)
+    assert graph_pool_bytes(torch.device("cuda")) == 7
+    assert graph_pool_bytes(torch.device("cpu")) == 0
+    held = iter([10 * 2**20, 40 * 2**20])
+    monkeypatch.setattr(match, "graph_pool_bytes", lambda device: next(held))
+    rows, _ = matched(dense=(1, 0))
+    assert 30 <= rows["dense"].activation_mb < 31
+
+
+class Broken(Backend):
+    """The reference, but the gradient for the weight is wrong and that for x fails."""
+
+    name = summary = "broken"
+    priority = -99
+
+    def unavailable_reason(self):
+        return None
+
+    def rejects(self, device, dtype, kernel_size):
+        return None
+
+    def depthwise(self, x, weight, bias, active, *, reverse_taps):
+        if reverse_taps:
+            raise RuntimeError("no kernel image\nis available")
+        return get_backend("reference").depthwise(x, weight, bias, active, reverse_taps=False)
+
+    def depthwise_weight_grad(self, x, grad, active, kernel_size):
+        return 1.5 * get_backend("reference").depthwise_weight_grad(x, grad, active, kernel_size)
+
+
+def test_a_wrong_kernel_is_a_result_and_the_others_are_measured(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(ops, "resolve_backend", lambda name, device: Broken())
+    small = [
+        "--models",
+        "atto",
+        "--batch-size",
+        "1",
+        "--img-size",
+        "64",
+        "--repeats",
+        "2",
+        "--warmup",
+        "1",
+        "--stages",
+        "4",
+    ]
+    assert ops.main([*small, "--json", str(tmp_path / "o.json")]) == 2
+    right, fails, wrong = json.loads((tmp_path / "o.json").read_text())["results"]
+    assert right["against_dense"] > 0
+    assert right["note"] is None
+    assert fails["note"] == "RuntimeError: no kernel image"
+    assert fails["us"] is None
+    assert wrong["note"].startswith("results differ from dense by 5.0e-01")
+    assert wrong["against_dense"] is None
+    assert wrong["us"] > 0
+    assert "stage 4, depthwise, grad of x: RuntimeError: no kernel image" in capsys.readouterr().err
+
+
+def test_the_clock_comes_from_nvidia_smi_where_torch_does_not_tell(monkeypatch, tmp_path):
+    assert ops.clock_hz(Namespace(clock_rate=1980000)) == 1.98e9
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert ops.clock_hz(Namespace(uuid="x")) is None
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\necho 1755\n")
+    smi.chmod(0o755)
+    assert ops.clock_hz(Namespace(uuid="x")) == 1.755e9
+
+
+def test_a_profile_has_kernels_and_a_trace(tmp_path, capsys):
+    small = ["--models", "atto", "--batch-size", "1", "--img-size", "64", "--repeats", "1", "--warmup", "1"]
+    assert profile_step.main([*small, "--device", "cpu", "--json", str(tmp_path / "profile.json")]) == 0
+    report = json.loads((tmp_path / "profile.json").read_text())
+    assert "ms a step without the profiler" in report["hardware"]["convnextv2_atto"]
+    assert sum(row["share"] for row in report["results"]) == pytest.approx(1, abs=0.1)
+    assert any("sparse_ops::" in row["kernel"] for row in report["results"])
+    trace = json.loads(gzip.decompress((tmp_path / "profile.trace.json.gz").read_bytes()))
+    assert trace["traceEvents"]
 
 
 @pytest.mark.parametrize(
