@@ -49,12 +49,12 @@ class Launch:
     """One kernel: its name, the bytes it reads and writes by the name of the argument, and the sizes of those."""
 
     name: str
-    operator: str = ""
-    """Of ours, inside of which it happens."""
     read: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     written: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     sizes: dict[str, int] = field(default_factory=dict)
     """Bytes of each tensor among its arguments."""
+    operator: str = ""
+    """Of ours, inside of which it happens."""
 
     @property
     def moved(self) -> int:
@@ -115,7 +115,7 @@ class _Operators(TorchDispatchMode):
         return out
 
     def note(self, name: str, *counts: dict[str, int]) -> None:
-        self._launches.append(Launch(name, self.operator, *counts))
+        self._launches.append(Launch(name, *counts, operator=self.operator))
 
 
 def rooms() -> list[Any]:
