@@ -365,7 +365,8 @@ def draw(path: Path, peak: Peak, results: Sequence[Result]) -> None:
         xs, ys = [r.flop_per_byte for r in own], [r.gflop_s for r in own]
         axes.scatter(xs, ys, sizes, color=colour, alpha=0.5, label=name)
         for r in own:
-            axes.annotate(r.part, (r.flop_per_byte, r.gflop_s), fontsize=6, ha="center", va="center")
+            if r.of_step > 0.01:  # smaller ones would only cover them
+                axes.annotate(r.part, (r.flop_per_byte, r.gflop_s), fontsize=6, color=colour, rotation=30)
     axes.set(xscale="log", yscale="log", xlabel="FLOP a byte that must move", ylabel="GFLOP/s")
     axes.set_title(f"{peak.flop_s * 1e-9:.0f} GFLOP/s of products, {peak.bytes_s * 1e-9:.0f} GB/s of a copy")
     axes.grid(which="both", alpha=0.2)
