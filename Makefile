@@ -23,8 +23,10 @@ endif
 # No test runs where one of these is missing, and none is skipped for another reason than a device.
 test: export REQUIRE_BACKENDS = $(if $(filter skip,$(MINKOWSKI)),cpu,cpu minkowski)
 SANITIZED = build/sanitized/sparse_ops/backends/cpu/_cpu.so
+ARM = build/arm/sparse_ops/backends/cpu/_cpu.so
+ARM_TOOLS = aarch64-linux-gnu-g++ qemu-aarch64
 
-.PHONY: help demo test sanitize lint fuzz format bench minkowski clean
+.PHONY: help demo test sanitize arm lint fuzz format bench minkowski clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -61,6 +63,17 @@ $(SANITIZED): $(VENV)/.installed-test
 sanitize: export SPARSE_OPS_CPU_LIBRARY = $(abspath $(SANITIZED))
 sanitize: $(SANITIZED) ## the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer; Linux and GCC
 	$(BIN)/python -m pytest -n auto tests/ops/sanitizers.py
+
+$(ARM): $(VENV)/.installed-test tests/ops/emulated.cpp
+	@for tool in $(ARM_TOOLS); do command -v $$tool > /dev/null || { \
+		echo "make arm needs $$tool; Debian: apt install g++-aarch64-linux-gnu qemu-user" >&2; exit 2; }; done
+	CC=aarch64-linux-gnu-g++ CXX=aarch64-linux-gnu-g++ LDSHARED="aarch64-linux-gnu-g++ -shared" \
+		LDCXXSHARED="aarch64-linux-gnu-g++ -shared" $(BIN)/python setup.py --quiet build_ext \
+		--plat-name linux-aarch64 --build-lib build/arm --build-temp build/arm
+	aarch64-linux-gnu-g++ -O1 -std=c++17 -Wall -Wextra tests/ops/emulated.cpp -o build/arm/emulated -ldl
+
+arm: $(ARM) ## the C++ kernels on Arm, in QEMU, through the conformance cases; needs a cross compiler
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests/ops/arm.py
 
 lint: $(VENV)/.installed-test ## ruff, mypy, and which package may import which
 	$(BIN)/ruff check .

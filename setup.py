@@ -7,7 +7,6 @@ installation succeeds and the backend says how to get it.
 from __future__ import annotations
 
 import os
-import platform
 import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -73,7 +72,7 @@ class BuildKernels(build_ext):
             raise CompileError("the C++ kernels need GCC or Clang; on Windows use the reference backend or WSL")
         units: list[tuple[str, list[str]]] = [("kernels_baseline", [])]
         macros: list[tuple[str, str | None]] = []
-        if platform.machine().lower() in ("x86_64", "amd64"):
+        if self.plat_name.rpartition("-")[2] in ("x86_64", "amd64"):
             for name, flags in INSTRUCTION_SETS.items():
                 units.append((f"kernels_{name}", flags))
                 macros.append((f"SPARSE_OPS_HAVE_{name.upper()}", None))

@@ -286,17 +286,15 @@ class ActiveSet:
                 f"of {self.side}×{self.side} cells"
             )
         ky, kx = height // (gh * self.side), width // (gw * self.side)
-        levels = self.side.bit_length() - 1
-        # Rows of pixels of a patch are contiguous: taking those of the visible patches is one fast selection.
-        image, py, px = self.patch_coordinates[:, :, None, None].unbind(1)
-        channel = torch.arange(channels, device=images.device)[:, None]
-        line = py * (self.side * ky) + torch.arange(self.side * ky, device=images.device)
-        row = ((image * channels + channel) * height + line) * gw + px
-        visible = images.contiguous().view(-1, self.side * kx).index_select(0, row.flatten())
-        # The bits of y and x become axes of their own; interleaving them is Z-order.
-        bits = visible.reshape(self.num_patches, channels, *(2,) * levels, ky, *(2,) * levels, kx)
-        interleaved = [axis for y_axis in range(2, 2 + levels) for axis in (y_axis, y_axis + levels + 1)]
-        return bits.permute(0, *interleaved, 1, 2 + levels, 3 + 2 * levels).reshape(self.num_cells, channels * ky * kx)
+        # A line of pixels of a cell is contiguous: taking those of the visible patches, cells in Z-order, is one
+        # fast selection.
+        y, x = _morton_table(self.side, images.device)[:, :, None, None].unbind(1)
+        line = y * ky + torch.arange(ky, device=images.device)
+        within = (line + torch.arange(channels, device=images.device)[:, None] * height) * (gw * self.side) + x
+        image, py, px = self.patch_coordinates.unbind(1)
+        corner = (image * (channels * height) + py * (self.side * ky)) * (gw * self.side) + px * self.side
+        index = (corner[:, None] + within.flatten()).flatten()
+        return images.contiguous().view(-1, kx).index_select(0, index).view(self.num_cells, channels * ky * kx)
 
     def check_rows(self, x: Tensor) -> None:
         """Raise ValueError unless ``x`` is ``[N, C]`` with this set's N."""

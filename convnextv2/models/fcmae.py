@@ -181,16 +181,19 @@ class FCMAE(nn.Module):
         patches = hidden.gather_patches(images).float()
         channels = self.config.encoder.in_chans
         target = patches.view(patches.shape[0], channels, patches.shape[1] // channels).transpose(1, 2).flatten(1)
-        if self.config.norm_pix_loss and target.numel():  # torch warns of the variance of nothing
-            variance, mean = torch.var_mean(target, dim=1, keepdim=True)
-            target = (target - mean) / (variance + TARGET_EPS).sqrt()
-        return target
+        if not self.config.norm_pix_loss:
+            return target
+        # LayerNorm, whose variance is the biased one, is one pass over the pixels.
+        pixels = target.shape[1]
+        biased = (pixels - 1) / pixels
+        return nn.functional.layer_norm(
+            target, (pixels,), target.new_full((pixels,), biased**0.5), eps=biased * TARGET_EPS
+        )
 
     @staticmethod
     def loss(pred_hidden: Tensor, target: Tensor) -> Tensor:
         """Mean squared error over the masked patches, in float32; every patch has the same number of pixels."""
-        error = (pred_hidden.float() - target).square()
-        return error.mean() if error.numel() else error.sum()
+        return nn.functional.mse_loss(pred_hidden.float(), target, reduction="mean" if target.numel() else "sum")
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor, pred: Tensor) -> Tensor:

@@ -154,8 +154,12 @@ def test_targets_are_raw_pixels_or_of_biased_variance(monkeypatch):
     check_targets_are_normalised()
     with pytest.raises(AssertionError):
         check_targets_are_normalised(norm_pix_loss=False)
-    ours = torch.var_mean
-    monkeypatch.setattr(torch, "var_mean", lambda x, **options: ours(x, **options, correction=0))
+    ours = torch.nn.functional.layer_norm
+
+    def biased(x, shape, weight=None, bias=None, eps=1e-5):
+        return ours(x, shape, weight if bias is not None else None, bias, eps)
+
+    monkeypatch.setattr(torch.nn.functional, "layer_norm", biased)
     with pytest.raises(AssertionError):
         check_targets_are_normalised()
 

@@ -78,6 +78,29 @@ def test_ways_of_loading_are_measured(tmp_path):
         assert any(line.startswith(row["way"]) for line in done.stdout.splitlines())
 
 
+def test_roofline_counts_every_part(tmp_path):
+    done = run("roofline.py", *SMALL, "--json", tmp_path / "out.json", "--plot", tmp_path / "roof.png")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "roof.png").read_bytes().startswith(b"\x89PNG")
+    rows = {row["part"]: row for row in json.loads((tmp_path / "out.json").read_text())["results"]}
+    assert len(rows) == 22
+    # One visible patch of four at 64×64: 64, 16, 4, 1 cells, whose every tap inside of the patch is visible.
+    cells, dims, depths = (64, 16, 4, 1), (40, 80, 160, 320), (2, 2, 6, 2)
+    expected = 4 * cells[0] * 48 * dims[0]  # the stem, forward and one of two gradients
+    for number, (n, channels, depth) in enumerate(zip(cells, dims, depths, strict=True)):
+        side = round(n**0.5)
+        taps = sum(max(0, side - abs(offset)) for offset in range(-3, 4)) ** 2
+        assert rows[f"stage {number + 1} convolution"]["gflop"] == pytest.approx(6e-9 * depth * taps * channels)
+        expected += 6 * depth * (taps * channels + 8 * n * channels**2)
+        expected += 6 * n * 4 * dims[number - 1] * channels if number else 0
+    assert rows["encoder"]["gflop"] == pytest.approx(expected * 1e-9)
+    decoder = 6 * (1 * 320 * 512 + 16 * 512 + 4 * 512**2 * (4 + 3) + 3 * 512 * 3072)
+    assert rows["step"]["gflop"] == pytest.approx((expected + decoder) * 1e-9)
+    for row in rows.values():
+        assert 0 < row["forward_ms"] <= row["ms_max"]
+        assert row["of_peak"] == 0 or row["gflop"] > 0
+
+
 @pytest.mark.parametrize(
     ("script", "arguments", "message"),
     [
@@ -88,6 +111,9 @@ def test_ways_of_loading_are_measured(tmp_path):
         ("encoder.py", ("--backends", "abacus"), "unknown backend"),
         ("ops.py", ("--backend", "cpu", "--dtype", "float16"), "float16"),
         ("ops.py", ("--batch-size", 0), "at least 1"),
+        ("roofline.py", ("--img-size", 100), "not divisible by the patch size"),
+        ("roofline.py", ("--backend", "reference"), "take one that fuses it"),
+        ("roofline.py", ("--plot", "roof.jpeg"), "ends in .png, .svg or .pdf"),
     ],
 )
 def test_bad_options_are_one_line(script, arguments, message):

@@ -32,7 +32,9 @@ def forward(call: MLPCall) -> tuple[Tensor, tuple[Tensor, ...]]:
     h = normed @ w1.t()
     y = workspace.take("y", h.shape, h)
     norms = run(cpu_gelu_grn, h, b1, gamma, beta, row_offsets, eps[1], y)
-    return torch.addmm(b2, y if rows is None else y[rows], w2.t()), (h, mean, rstd, norms)
+    if rows is not None:
+        y = torch.index_select(y, 0, rows, out=workspace.take("rows", (rows.numel(), y.shape[1]), y))
+    return torch.addmm(b2, y, w2.t()), (h, mean, rstd, norms)
 
 
 def backward(grad: Tensor, call: MLPCall, kept: tuple[Tensor, ...]) -> list[Tensor]:
@@ -43,11 +45,12 @@ def backward(grad: Tensor, call: MLPCall, kept: tuple[Tensor, ...]) -> list[Tens
     if rows is None:
         torch.mm(grad, w2, out=grad_h)
     else:
-        grad_h.zero_().index_copy_(0, rows, grad @ w2)
+        some = workspace.take("rows", (rows.numel(), h.shape[1]), h)
+        grad_h.zero_().index_copy_(0, rows, torch.mm(grad, w2, out=some))
     grad_gamma, grad_beta, grad_b1 = run(
         cpu_gelu_grn_backward, grad_h, h, b1, gamma, beta, norms, row_offsets, eps[1], y
     )
-    grad_w2, grad_b2 = grad.t() @ (y if rows is None else y[rows]), grad.sum(0)
+    grad_w2, grad_b2 = grad.t() @ (y if rows is None else torch.index_select(y, 0, rows, out=some)), grad.sum(0)
     normed, grad_normed = (workspace.take(slot, x.shape, x) for slot in ("normed", "grad_normed"))
     torch.mm(grad_h, w1, out=grad_normed)
     grad_x, grad_norm_weight, grad_norm_bias = run(
