@@ -21,6 +21,7 @@ from convnextv2.training.recipe import option
 
 PRECISIONS = ("auto", "no", "bf16", "fp16")
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
+COMPILE_CHOICES = ("auto", "none", *COMPILE_MODES)  # None is none, as in recipes of before
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")  # named as their packages
 
 
@@ -57,7 +58,10 @@ class RunOptions:
     )
     tf32: bool = option(False, "float32 matrix products and convolutions in TensorFloat-32, on GPUs that have it")
     compile: str | None = option(
-        None, "torch.compile with this mode, not at all by default; reduce-overhead uses CUDA graphs", COMPILE_MODES
+        "auto",
+        "torch.compile with a mode, or none; reduce-overhead uses CUDA graphs; auto: those in pre-training on a GPU "
+        "with the backend triton, without accumulation, nothing elsewhere",
+        COMPILE_CHOICES,
     )
     accum: int = option(1, "batches whose gradients are added up before an update")
     lr: float | None = option(None, "peak learning rate; overrides --blr")
@@ -117,8 +121,8 @@ class RunOptions:
         check_feeding(self)
         if self.resume and self.overwrite:
             raise ValueError("`resume` and `overwrite` exclude each other")
-        self.require(f"must be one of {', '.join(COMPILE_MODES)}", COMPILE_MODES.__contains__, "compile")
-        if self.compile not in (None, "default") and self.accum > 1:
+        self.require(f"must be one of {', '.join(COMPILE_CHOICES)}", COMPILE_CHOICES.__contains__, "compile")
+        if self.compile in COMPILE_MODES[1:] and self.accum > 1:
             raise ValueError(
                 f"`compile` {self.compile} and `accum` exclude each other: a CUDA graph overwrites the gradients of "
                 "the batch before; use `compile` default"

@@ -16,7 +16,7 @@ from convnextv2.data.loading import derived_seed
 from convnextv2.models.fcmae import FCMAE, create_fcmae
 from convnextv2.training.device import Accelerator
 from convnextv2.training.loop import OnLoss
-from convnextv2.training.options import RunOptions
+from convnextv2.training.options import COMPILE_MODES, RunOptions
 from convnextv2.training.pictures import reconstruction_panels, save_reconstructions
 from convnextv2.training.recipe import option
 from convnextv2.training.reporting import Log, Progress
@@ -57,7 +57,7 @@ class PretrainOptions(RunOptions):
         super().check()
         self.require("must not be negative", lambda value: value >= 0, "reconstruct_every")
         backend = registry().get(self.backend)
-        if self.compile is not None and backend is not None and not backend.traceable:
+        if self.compile in COMPILE_MODES and backend is not None and not backend.traceable:
             raise ValueError(
                 f"`compile`: the backend {backend.name} cannot be traced; use another `backend`, or leave it out"
             )
@@ -136,5 +136,6 @@ class PretrainTask(Task[PretrainOptions]):
         if epoch in self.picture_epochs:
             generator = torch.Generator(examples.device).manual_seed(PICTURE_SEED)
             mean, std = self._data.mean, self._data.std
-            panels = reconstruction_panels(model, examples[:8], None, generator, mean=mean, std=std)
+            with torch.compiler.set_stance("force_eager"):  # other shapes than those of training
+                panels = reconstruction_panels(model, examples[:8], None, generator, mean=mean, std=std)
             save_reconstructions(folder.path / "reconstructions" / f"epoch_{epoch:04d}.png", *panels)

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 import safetensors.torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from convnextv2.data.loading import EpochSampler, derived_seed
 from convnextv2.data.sources import describe_skipped
@@ -20,6 +20,7 @@ from convnextv2.models.diversity import feature_diversity
 from convnextv2.models.encoder import Encoder
 from convnextv2.training.bad_data import BadData
 from convnextv2.training.claim import claim
+from convnextv2.training.compiling import Compiling
 from convnextv2.training.device import make_accelerator
 from convnextv2.training.feeding import fitting_batch, make_feeds, make_samples, memory_format
 from convnextv2.training.loop import Loop, OnLoss
@@ -156,9 +157,7 @@ class Run:
         self._loader, *self._others = make_feeds(self.accelerator, samples, options, self._sampler)
         updates = math.ceil(len(self._loader) / options.accum)
         schedule = create_schedule(raw_optimizer, updates, options.epochs, options.warmup_epochs, options.min_lr)
-        if options.compile is not None:
-            own = type(self.model).compile is not nn.Module.compile  # a network that knows what to leave out
-            (self.model if own else self.wrapped).compile(mode=options.compile)
+        self._compiling = Compiling(self.model, self.wrapped, options, self.accelerator, self.say)
         stepped = self.accelerator, self.wrapped, optimizer, schedule
         self.loop = Loop(*stepped, self.stop, options.clip_grad, on_loss if self.main else None)
         self._kept, self._evaluated = self.model, self.wrapped  # with averaging both are the average
@@ -209,7 +208,7 @@ class Run:
         batches = self.bad.watch(self._loader, epoch)
         if self.main:
             batches = self._progress(batches, len(batches), f"epoch {epoch + 1}/{self.options.epochs}")
-        loss, pace = self.loop.epoch(epoch, batches, lambda batch: self.task.loss(self.wrapped, batch))
+        loss, pace = self.loop.epoch(epoch, batches, partial(self._compiling.loss, self.task.loss))
         return loss, {**pace, "data_wait": self._loader.share(pace["seconds"])}
 
     def measure(self, epoch: int, loss: float, pace: dict[str, float]) -> tuple[dict[str, Any], bool]:
