@@ -321,7 +321,9 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "sparse_ops":
-            self.calls.setdefault(func._schema.name, []).append((func, args, kwargs or {}))
+            # Operators have no gradients of their own, and opcheck would ask for them.
+            given = tree_map_only(Tensor, Tensor.detach, (args, kwargs or {}))
+            self.calls.setdefault(func._schema.name, []).append((func, *given))
         return func(*args, **(kwargs or {}))
 
 

@@ -270,7 +270,7 @@ RESULTS = {
         "grn_backward_scale_kernel": "scale pull grad_gamma grad_beta",
         "grn_backward_apply_kernel": "grad out partial_bias",
     },
-    "sums": {"finish_kernel": "of_b1 of_b2 of_gamma of_beta of_norm_weight of_norm_bias of_x"},
+    "sums": {"finish_kernel": "of_b1 of_b2 of_gamma of_beta of_norm_weight of_norm_bias"},
 }
 """What each kernel writes."""
 

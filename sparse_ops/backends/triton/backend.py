@@ -133,8 +133,7 @@ class TritonBackend(BlockBackend):
 
     def mlp_backward(self, grad: Tensor, call: MLPCall, kept: tuple[Tensor, ...]) -> list[Tensor]:
         x, row_offsets, rows, weights, eps, _ = call
-        grad_x, _, *grads = run(triton_mlp_backward, grad, x, list(weights), row_offsets, rows, list(kept), *eps)
-        return [grad_x, *grads]
+        return run(triton_mlp_backward, grad, x, list(weights), row_offsets, rows, list(kept), *eps)
 
     def fuses_block(self, device: torch.device, dtype: torch.dtype, stream: torch.dtype, weights: torch.dtype) -> bool:
         return self.fuses_mlp(device, dtype, weights) and stream in (dtype, torch.float32)

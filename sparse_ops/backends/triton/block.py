@@ -1,7 +1,7 @@
 """A whole block: the operators in their order, with what they can take over from each other.
 
-The residual is what the projection adds its product to, and the sum over the rows of the gradient for the LayerNorm's
-input, which the kernel that writes it takes on the way, is the gradient for the convolution's bias.
+The residual is what the projection adds its product to, and the gradient of the result is what the convolution's
+gradient for its input is added to.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ def backward(backend: BlockBackend, grad: Tensor, call: BlockCall, kept: tuple[T
     x, weight, bias, active, row_offsets, weights, eps, _ = call
     h, *of_mlp = kept
     given = grad, h, list(weights), row_offsets, None, of_mlp
-    grad_h, grad_bias, *grads = run(triton_mlp_backward, *given, *eps)
+    grad_h, *grads = run(triton_mlp_backward, *given, *eps)
     tiles = tiles_of(active, weight.shape[-1], x.shape[1])
     grad_x = run(triton_depthwise, grad_h, weight, None, *tiles, True, grad)  # in the dtype of grad
-    grad_weight, _ = run(triton_depthwise_weight_grad, x, grad_h, *tiles, weight.shape[-1], weight.dtype)
+    grad_weight, grad_bias = run(triton_depthwise_weight_grad, x, grad_h, *tiles, weight.shape[-1], weight.dtype)
     return [grad_x, grad_weight, None if bias is None else grad_bias.to(bias.dtype), *grads]
 
 

@@ -23,8 +23,8 @@ def triton_mlp_backward(
     norm_eps: float,
     grn_eps: float,
 ) -> list[Tensor]:
-    """See :meth:`sparse_ops.backend.Backend.mlp_backward`; the gradient for x, in the dtype of the hidden layer, is
-    followed by its sum over the rows."""
+    """See :meth:`sparse_ops.backend.Backend.mlp_backward`; the gradient for x has the dtype of the hidden
+    layer."""
     kernels = kernels_of("mlp")
     incoming, x, row_offsets, *rest = contiguous(grad, x, row_offsets, *parameters, *kept)
     parameters, kept = rest[: len(parameters)], rest[len(parameters) :]
@@ -53,22 +53,22 @@ def triton_mlp_backward(
     grad_normed, normed = product(grad_h, w1), torch.empty_like(x, dtype=h.dtype)
     tile = norm_tile(x.shape[1])
     programs = min(512, -(-x.shape[0] // tile.rows))
-    grad_x, of_norm = torch.empty_like(normed), x.new_empty(3, programs, x.shape[1], dtype=torch.float32)
+    grad_x, of_norm = torch.empty_like(normed), x.new_empty(2, programs, x.shape[1], dtype=torch.float32)
     given = grad_normed, x, norm_weight, norm_bias, mean, rstd
     launch_tiles(kernels.layer_norm_backward_kernel, (programs,), tile, *given, grad_x, normed, of_norm, x.shape[0])
     grad_w1 = product(grad_h.t(), normed, parameters[2].dtype)
-    sums = of_b1_, of_b2_, *_ = [torch.empty_like(t) for t in (b1, b2, gamma, beta, norm_weight, norm_bias, b2)]
+    sums = of_b1_, of_b2_, *_ = [torch.empty_like(t) for t in (b1, b2, gamma, beta, norm_weight, norm_bias)]
     counts = hidden.groups * hidden.parts, hidden.groups, programs, x.shape[1]
     partial = of_b1, of_b2, grad_gamma, grad_beta, of_norm
     tile = finish_tile(h.shape[1])
     launch_tiles(kernels_of("sums").finish_kernel, (tile.blocks, len(sums)), tile, *partial, *sums, *counts)
     if rows is not None:  # those of grad are not the parts' rows
         of_b2_ = grad.sum(0, dtype=torch.float32).to(b2.dtype)
-    _, _, of_gamma, of_beta, of_norm_weight, of_norm_bias, of_x = sums
-    return [grad_x, of_x, of_norm_weight, of_norm_bias, grad_w1, of_b1_, of_gamma, of_beta, grad_w2, of_b2_]
+    _, _, of_gamma, of_beta, of_norm_weight, of_norm_bias = sums
+    return [grad_x, of_norm_weight, of_norm_bias, grad_w1, of_b1_, of_gamma, of_beta, grad_w2, of_b2_]
 
 
 @triton_mlp_backward.register_fake
 def _(grad: Tensor, x: Tensor, parameters: list[Tensor], *rest: Any) -> list[Tensor]:
     of_x = x.new_empty(x.shape, dtype=rest[2][0].dtype)
-    return [of_x, *(tensor.new_empty(tensor.shape) for tensor in (parameters[7], *parameters))]
+    return [of_x, *(tensor.new_empty(tensor.shape) for tensor in parameters)]

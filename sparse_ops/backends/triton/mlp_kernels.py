@@ -79,8 +79,8 @@ def layer_norm_kernel(
 def layer_norm_backward_kernel(grad, x, weight, bias, mean, rstd, grad_x, normed, partial, rows, TILE: tl.constexpr):
     """Gradients of LayerNorm; a program takes an equal run of the rows, a tile's at a time.
 
-    ``normed`` receives the output of the forward pass again; ``partial`` ``[3, programs, C]``, float32, the sums of the
-    gradients for weight, bias, and x: what x had added to it in all rows has the last one.
+    ``normed`` receives the output of the forward pass again; ``partial`` ``[2, programs, C]``, float32, the sums of the
+    gradients for weight and bias.
     """
     program = tl.program_id(0)
     columns, inside, of_program = columns_of(0, program, TILE)
@@ -90,7 +90,6 @@ def layer_norm_backward_kernel(grad, x, weight, bias, mean, rstd, grad_x, normed
     w, b = load(weight + columns, inside)[None, :], load(bias + columns, inside)[None, :]
     sum_weight = tl.full([TILE.rows, TILE.columns], 0, tl.float32)
     sum_bias = tl.full([TILE.rows, TILE.columns], 0, tl.float32)
-    sum_x = tl.full([TILE.rows, TILE.columns], 0, tl.float32)
     while row < end:
         at, valid = tile_of(row, end, columns, inside, TILE)
         own = row + tl.arange(0, TILE.rows)
@@ -105,12 +104,10 @@ def layer_norm_backward_kernel(grad, x, weight, bias, mean, rstd, grad_x, normed
         level = tl.sum(incoming, 1)[:, None] / TILE.width
         outgoing = (incoming - level - unit * along) * scale
         tl.store(grad_x + at, outgoing.to(grad_x.dtype.element_ty), mask=valid)
-        sum_x += tl.where(valid, outgoing, 0.0)
         row += TILE.rows
     of_sum = tl.num_programs(0) * TILE.width
     tl.store(partial + of_program, tl.sum(sum_weight, 0), mask=inside)
     tl.store(partial + of_sum + of_program, tl.sum(sum_bias, 0), mask=inside)
-    tl.store(partial + 2 * of_sum + of_program, tl.sum(sum_x, 0), mask=inside)
 
 
 @triton.jit

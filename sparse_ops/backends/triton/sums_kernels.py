@@ -43,7 +43,6 @@ def finish_kernel(
     of_beta,
     of_norm_weight,
     of_norm_bias,
-    of_x,
     parts,
     groups,
     programs,
@@ -53,7 +52,7 @@ def finish_kernel(
     """All sums over rows that the backward pass of the pointwise half leaves in parts; program (block, which sum).
 
     ``b1`` ``[parts, D]`` and ``b2`` ``[parts, C]``, ``gamma`` and ``beta`` ``[groups, D]``, and ``partial``
-    ``[3, programs, C]`` for the LayerNorm's weight, its bias and x.
+    ``[2, programs, C]`` for the LayerNorm's weight and bias.
     """
     which = tl.program_id(1)
     if which == 0:
@@ -66,7 +65,5 @@ def finish_kernel(
         _finish(b2, parts, channels, of_b2, TILE)
     elif which == 4:
         _finish(partial, programs, channels, of_norm_weight, TILE)
-    elif which == 5:
-        _finish(partial + programs * channels, programs, channels, of_norm_bias, TILE)
     else:
-        _finish(partial + 2 * programs * channels, programs, channels, of_x, TILE)
+        _finish(partial + programs * channels, programs, channels, of_norm_bias, TILE)
