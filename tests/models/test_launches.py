@@ -28,7 +28,7 @@ for stage in range(1, 5):
 
 @pytest.mark.slow
 def test_a_block_launches_few_kernels():
-    """tiny, bfloat16 under autocast, forward and backward: at most 20, casts and sums of torch included."""
+    """tiny, bfloat16 under autocast, both ways: 20 in stage 1 and 19 elsewhere, casts and sums of torch included."""
     done = subprocess.run(
         [sys.executable, "-c", COUNTED],
         capture_output=True,
@@ -43,12 +43,11 @@ def test_a_block_launches_few_kernels():
     )
     assert done.returncode == 0, done.stderr[-3000:]
     stages = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(stages) == 4
+    assert [len(launches) for launches in stages] == [20, 19, 19, 19]
     for launches in stages:
         kernels = [name for operator, name in launches if operator == "triton_mlp"]
         assert kernels[-1] in ("aten.addmm_", "aten.mm")  # the projection, added to the residual in place
         names = [name for _, name in launches]
         assert names.count("finish_kernel") == names.count("depthwise_sum_kernel") == 1
         assert names.count("depthwise_kernel") == 2
-        assert len(launches) <= 20, launches
         assert all(operator for operator, _ in launches), launches

@@ -92,7 +92,7 @@ class TritonBackend(BlockBackend):
     def warm_up(
         self, stages: Sequence[tuple[int, int]], kernel_size: int, device: torch.device, dtype: torch.dtype
     ) -> None:
-        """Kernels are compiled side by side: some take seconds, and a network needs about forty."""
+        """Kernels are compiled side by side: some take seconds, and a network needs about sixty."""
         if interpreting() or device.type == "meta" or self.rejects(device, dtype, kernel_size) is not None:
             return
         missing = {(side, channels, kernel_size, device, dtype) for side, channels in stages} - self._compiled
