@@ -313,7 +313,7 @@ def test_its_check_notices_kernels_that_return_wrong_numbers(half):
         [sys.executable, "-c", CHECKED, half, *results],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr[-3000:]
