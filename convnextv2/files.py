@@ -20,10 +20,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A temporary path beside ``path`` that takes its name when the block ends well and vanishes when it does not.
 
     The folder is made if need be; the suffix is kept, so that writers that look at it work. A link stays one: the file
-    that it leads to is replaced, and keeps its permissions.
-
-    Raises:
-        OSError: if the folder cannot be made or written.
+    that it leads to is replaced, and keeps its permissions. Raises OSError if the folder cannot be made or written.
     """
     target = Path(path).resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -53,9 +50,7 @@ def finite(value: Any) -> Any:
 def write_json(path: str | os.PathLike[str], obj: Any) -> None:
     """Write ``obj`` as indented JSON, atomically. Numbers that are not finite become null.
 
-    Raises:
-        TypeError: if ``obj`` holds something JSON cannot.
-        OSError: if the file cannot be written.
+    Raises TypeError if ``obj`` holds something JSON cannot, OSError if the file cannot be written.
     """
     text = json.dumps(finite(obj), indent=2, ensure_ascii=False, allow_nan=False)
     with atomic_path(path) as temporary:

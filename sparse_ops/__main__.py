@@ -25,12 +25,9 @@ def report() -> str:
         if reason is not None:
             lines.append(f"{'':<{width}}  why: {reason}")
     lines.append("")
-    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    lines += [f"auto on {device}: {resolve_backend('auto', torch.device(device)).name}" for device in devices]
-    lines += [
-        f"dense networks on {device}: {runs_on('auto', torch.device(device), torch.float32, 7, True)}"
-        for device in devices
-    ]
+    devices = [torch.device(kind) for kind in ("cpu", "cuda") if kind == "cpu" or torch.cuda.is_available()]
+    lines += [f"auto on {device}: {resolve_backend('auto', device).name}" for device in devices]
+    lines += [f"dense networks on {device}: {runs_on('auto', device, torch.float32, 7, True)}" for device in devices]
     return "\n".join(lines)
 
 

@@ -171,11 +171,7 @@ class ActiveSet:
         return cls(_PatchIndex(flat, batch_size, (grid_size[0], grid_size[1]), (num_patches,) * batch_size), side)
 
     def down(self) -> ActiveSet:
-        """The same patches at the next stage, where a patch has half as many cells a side.
-
-        Raises:
-            ValueError: if a patch is one cell already.
-        """
+        """The same patches at the next stage, with half as many cells a side; ValueError if a patch is one already."""
         if self.side == 1:
             raise ValueError("a patch is a single cell here; there is no coarser stage")
         return ActiveSet(self._patches, self.side // 2)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -110,12 +111,8 @@ def check_conformance(
     leaves: dict[str, Tensor | None] = {"bias": None, **values}
     active = ActiveSet.from_mask((~visible).to(device, torch.float32), side=side)
 
-    def sparse(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return functional.depthwise_conv(x, weight, bias, active, backend)
-
-    def dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return dense_depthwise(x, weight, bias, visible, side)
-
+    sparse = partial(functional.depthwise_conv, active=active, backend=backend)
+    dense = partial(dense_depthwise, visible=visible, side=side)
     absolute = {name: value.abs() for name, value in exact.items()}
     oracle = _run(dense, {"bias": None, **exact}, exact_grad)
     terms = _run(dense, {"bias": None, **absolute}, exact_grad.abs())

@@ -41,7 +41,7 @@ class _DepthwiseConv(torch.autograd.Function):
 
 
 def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None, active: ActiveSet, backend: Backend) -> Tensor:
-    """Depthwise convolution, stride 1 and "same" padding, over the active cells only.
+    """Depthwise convolution, stride 1 and "same" padding, over the active cells only: ``[N, C]``.
 
     Equal to a dense convolution of the map in which every masked cell is zero, read at the active cells.
     Under autocast the operands are cast to the autocast dtype, as for a dense convolution; weight and bias stay in
@@ -53,9 +53,6 @@ def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None, active: Activ
         bias: ``[C]`` or None.
         active: the active set.
         backend: a backend, see :func:`sparse_ops.registry.resolve_backend`.
-
-    Returns:
-        ``[N, C]``.
 
     Raises:
         ValueError: if shapes or devices do not fit, or the backend does not serve such inputs.
@@ -124,7 +121,8 @@ def convnext_mlp(
     """The pointwise half of a ConvNeXt V2 block, fused: ``pwconv2(grn(gelu(pwconv1(layer_norm(x)))))``.
 
     Keeps ``x`` and the hidden layer for the backward pass and recomputes the rest: 5·C numbers a cell instead of
-    about 19·C. Only for backends whose :meth:`~sparse_ops.backend.Backend.fuses_mlp` says so.
+    about 19·C. Only for backends whose :meth:`~sparse_ops.backend.Backend.fuses_mlp` says so. Raises ValueError if
+    shapes do not fit.
 
     Args:
         x: ``[N, C]``.
@@ -132,14 +130,8 @@ def convnext_mlp(
         row_offsets: ``[G + 1]`` int64 on the device of ``x``: GRN norms are taken over the rows of each group.
         backend: the backend that fuses it.
         eps: added to the variance of the LayerNorm, and to the mean of GRN's norms.
-        rows: ``[M]`` int64, distinct: the rows of the output to compute; all of them if None.
+        rows: ``[M]`` int64, distinct: the rows of the output to compute, ``[M, C]``; all of them if None, ``[N, C]``.
         workspace: memory for temporaries; fresh if None.
-
-    Returns:
-        ``[N, C]``, or ``[M, C]`` with ``rows``.
-
-    Raises:
-        ValueError: if shapes do not fit.
     """
     channels, hidden = x.shape[-1], weights.w1.shape[0]
     expected = [(channels,)] * 2 + [(hidden, channels), *[(hidden,)] * 3, (channels, hidden), (channels,)]

@@ -49,11 +49,7 @@ def _computes_as(layer: nn.Module, kind: type[nn.Module]) -> bool:
 
 
 def conv_weights(layer: nn.Conv2d) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of a convolution that is torch's own.
-
-    Raises:
-        TypeError: if it is not, so that its weights are not all that it computes with.
-    """
+    """Weight and bias of a convolution that is torch's own; TypeError if it computes with more than these."""
     if not _computes_as(layer, nn.Conv2d):
         raise TypeError(
             f"a sparse grid computes with the weights of a Conv2d, and {type(layer).__name__} does more than that; "

@@ -27,22 +27,18 @@ def cell_coordinates(visible: Tensor, side: int) -> list[tuple[int, int, int]]:
         side: cells a patch side, a power of two.
     """
     cells = []
-    for image, rows in enumerate(visible.tolist()):
-        for patch_row, row in enumerate(rows):
-            for patch_column, is_visible in enumerate(row):
-                if not is_visible:
-                    continue
-                for position in range(side * side):
-                    x = y = 0
-                    for bit in range(side.bit_length()):
-                        x |= (position >> (2 * bit) & 1) << bit
-                        y |= (position >> (2 * bit + 1) & 1) << bit
-                    cells.append((image, patch_row * side + y, patch_column * side + x))
+    for image, patch_row, patch_column in visible.nonzero().tolist():
+        for position in range(side * side):
+            x = y = 0
+            for bit in range(side.bit_length()):
+                x |= (position >> (2 * bit) & 1) << bit
+                y |= (position >> (2 * bit + 1) & 1) << bit
+            cells.append((image, patch_row * side + y, patch_column * side + x))
     return cells
 
 
 def dense_depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, visible: Tensor, side: int) -> Tensor:
-    """Depthwise convolution over the visible cells through a dense map, in the dtype of ``x``. Differentiable.
+    """Depthwise convolution over the visible cells through a dense map, shape and dtype as ``x``. Differentiable.
 
     Args:
         x: ``[N, C]``, rows in the order of :func:`cell_coordinates`.
@@ -50,9 +46,6 @@ def dense_depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, visible: Ten
         bias: ``[C]`` or None.
         visible: ``[B, gh, gw]``, True = visible.
         side: cells a patch side.
-
-    Returns:
-        ``[N, C]``.
     """
     batch, height, width = visible.shape[0], visible.shape[1] * side, visible.shape[2] * side
     cells = cell_coordinates(visible, side)

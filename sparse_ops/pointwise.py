@@ -51,15 +51,12 @@ def channel_norm(energy: Tensor) -> Tensor:
 
 
 def grn_scale(energy: Tensor, gamma: Tensor, eps: float) -> Tensor:
-    """Factor ``1 + gamma · N(G(x))`` of global response normalisation (ConvNeXt V2, eq. 1-3, with the residual).
+    """Factor ``1 + gamma · N(G(x))`` ``[G, D]`` of global response normalisation (ConvNeXt V2, eq. 1-3, with residual).
 
     Args:
         energy: ``[G, D]`` sums of squares of a channel over the cells of each group.
         gamma: ``[D]``.
         eps: added to the mean of the norms over the channels.
-
-    Returns:
-        ``[G, D]``.
     """
     norm = channel_norm(energy)
     return 1 + gamma * (norm / (norm.mean(-1, keepdim=True) + eps))

@@ -23,24 +23,16 @@ def registry() -> dict[str, Backend]:
     """All backends by name, highest priority first."""
     # By name: the registry knows no backend, and each of them knows what lies below it.
     backends = importlib.import_module("sparse_ops.backends")
-    found: list[Backend] = []
-    for module in pkgutil.iter_modules(backends.__path__):
-        if module.name.startswith("_"):
-            continue
-        backend = getattr(importlib.import_module(f"{backends.__name__}.{module.name}"), "BACKEND", None)
-        if backend is not None:
-            found.append(backend)
+    names = [module.name for module in pkgutil.iter_modules(backends.__path__) if not module.name.startswith("_")]
+    modules = [importlib.import_module(f"{backends.__name__}.{name}") for name in names]
+    found: list[Backend] = [module.BACKEND for module in modules if hasattr(module, "BACKEND")]
     found.sort(key=lambda backend: (-backend.priority, backend.name))
     return {backend.name: backend for backend in found}
 
 
 def get_backend(name: str) -> Backend:
-    """The backend of that name, ready to run.
-
-    Raises:
-        ValueError: if no backend has that name.
-        BackendUnavailableError: if it cannot run here.
-    """
+    """The backend of that name, ready to run; ValueError if there is none, BackendUnavailableError if it cannot run
+    here."""
     backends = registry()
     if name not in backends:
         raise ValueError(f"unknown backend {name!r}; choose auto or one of {', '.join(backends)}")

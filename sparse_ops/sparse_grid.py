@@ -25,9 +25,7 @@ class SparseGrid(Grid):
         backend: a name, or ``auto`` for the best one that serves what is to be computed.
         grn_scope: see :class:`~sparse_ops.grid.Grid`.
 
-    Raises:
-        ValueError: if no backend has that name.
-        BackendUnavailableError: if the backend named cannot run here.
+    Raises ValueError if no backend has that name, BackendUnavailableError if the one named cannot run here.
     """
 
     def __init__(self, active: ActiveSet, backend: str | Backend = "auto", grn_scope: GRNScope = "image") -> None:

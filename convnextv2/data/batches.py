@@ -17,12 +17,12 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
-from convnextv2.data.crops import RandomCrop, pixels_of, region
+from convnextv2.data.crops import RandomCrop, pixels_of, region, sample_words
 from convnextv2.data.datasets import ImageDataset, PredictDataset
 from convnextv2.data.decoding import UnreadableImageError
 from convnextv2.data.images import load_image
 from convnextv2.data.resampling import Regions, resample
-from convnextv2.data.transforms import Statistics, sample_seed, sample_words
+from convnextv2.data.transforms import Statistics, sample_seed
 
 Places = tuple[int, int, int, int]
 """(seed, epoch, index, view) of a sample."""

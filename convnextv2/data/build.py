@@ -39,6 +39,7 @@ def build_pretrain_dataset(
     Images that :func:`build_finetune_datasets` validates on stay out where that is known: of a folder with ``train``
     and ``val`` subfolders only ``train`` is taken, and of a source that says so (:attr:`OpenedSource.hold_out`, the
     digits do) only the training part for this ``seed`` and ``val_fraction``. Of any other every image is taken.
+    Raises DataError if there is no usable image.
 
     Args:
         data: as ``spec`` of :func:`open_source`; the source may ask for gentler crops, and for no flip.
@@ -49,9 +50,6 @@ def build_pretrain_dataset(
         mean, std: normalisation; by default :data:`~.transforms.DEFAULT_STATISTICS`, computed from the images
             for other than 1 or 3 channels.
         wanted: what else is wanted of image files, such as a bound on their size.
-
-    Raises:
-        DataError: if there is no usable image.
     """
     img_size = _check_size(img_size)
     opened = open_source(data, in_chans=in_chans, img_size=img_size, wanted=wanted)
@@ -115,13 +113,11 @@ def build_predict_dataset(
 
     Unreadable images are kept: they are reported where they are loaded, so that the results are complete. Files found
     in a folder that neither are images nor are called like one (notes, tables) are listed in ``skipped`` instead.
+    Raises DataError if an input does not exist, or there is no file at all.
 
     Args:
         inputs: files and folders (searched at all depths).
         img_size, in_chans, mean, std, wanted: as :func:`build_pretrain_dataset`, from the checkpoint.
-
-    Raises:
-        DataError: if an input does not exist, or there is no file at all.
     """
     img_size = _check_size(img_size)
     check_statistics(mean, std, in_chans)

@@ -48,7 +48,7 @@ class RandomCrop:
     hflip: float
 
     def draw(self, height: int, width: int, words: Sequence[int]) -> Box:
-        """The crop of an image of that size; ``words`` from :func:`~.transforms.sample_words`."""
+        """The crop of an image of that size; ``words`` from :func:`sample_words`."""
         flipped = False
         if self.hflip > 0:
             flip = torch.Generator()
@@ -88,6 +88,12 @@ class RandomCrop:
         values = torch.from_numpy(region(image, box, channels)).permute(2, 0, 1)
         values = v2.resize(values, list(self.size), v2.InterpolationMode.BICUBIC, antialias=True)
         return (values.flip(2) if flipped else values).permute(1, 2, 0)
+
+
+def sample_words(seed: int, epoch: int, index: int, view: int = 0) -> Any:
+    """Three seeds, of Python's, numpy's and torch's generator, for a sample, or for a further view of it."""
+    place = (seed, epoch, index, view) if view else (seed, epoch, index)
+    return np.random.SeedSequence(place).generate_state(3)
 
 
 def region(image: Image.Image | NDArray[np.uint8], box: Box, channels: int) -> NDArray[np.uint8]:

@@ -83,11 +83,7 @@ class ImageDataset(_Epochs, Dataset[Any]):
         return len(self.source)
 
     def __getitem__(self, index: int) -> Any:
-        """Sample ``index``, or the next readable one.
-
-        Raises:
-            DataError: if no sample is readable.
-        """
+        """Sample ``index``, or the next readable one; DataError if no sample is."""
         index = range(len(self))[index]
         found, decoded = self.load(index)
         image = self._transformed(decoded, index)

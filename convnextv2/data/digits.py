@@ -37,10 +37,7 @@ def export_digits(folder: str | Path, part: str = "val", *, val_fraction: float 
     """Write digits as 8×8 gray PNG files ``<folder>/<digit>/<number>.png``.
 
     The folder is made if it does not exist. ``part`` is ``val`` or ``train`` of the split for ``seed`` and
-    ``val_fraction``, or ``all``. Returns the files, sorted.
-
-    Raises:
-        OSError: if they cannot be written.
+    ``val_fraction``, or ``all``. Returns the files, sorted; raises OSError if they cannot be written.
     """
     digits, labels = load_digits()
     train, val = stratified_split(labels, val_fraction, seed)

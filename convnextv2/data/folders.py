@@ -42,8 +42,7 @@ def scan_images(
             :data:`FULL_CHECK_BYTES`.
         wanted: what else is wanted of the files.
 
-    Raises:
-        DataError: if the folder does not exist, cannot be read, or holds no usable image.
+    Raises DataError if the folder does not exist, cannot be read, or holds no usable image.
     """
     root = Path(folder)
     if check not in ("auto", "full", "header"):
@@ -79,10 +78,8 @@ def scan_images(
 def walk_files(root: Path, skipped: list[tuple[Path, str]]) -> list[tuple[Path, int]]:
     """The regular files at all depths, sorted, and their sizes in bytes; what is left out is added to ``skipped``.
 
-    Every folder is read once: by its own name where it has one below ``root``, else by the first link to it.
-
-    Raises:
-        DataError: if ``root`` itself cannot be read.
+    Every folder is read once: by its own name where it has one below ``root``, else by the first link to it. Raises
+    DataError if ``root`` itself cannot be read.
     """
     files, waiting, links, seen = list[tuple[Path, int]](), [root], deque[Path](), dict[tuple[int, int], Path]()
     while waiting or links:

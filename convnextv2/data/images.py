@@ -57,7 +57,7 @@ def why_unusable(path: Path, in_chans: int, full: bool, wanted: Wanted = USUAL, 
 
 
 def load_image(path: Path, in_chans: int, wanted: Wanted = USUAL) -> Image.Image | NDArray[np.float32]:
-    """Decode an image file.
+    """Decode an image file; UnreadableImageError, with the reason, if that is not possible.
 
     Args:
         path: an image in one of :data:`FORMATS`, or a ``.npy`` array ``[H, W]``, ``[H, W, C]`` or ``[C, H, W]``.
@@ -68,9 +68,6 @@ def load_image(path: Path, in_chans: int, wanted: Wanted = USUAL) -> Image.Image
         For 1 and 3 channels an RGB image (gray ones have three equal channels). For any other number an array
         ``[H, W, in_chans]``, float32, integers scaled to [0, 1] by the largest value of their type and floats as
         stored; it comes from a ``.npy`` file, a TIFF of ``in_chans`` gray pages, or an image of as many bands.
-
-    Raises:
-        UnreadableImageError: with the reason.
     """
     with reasons():
         if path.suffix.lower() == ".npy":
@@ -86,17 +83,12 @@ def load_image(path: Path, in_chans: int, wanted: Wanted = USUAL) -> Image.Image
         if exif:
             image.info = {"exif": exif}
             ImageOps.exif_transpose(image, in_place=True)
-        if in_chans == 1:
-            image = image.convert("L")
-        return image.convert("RGB") if in_chans == 1 else image
+        return image.convert("L").convert("RGB") if in_chans == 1 else image
 
 
 def to_bytes(values: Values) -> NDArray[np.uint8]:
-    """Pixel values of any type as 8 bits, by the range rules at the top of this module.
-
-    Raises:
-        UnreadableImageError: if values are not finite, or no real numbers.
-    """
+    """Pixel values of any type as 8 bits, by the range rules at the top of this module; UnreadableImageError if they
+    are not finite, or no real numbers."""
     if values.dtype == np.uint8:
         return values[: values.shape[0]]
     if values.dtype.kind not in "biuf":

@@ -31,10 +31,8 @@ class DataError(ValueError):
 def stratified_split(labels: Sequence[int], val_fraction: float, seed: int) -> tuple[list[int], list[int]]:
     """Indices of a training and a validation part, both sorted; every class is split in the same proportion.
 
-    A class of two or more images has at least one in each part; a single image is for training.
-
-    Raises:
-        ValueError: unless ``val_fraction`` lies strictly between 0 and 1.
+    A class of two or more images has at least one in each part; a single image is for training. Raises ValueError
+    unless ``val_fraction`` lies strictly between 0 and 1.
     """
     if not 0 < val_fraction < 1:
         raise ValueError(f"val_fraction must lie strictly between 0 and 1, got {val_fraction}")
@@ -63,11 +61,8 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def load(self, index: int) -> Image.Image | NDArray[np.float32]:
-        """An RGB image, or an array ``[H, W, C]`` where C is neither 1 nor 3.
-
-        Raises:
-            UnreadableImageError: if it cannot be decoded.
-        """
+        """An RGB image, or an array ``[H, W, C]`` where C is neither 1 nor 3; UnreadableImageError if it cannot be
+        decoded."""
 
 
 @runtime_checkable
@@ -127,11 +122,7 @@ class Part:
 
     @property
     def by_number(self) -> Source:
-        """``images``, for what takes them in any order.
-
-        Raises:
-            DataError: if they can only be read from beginning to end.
-        """
+        """``images``, for what takes them in any order; DataError if they can only be read from beginning to end."""
         if isinstance(self.images, SequentialSource):
             raise DataError("images that are read in sequence cannot be split or shuffled; store them as files")
         return self.images
@@ -168,11 +159,8 @@ class OpenedSource:
         return replace(wish, crop_scale=wish.crop_scale or self.crop_scale[task], hflip=hflip)
 
     def split(self, val_fraction: float, seed: int) -> tuple[Part, Part]:
-        """Training and validation part: the source's own, else parted at random by :func:`stratified_split`.
-
-        Raises:
-            DataError: if images have no labels.
-        """
+        """Training and validation part: the source's own, else parted at random by :func:`stratified_split`; DataError
+        if images have no labels."""
         labels = self.train.labels
         if labels is None or (self.val is not None and self.val.labels is None):
             raise DataError(f"{self.description}: has no labels; expected one an image")

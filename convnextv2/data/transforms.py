@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from convnextv2.data.crops import sample_words
 from convnextv2.data.metadata import IMAGE_METADATA, numbers_of
 
 Transform = Callable[[Any], Tensor]
@@ -77,12 +78,9 @@ def preprocessing_from_metadata(
     """What a checkpoint says about its images: (mean, std, (H, W)).
 
     ``metadata`` has ``mean``, ``std`` and ``img_size`` as lists or JSON text; what is missing gets the default for
-    ``in_chans`` channels, and ``default_size``.
-
-    Raises:
-        ValueError: if an entry is malformed, or nothing is known for this number of channels.
+    ``in_chans`` channels, and ``default_size``. Raises ValueError if an entry is malformed, or nothing is known for
+    this number of channels.
     """
-
     mean, std, size = (numbers_of(metadata, name) for name in IMAGE_METADATA)
     if mean is None or std is None:
         if in_chans not in DEFAULT_STATISTICS:
@@ -91,12 +89,6 @@ def preprocessing_from_metadata(
     check_statistics(mean, std, in_chans)
     size = default_size if size is None else size
     return mean, std, (int(size[0]), int(size[-1]))
-
-
-def sample_words(seed: int, epoch: int, index: int, view: int = 0) -> Any:
-    """Three seeds, of Python's, numpy's and torch's generator, for a sample, or for a further view of it."""
-    place = (seed, epoch, index, view) if view else (seed, epoch, index)
-    return np.random.SeedSequence(place).generate_state(3)
 
 
 @contextlib.contextmanager
@@ -128,10 +120,7 @@ def image_transform(
     it asks for. Without a centre crop, which keeps 0.875 of a side as usual, and all of a small image.
 
     With one or three numbers in ``mean`` and ``std`` the transform takes RGB images, else ``[H, W, C]`` arrays, for
-    which there are crops, flips and erasing only.
-
-    Raises:
-        ValueError: if colour augmentation is asked for where the images are arrays.
+    which there are crops, flips and erasing only: ValueError if colour augmentation is asked for.
     """
     share = 0.875 if min(img_size) >= 160 else 1.0
     if len(mean) not in (1, 3):

@@ -108,11 +108,8 @@ def predict_images(
         dataset: from :meth:`Classifier.dataset`.
         topk: likeliest classes to give; at most all.
         workers: processes that decode images; None takes up to four where there are eight batches or more.
-        precision, compile: see :class:`~.inference.Inference`.
+        precision, compile: see :class:`~.inference.Inference`; ValueError if the device cannot compute in the former.
         progress: wraps the batches.
-
-    Raises:
-        ValueError: if the precision cannot be used on the classifier's device.
     """
     if workers is None:
         workers = min(4, os.cpu_count() or 1) if len(dataset) >= 8 * batch_size else 0

@@ -163,10 +163,8 @@ A new line is a new variant: all that takes a name of a model knows it, and ``co
 def encoder_config(name: str | EncoderConfig, **overrides: Any) -> EncoderConfig:
     """Configuration of a variant by name, ``convnextv2_atto`` … ``convnextv2_huge`` (the prefix may be left out).
 
-    A configuration instead of a name is returned as it is, without ``overrides``.
-
-    Raises:
-        ValueError: if no variant has that name.
+    A configuration instead of a name is returned as it is, without ``overrides``. Raises ValueError if no variant has
+    that name.
     """
     if isinstance(name, EncoderConfig):
         return name
@@ -188,11 +186,8 @@ def config_to_dict(config: EncoderConfig | FCMAEConfig | ClassifierConfig) -> di
 
 
 def config_from_dict(data: Mapping[str, Any]) -> EncoderConfig | FCMAEConfig | ClassifierConfig:
-    """Inverse of :func:`config_to_dict`.
-
-    Raises:
-        ValueError: if the kind is unknown, or a field is missing, unknown, or of a wrong type.
-    """
+    """Inverse of :func:`config_to_dict`; ValueError if the kind is unknown, or a field missing, unknown or of a wrong
+    type."""
     kinds = {cls.__name__: cls for cls in (EncoderConfig, FCMAEConfig, ClassifierConfig)}
     values = dict(data)
     kind = values.pop("kind", None)

@@ -186,9 +186,8 @@ class FCMAE(nn.Module):
         # LayerNorm, whose variance is the biased one, is one pass over the pixels.
         pixels = target.shape[1]
         biased = (pixels - 1) / pixels
-        return nn.functional.layer_norm(
-            target, (pixels,), target.new_full((pixels,), biased**0.5), eps=biased * TARGET_EPS
-        )
+        scale = target.new_full((pixels,), biased**0.5)
+        return nn.functional.layer_norm(target, (pixels,), scale, eps=biased * TARGET_EPS)
 
     @staticmethod
     def loss(pred_hidden: Tensor, target: Tensor) -> Tensor:

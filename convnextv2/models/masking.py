@@ -10,10 +10,8 @@ from torch.types import Device
 def keep_count(num_patches: int, mask_ratio: float) -> int:
     """Number of visible patches per image.
 
-    Rounds down, as the official code does: 19 of 49 at ratio 0.6, so slightly more than the ratio is masked.
-
-    Raises:
-        ValueError: if no patch, or every patch, would stay visible, or the ratio is not a number.
+    Rounds down, as the official code does: 19 of 49 at ratio 0.6, so slightly more than the ratio is masked. Raises
+    ValueError if no patch, or every patch, would stay visible, or the ratio is not a number.
     """
     if num_patches < 2:
         raise ValueError(f"an image of {num_patches} patch cannot be masked; use larger images or smaller patches")
@@ -32,13 +30,8 @@ def random_mask(
 ) -> Tensor:
     """Mask with the same number of visible patches in every image, uniformly drawn.
 
-    The device of ``generator`` decides where the numbers are drawn; ``device`` is where the mask goes.
-
-    Returns:
-        ``[batch_size, num_patches]`` float32: 1 = masked, 0 = visible.
-
-    Raises:
-        ValueError: as :func:`keep_count`.
+    The device of ``generator`` decides where the numbers are drawn; ``device`` is where the mask goes. Returns
+    ``[batch_size, num_patches]`` float32: 1 = masked, 0 = visible. Raises ValueError as :func:`keep_count`.
     """
     keep = keep_count(num_patches, mask_ratio)
     noise = torch.rand(batch_size, num_patches, generator=generator, device=generator.device if generator else device)
@@ -49,10 +42,8 @@ def random_mask(
 def parse_mask(text: str) -> Tensor:
     """Mask ``[gh, gw]`` (float32) from a text grid, one line a row of patches.
 
-    ``1``, ``#``, ``x`` are masked; ``0``, ``.``, ``_`` are visible; white space and blank lines do not count.
-
-    Raises:
-        ValueError: on other characters, or rows of different lengths.
+    ``1``, ``#``, ``x`` are masked; ``0``, ``.``, ``_`` are visible; white space and blank lines do not count. Raises
+    ValueError on other characters, or rows of different lengths.
     """
     values = dict.fromkeys("1#xX", 1.0) | dict.fromkeys("0._", 0.0)
     rows = ["".join(line.split()) for line in text.splitlines() if line.strip()]

@@ -46,8 +46,7 @@ def layers(
         mask_ratio: of a masked autoencoder; None takes its own.
         leaves: single layers instead of stem, downsamplings, blocks and head.
 
-    Raises:
-        ValueError: if the image size or the mask ratio does not fit.
+    Raises ValueError if the image size or the mask ratio does not fit.
     """
     encoder = model.encoder if isinstance(model, FCMAE) else model
     images = torch.empty(1, encoder.encoder_config.in_chans, *img_size, device=next(model.parameters()).device)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from convnextv2.data.build import build_finetune_datasets
 from convnextv2.data.datasets import ImageDataset
 from convnextv2.data.metadata import numbers_of
-from convnextv2.data.transforms import Augmentation
+from convnextv2.data.transforms import Augmentation, Statistics
 from convnextv2.models.classifier import ConvNeXtV2
 from convnextv2.models.config import ClassifierConfig, EncoderConfig, FCMAEConfig, check_image_size, variant_name
 from convnextv2.training.device import Accelerator
@@ -33,7 +33,6 @@ from convnextv2.weights.loading import init_classifier
 from convnextv2.weights.reading import read_checkpoint, weights_config
 
 PRETRAINED_HEAD_SCALE = 0.001
-Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,11 +245,8 @@ class ProbeTask(ClassifierTask):
 
 @torch.no_grad()
 def evaluate(accelerator: Accelerator, model: nn.Module, loader: Any, num_classes: int) -> Outcome:
-    """Validate on every image of ``loader`` once, over all processes.
-
-    Returns:
-        Mean cross entropy, top-1 and, from six classes on, top-5 in per cent; confusion matrix ``[K, K]`` (rows: true).
-    """
+    """Validate on every image of ``loader`` once, over all processes: mean cross entropy, top-1 and, from six classes
+    on, top-5 in per cent; confusion matrix ``[K, K]`` (rows: true)."""
     model.eval()
     confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64)
     loss, in_top5 = 0.0, 0

@@ -28,8 +28,6 @@ MASKED_COLOUR = (0.47, 0.52, 0.62)
 """Slate: told apart from the grays of a gray image."""
 
 _DPI, _GAP, _HEADING, _LEAST_CELL = 100, 8, 34, 200
-
-
 _MARK = b"convnextv2 pictures"
 
 

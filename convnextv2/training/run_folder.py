@@ -55,11 +55,7 @@ class RunFolder:
                     append_jsonl(temporary, row)
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Rows of ``metrics.jsonl``; a line cut off by a kill is left out.
-
-        Raises:
-            CheckpointError: if a line is whole, but no row of a run.
-        """
+        """Rows of ``metrics.jsonl``, as :func:`~convnextv2.training.saved_state.read_rows` gives and refuses them."""
         return read_rows(self.metrics_path)
 
     def begin_saving(self) -> None:

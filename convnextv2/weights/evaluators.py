@@ -42,7 +42,8 @@ def _taps(x_NC: Tensor, index: Tensor, corners: Tensor, taps: int) -> Iterator[T
 
 
 def official_sparse_features(state_dict: Mapping[str, Tensor], images: Tensor, visible: Tensor) -> Tensor:
-    """Last-stage features of an official sparse encoder, from its own weights as they are.
+    """Last-stage features of an official sparse encoder, from its own weights as they are: ``[P, C]``, the visible
+    patches of the batch in row-major order.
 
     ``out[n] = Σ_k kernel[k] · x[n + offset(k)]`` over the visible cells, GRN per image; written to be read, not fast.
 
@@ -50,9 +51,6 @@ def official_sparse_features(state_dict: Mapping[str, Tensor], images: Tensor, v
         state_dict: MinkowskiEngine's names and shapes, with or without the prefix ``encoder.``.
         images: ``[B, C, H, W]`` float64.
         visible: ``[B, gh, gw]`` bool; every image must have a visible patch.
-
-    Returns:
-        ``[P, C]``, the visible patches of the batch in row-major order.
     """
     weights = {name.removeprefix("encoder."): value for name, value in state_dict.items()}
 

@@ -136,11 +136,8 @@ def _check(found: Mapping[str, Tensor], expected: Mapping[str, torch.Size], name
 def read_weights(state_dict: Mapping[str, Tensor]) -> Weights:
     """Weights of any known layout, checked to be complete, of the right shapes and finite.
 
-    Weights of 16 bits are widened to float32, which loses nothing; others keep their dtype.
-
-    Raises:
-        CheckpointError: if they are not a whole ConvNeXt V2: the only parts that may be missing are the decoder, and
-            the final norm and head.
+    Weights of 16 bits are widened to float32, which loses nothing; others keep their dtype. Raises CheckpointError if
+    they are not a whole ConvNeXt V2: the only parts that may be missing are the decoder, and the final norm and head.
     """
     layout = detect_layout(state_dict)
     found, names = _translate(state_dict, get_layout(layout))

@@ -71,7 +71,6 @@ _TABLE: tuple[tuple[str, float, tuple[tuple[Kind, int, float, float], ...]], ...
     ("huge", 660.0, (("1k", 224, 115.0, 86.3), ("22k", 384, 337.9, 88.7), ("22k", 512, 600.8, 88.9))),
 )
 
-
 _FILES = [PublishedCheckpoint(f"convnextv2_{name}", "fcmae", 224, size) for name, size, _ in _TABLE] + [
     PublishedCheckpoint(f"convnextv2_{name}", kind, resolution, size, flops, top1)
     for name, size, rows in _TABLE

@@ -43,9 +43,7 @@ class CPUBackend(Backend):
             return f"it runs on the CPU, not on {device}"
         if dtype not in DTYPES:
             return f"dtype {dtype} is not one of {', '.join(map(str, DTYPES))}"
-        if kernel_size not in KERNEL_SIZES:
-            return f"kernel size {kernel_size} is not one of {KERNEL_SIZES}"
-        return None
+        return None if kernel_size in KERNEL_SIZES else f"kernel size {kernel_size} is not one of {KERNEL_SIZES}"
 
     def prepare(self, active: ActiveSet, kernel_size: int) -> None:
         active.patch_neighbours(kernel_size)

@@ -26,8 +26,6 @@ _REMEDY = (
     "install a C++ compiler (Debian: apt install g++; conda: conda install -c conda-forge gxx) "
     "and reinstall: pip install --force-reinstall --no-deps ."
 )
-
-
 _KINDS = {"pointers": ctypes.c_void_p, "doubles": ctypes.c_double, "sizes": ctypes.c_int64, "ints": ctypes.c_int}
 
 

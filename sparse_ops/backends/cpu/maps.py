@@ -20,7 +20,7 @@ SERVED = (torch.float32, torch.bfloat16)
 HIDDEN_BYTES = 4 << 20
 """Of the hidden layer that is computed at a time where it is not kept: it stays in the last cache."""
 
-MAP = structure(
+MAP = structure(  # MapArgs of csrc/depthwise_map.inc
     pointers="x other bias out out_bias", sizes="batch height width channels", ints="kernel reverse_taps threads"
 )
 

@@ -52,9 +52,7 @@ def cpu_gelu_grn(
     """GRN of the GELU of ``h + bias`` into ``out``, both ``[N, D]`` (ConvNeXt V2, eq. 1-3).
 
     bias, gamma, beta are ``[D]``; norms are taken over the rows of each group of ``row_offsets`` ``[G + 1]`` int64.
-
-    Returns:
-        The channel norms ``[G, D]``.
+    Returns these channel norms, ``[G, D]``.
     """
     groups, dim = row_offsets.numel() - 1, h.shape[1]
     norms = h.new_empty(groups, dim)
@@ -80,8 +78,7 @@ def cpu_gelu_grn_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Backward of :func:`cpu_gelu_grn`; ``grad`` ``[N, D]`` becomes the gradient for ``h``, ``out`` the output.
 
-    Returns:
-        ``(grad_gamma, grad_beta, gradient for h summed over the rows)``, each ``[D]``.
+    Returns ``(grad_gamma, grad_beta, gradient for h summed over the rows)``, each ``[D]``.
     """
     tensors = {"h": h, "bias": bias, "gamma": gamma, "beta": beta, "offsets": row_offsets, "norms": norms, "y": out}
     grads = _alike(gamma, beta, beta)
@@ -99,11 +96,7 @@ def cpu_layer_norm_backward(
     grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, out: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Backward of LayerNorm over the channels of ``x`` ``[N, C]`` from mean and rstd ``[N, 1]``; ``out`` receives the
-    output of the forward pass again.
-
-    Returns:
-        ``(grad_x, grad_weight, grad_bias)``.
-    """
+    output of the forward pass again. Returns ``(grad_x, grad_weight, grad_bias)``."""
     tensors = {"grad": grad, "x": x, "mean": mean, "rstd": rstd, "weight": weight, "bias": bias, "normed": out}
     grads = _alike(x, weight, bias)
     tensors |= zip(("grad_x", "grad_weight", "grad_bias"), grads, strict=True)

@@ -64,8 +64,7 @@ class Coordinates:
         """Those of ``active``: kept ones, a stage further than kept ones, or new."""
         kept: dict[int, Coordinates] = active.backend_cache.setdefault("minkowski", {})
         if active.side not in kept:
-            finer = kept.get(active.side * 2)
-            if finer is None:
+            if (finer := kept.get(active.side * 2)) is None:
                 kept[active.side] = cls._insert(active)
             else:
                 kept[active.side] = Coordinates(active, finer.manager, finer.manager.stride(finer.key, 2))
@@ -153,11 +152,7 @@ class MinkowskiGrid(SparseGrid):
         return cells * factor.index_select(0, self.coordinates.image_index)
 
     def mlp(self, x: Any, block: MLP, rows: Tensor | None = None) -> Any:
-        """See :meth:`~sparse_ops.grid.Grid.mlp`.
-
-        Raises:
-            ValueError: if ``rows`` are asked for, which sparse tensors do not know.
-        """
+        """See :meth:`~sparse_ops.grid.Grid.mlp`; ValueError if ``rows`` are asked for: sparse tensors know none."""
         if rows is not None:
             raise ValueError("a network on MinkowskiEngine computes every cell; rows must be None")
         return self.pointwise(lambda cells: Grid.mlp(self, cells, block), x)
@@ -170,6 +165,7 @@ class MinkowskiBackend(Backend):
     summary = "MinkowskiEngine, every layer of the encoder on its sparse tensors; for parity, float32 and float64"
     priority = -10
     """Below the reference, which is always there: taken only by name."""
+    traceable = False
 
     def unavailable_reason(self) -> str | None:
         error = _import_error()
@@ -183,8 +179,6 @@ class MinkowskiBackend(Backend):
         if device.type == "cuda" and not layers.minkowski_engine().is_cuda_available():
             return "MinkowskiEngine was built for processors; install_minkowski.py --cuda builds it for CUDA"
         return None
-
-    traceable = False
 
     def native_grid(self, active: ActiveSet, grn_scope: GRNScope) -> Grid | None:
         if active.num_cells == 0:

@@ -38,10 +38,8 @@ def minkowski_engine() -> Any:
     """The module MinkowskiEngine, imported without its warnings.
 
     Its import sets ``OMP_NUM_THREADS`` for this process and its children where that is not set and there are many
-    cores; torch's number of threads is put there for the time of the import instead.
-
-    Raises:
-        ImportError: if it is not installed, or does not fit the torch that is.
+    cores; torch's number of threads is put there for the time of the import instead. Raises ImportError if
+    it is not installed, or does not fit the torch that is.
     """
     if "MinkowskiEngine" in sys.modules:
         return sys.modules["MinkowskiEngine"]
@@ -138,8 +136,7 @@ class _Depthwise(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, kernel, table = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
-        return *sum_taps_backward(grad.contiguous(), x, kernel, table, wanted), None
+        return *sum_taps_backward(grad.contiguous(), x, kernel, table, ctx.needs_input_grad[:2]), None
 
 
 def with_features(sparse: SparseTensor, features: Tensor, key: Any = None) -> SparseTensor:
@@ -221,10 +218,8 @@ class MinkowskiDepthwiseConvolution(nn.Module):
     """Depthwise convolution on a sparse tensor of ``dimension`` spatial dimensions, 2 for images.
 
     Parameters: ``kernel`` ``[T, C]`` in MinkowskiEngine's tap order, T = ``K ** dimension``, and ``bias`` ``[1, C]``,
-    as in official checkpoints. ``stride`` is there for callers that name it.
-
-    Raises:
-        ValueError: for a stride other than 1, an even kernel, or no dimension.
+    as in official checkpoints. ``stride`` is there for callers that name it. Raises ValueError for a stride other than
+    1, an even kernel, or no dimension.
     """
 
     def __init__(
@@ -273,11 +268,8 @@ class MinkowskiLayerNorm(nn.Module):
 
 
 class MinkowskiGRN(nn.Module):
-    """:func:`grn` with the parameters ``gamma`` and ``beta`` ``[1, D]``.
-
-    Raises:
-        ValueError: for another scope than "batch" and "image".
-    """
+    """:func:`grn` with the parameters ``gamma`` and ``beta`` ``[1, D]``; ValueError unless the scope is "batch" or
+    "image"."""
 
     def __init__(self, dim: int, scope: GRNScope = "batch") -> None:
         super().__init__()
@@ -324,13 +316,8 @@ OFFICIAL_LAYERS = (MinkowskiDepthwiseConvolution, MinkowskiLayerNorm, MinkowskiG
 def provide_official_names() -> tuple[str, ...]:
     """Put the layers into the module MinkowskiEngine, so that code written for the official FCMAE finds them there.
 
-    A build that has a layer of that name keeps its own.
-
-    Returns:
-        The names that were added.
-
-    Raises:
-        ImportError: as :func:`minkowski_engine`.
+    A build that has a layer of that name keeps its own. Returns the names that were added; raises ImportError as
+    :func:`minkowski_engine`.
     """
     engine = minkowski_engine()
     added = [layer for layer in OFFICIAL_LAYERS if not hasattr(engine, layer.__name__)]

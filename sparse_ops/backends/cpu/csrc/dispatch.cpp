@@ -14,7 +14,7 @@ namespace sparse_ops {
 namespace {
 
 struct Work {
-    std::atomic<int64_t> next{0};
+    std::atomic<int64_t> next;
     int64_t tasks;
     void (*body)(void*, int64_t);
     void* context;
@@ -72,10 +72,7 @@ const Kernels& kernels() {
 }  // namespace
 
 void parallel_tasks(int64_t tasks, int threads, void (*body)(void*, int64_t), void* context) {
-    Work work;
-    work.tasks = tasks;
-    work.body = body;
-    work.context = context;
+    Work work{{0}, tasks, body, context};
     const int64_t wanted = threads < tasks ? threads : tasks;
     if (wanted <= 1) return drain(&work);
     if (auto run = gomp_parallel()) return run(drain, &work, static_cast<unsigned>(wanted), 0);

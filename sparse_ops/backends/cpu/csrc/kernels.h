@@ -16,16 +16,6 @@ template <typename S> struct DepthwiseArgs {
     int side, kernel, reverse_taps, threads;
 };
 
-// Whole maps, in row-major order.
-template <typename S> struct MapArgs {
-    const S* x;               // [B, H, W, C]
-    const S* other;           // forward: weight [C, K, K]; weight gradient: grad [B, H, W, C]
-    const S* bias;            // [C] or null (forward only)
-    S *out, *out_bias;        // forward: [B, H, W, C] and unused; weight gradient: [C, K, K] and [C]
-    int64_t batch, height, width, channels;
-    int kernel, reverse_taps, threads;
-};
-
 template <typename S> struct GeluGrnArgs {
     const S *h, *bias;            // [N, D]; [D], added to h before GELU
     const S *gamma, *beta;        // [D]

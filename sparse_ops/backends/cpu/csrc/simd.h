@@ -42,8 +42,7 @@ template <> struct Accumulator<BFloat16> { using type = float; };
 
 template <typename A> inline Vec<A> splat(A value) { return value - Vec<A>{}; }
 
-inline float widen(float value) { return value; }
-inline double widen(double value) { return value; }
+template <typename A> inline A widen(A value) { return value; }
 inline float widen(BFloat16 value) {
     const uint32_t bits = uint32_t(value.bits) << 16;
     float out;
@@ -51,9 +50,7 @@ inline float widen(BFloat16 value) {
     return out;
 }
 
-template <typename S, typename A> inline S narrow(A value);
-template <> inline float narrow<float, float>(float value) { return value; }
-template <> inline double narrow<double, double>(double value) { return value; }
+template <typename S, typename A> inline S narrow(A value) { return value; }
 template <> inline BFloat16 narrow<BFloat16, float>(float value) {
     uint32_t bits;
     std::memcpy(&bits, &value, 4);
@@ -160,7 +157,7 @@ inline Vec<float> gelu(Vec<float> x, Vec<float>* derivative) {
     return x * cdf;
 }
 
-inline Vec<double> gelu(Vec<double> x, Vec<double>* derivative) {
+inline Vec<double> gelu(Vec<double> x, Vec<double>* derivative = nullptr) {
     double in[Simd<double>::width], out[Simd<double>::width], slope[Simd<double>::width];
     store<double>(in, x);
     for (int i = 0; i < Simd<double>::width; ++i) {
@@ -168,13 +165,8 @@ inline Vec<double> gelu(Vec<double> x, Vec<double>* derivative) {
         out[i] = in[i] * cdf;
         slope[i] = cdf + in[i] * std::exp(-0.5 * in[i] * in[i]) * 0.398942280401432677940;
     }
-    *derivative = load<double>(slope);
+    if (derivative) *derivative = load<double>(slope);
     return load<double>(out);
-}
-
-inline Vec<double> gelu(Vec<double> x) {
-    Vec<double> derivative;
-    return gelu(x, &derivative);
 }
 
 }  // namespace
