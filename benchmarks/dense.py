@@ -20,7 +20,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from common import Contender, add_options, agreement, check_options, hardware, print_head, time_in_turns, write_report
-from encoder import peak_activation_bytes
+from match import peak_activation_bytes
 from torch import Tensor, nn
 
 from convnextv2 import create_model
