@@ -19,7 +19,14 @@ NEW = (
     " weights/loaders weights/stated"
 )
 TRITON = "block depthwise_sum_kernels gelu_kernels mlp_backward products rows_kernels sums_kernels"
-NEW_BELOW = ["conformance_block.py", "residual.py", "map_grid.py", "map_kernels.py", "backends/cpu/maps.py"]
+NEW_BELOW = [
+    "conformance_block.py",
+    "conformance_maps.py",
+    "residual.py",
+    "map_grid.py",
+    "map_kernels.py",
+    "backends/cpu/maps.py",
+]
 NEW_BELOW += ["backends/cpu/csrc/depthwise_map.inc", *(f"backends/triton/{name}.py" for name in TRITON.split())]
 ROOMS_SINCE = {f"convnextv2/{name}.py" for name in NEW.split()} | {f"sparse_ops/{name}" for name in NEW_BELOW}
 """What has been added for purposes of its own; a file that takes over from an older one does not belong here."""

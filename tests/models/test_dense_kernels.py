@@ -8,7 +8,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-import torch.nn.functional as F
 from model_helpers import check_rule, randomise, tiny_config
 from torch import Tensor, nn
 from torch.autograd import forward_ad
@@ -20,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from convnextv2 import VARIANTS, ConvNeXtV2, EncoderConfig, create_model
 from sparse_ops import registry
 from sparse_ops.backends.cpu.backend import BACKEND
+from sparse_ops.conformance_maps import MAP_SHAPES, check_map_conformance
 from sparse_ops.map_grid import MapGrid, map_backend
 
 pytestmark = pytest.mark.skipif(registry()["cpu"].unavailable_reason() is not None, reason="no compiled kernels")
@@ -445,25 +445,22 @@ def test_threads_do_not_change_the_bits(threads):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(1, 1, 1, 17), (2, 7, 7, 3), (2, 13, 29, 40), (1, 30, 61, 5), (1, 2, 90, 24)])
+@pytest.mark.parametrize("shape", MAP_SHAPES)
 def test_kernels_for_maps(shape, dtype):
     """Every entry is written, too: fresh memory holds NaN."""
-    x, grad = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
-    channels = shape[-1]
-    weight, bias = torch.randn(channels, 1, 7, 7).to(dtype), torch.randn(channels).to(dtype)
-    wide = [tensor.double().requires_grad_() for tensor in (x, weight, bias)]
-    out = F.conv2d(wide[0].permute(0, 3, 1, 2), *wide[1:], padding=3, groups=channels).permute(0, 2, 3, 1)
-    expected = out, *torch.autograd.grad(out, wide, grad.double())
     torch.utils.deterministic.fill_uninitialized_memory = True
     torch.use_deterministic_algorithms(True)
     try:
-        found = (
-            BACKEND.maps.depthwise(x, weight, bias, reverse_taps=False),
-            BACKEND.maps.depthwise(grad, weight, None, reverse_taps=True),
-            *BACKEND.maps.depthwise_weight_grad(x, grad, 7),
-        )
+        check_map_conformance(BACKEND.maps, shape, dtype)
     finally:
         torch.use_deterministic_algorithms(False)
-    eps = {torch.float32: 2e-6, torch.float64: 1e-14, torch.bfloat16: 8e-3}[dtype]
-    for ours, theirs in zip(found, expected, strict=True):
-        assert (ours.double() - theirs).abs().max() <= eps * theirs.abs().max()
+
+
+def test_wrong_kernels_for_maps_are_found():
+    class Wrong(type(BACKEND.maps)):
+        def depthwise_weight_grad(self, x, grad, kernel_size):
+            weight, bias = super().depthwise_weight_grad(x, grad, kernel_size)
+            return weight, bias * 1.0001
+
+    with pytest.raises(AssertionError, match="grad of bias"):
+        check_map_conformance(Wrong(), MAP_SHAPES[2], torch.float32)

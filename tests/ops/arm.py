@@ -21,9 +21,10 @@ from test_determinism import test_threads_do_not_change_a_bit  # noqa: F401  # c
 from torch import Tensor
 
 from sparse_ops import registry
-from sparse_ops.backends.cpu import library, operators
+from sparse_ops.backends.cpu import library, maps, operators
 from sparse_ops.conformance import check_conformance, check_mlp_conformance
 from sparse_ops.conformance_cases import CASES, MLP_CASES, ConformanceCase, random_case
+from sparse_ops.conformance_maps import MAP_SHAPES, check_map_conformance
 
 ROOT = Path(__file__).parents[2]
 BUILT = ROOT / "build/arm"
@@ -97,6 +98,7 @@ def arm(request: pytest.FixtureRequest) -> Iterator[Emulated]:
 @pytest.fixture(autouse=True)
 def on_arm(arm: Emulated, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(operators, "call", arm.call)
+    monkeypatch.setattr(maps, "call", arm.call)
     monkeypatch.setattr(library, "load", lambda: (NoKernels(), None))
 
 
@@ -138,11 +140,19 @@ def test_pointwise_half_conforms(dtype: torch.dtype, threads: int) -> None:
         assert len(check_mlp_conformance(CPU, case, dtype)) == 10
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_kernels_for_maps_conform(dtype: torch.dtype) -> None:
+    torch.set_num_threads(3)
+    for shape in MAP_SHAPES:
+        check_map_conformance(maps.CPUMaps(), shape, dtype)
+
+
 def test_the_cases_call_every_kernel(arm: Emulated) -> None:
     """A kernel that none of them calls would be judged by none."""
     arm.called.clear()
     for dtype in DTYPES:
         assert checked(CASES[0], dtype)
+        check_map_conformance(maps.CPUMaps(), MAP_SHAPES[0], dtype)
         for case in MLP_CASES[:2] if dtype != torch.bfloat16 else ():
             check_mlp_conformance(CPU, case, dtype)
     source = (ROOT / "sparse_ops/backends/cpu/csrc/dispatch.cpp").read_text(encoding="utf-8")
