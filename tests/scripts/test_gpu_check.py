@@ -196,7 +196,8 @@ def test_stopped_it_leaves_what_was_measured(number, begun, machine):
     """Early, later, late: while the first, third or sixth part runs."""
     last = PARTS[begun - 1]
     process = machine.start("--minutes", 9, "--scale", 0.1, HANGS=last)
-    until(lambda: (machine.out / f"{last}.json").exists() and f"{last}: running" in machine.report)
+    results = machine.out / f"{last}.json"
+    until(lambda: results.exists() and results.stat().st_size and f"{last}: running" in machine.report)
     process.send_signal(number)
     out, err = process.communicate(timeout=20)
     assert process.returncode == 128 + number, out + err
