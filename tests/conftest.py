@@ -6,6 +6,7 @@ import importlib
 import os
 import random
 import re
+import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -152,5 +153,37 @@ def script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
         captured = capsys.readouterr()
         assert isinstance(stop.value.code, int)
         return ScriptResult(stop.value.code, captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture
+def interpreted() -> Callable[..., str]:
+    """Standard output of a Python process in which Triton interprets its kernels; it must end well.
+
+    Takes the arguments of the interpreter, seconds, and further environment variables.
+    """
+
+    def run(*arguments: object, timeout: float = 300, **environment: str) -> str:
+        done = subprocess.run(
+            [sys.executable, *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", **environment},
+        )
+        assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-6000:]
+        return done.stdout
+
+    return run
+
+
+@pytest.fixture
+def interpreted_tests(interpreted: Callable[..., str]) -> Callable[..., str]:
+    """What pytest says of the tests of a file that are chosen by keyword, run where Triton interprets its kernels."""
+
+    def run(file: Path, chosen: str, timeout: float, **environment: str) -> str:
+        options = "-q", "-p", "no:cacheprovider", "-p", "no:cov", "-k", chosen
+        return interpreted("-m", "pytest", *options, file, timeout=timeout, PYTEST_ADDOPTS="", **environment)
 
     return run

@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -27,22 +25,10 @@ for stage in range(1, 5):
 
 
 @pytest.mark.slow
-def test_a_block_launches_few_kernels():
+def test_a_block_launches_few_kernels(interpreted):
     """tiny, bfloat16 under autocast, both ways: 20 in stage 1 and 19 elsewhere, casts and sums of torch included."""
-    done = subprocess.run(
-        [sys.executable, "-c", COUNTED],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={
-            **os.environ,
-            "TRITON_INTERPRET": "1",
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join([str(BENCHMARKS), os.environ.get("PYTHONPATH", "")]),
-        },
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    stages = [json.loads(line) for line in done.stdout.splitlines()]
+    path = os.pathsep.join([str(BENCHMARKS), os.environ.get("PYTHONPATH", "")])
+    stages = [json.loads(line) for line in interpreted("-c", COUNTED, PYTHONPATH=path).splitlines()]
     assert [len(launches) for launches in stages] == [20, 19, 19, 19]
     for launches in stages:
         kernels = [name for operator, name in launches if operator == "triton_mlp"]

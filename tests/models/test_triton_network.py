@@ -218,27 +218,7 @@ def test_a_step_compiles_what_it_needs_beforehand_and_once(dtype, tmp_path):
     INTERPRETED or torch.cuda.is_available(),
     reason="the tests above run in this process, on a CUDA device or interpreted",
 )
-def test_the_tests_of_this_file_pass_in_the_interpreter():
+def test_the_tests_of_this_file_pass_in_the_interpreter(interpreted_tests):
     some = "compiled or nothing_masked or ragged-image or (bfloat16 and (uniform-batch or autoencoder or identical))"
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            "-p",
-            "no:cov",
-            "-k",
-            some,
-            str(Path(__file__)),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=900,
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTEST_ADDOPTS": ""},
-    )
-    assert done.returncode == 0, done.stdout[-5000:]
-    assert " passed" in done.stdout
+    assert " passed" in interpreted_tests(Path(__file__), some, 900)
     assert registry()["triton"].unavailable_reason() is not None

@@ -1,8 +1,5 @@
 """Operands of any layout in memory, given to a backend itself: the same result as contiguous ones."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -58,32 +55,8 @@ def test_layouts_do_not_change_results(name, layout):
 
 @pytest.mark.slow
 @pytest.mark.skipif("triton" in AVAILABLE, reason="the tests above run triton in this process")
-def test_layouts_do_not_change_results_of_triton():
+def test_layouts_do_not_change_results_of_triton(interpreted_tests):
     pytest.importorskip("triton")
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            "-p",
-            "no:cov",
-            "-k",
-            "triton",
-            str(Path(__file__)),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={
-            **os.environ,
-            "TRITON_INTERPRET": "1",
-            "OMP_NUM_THREADS": "1",
-            "PYTEST_ADDOPTS": "",
-            "REQUIRE_BACKENDS": "",
-        },
-    )
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert f"{len(LAYOUTS)} passed" in done.stdout
+    # This test, which is chosen too, is skipped there.
+    told = interpreted_tests(Path(__file__), "triton", 300, REQUIRE_BACKENDS="")
+    assert f"{len(LAYOUTS)} passed" in told

@@ -1,9 +1,7 @@
 """The Triton kernels without a GPU: interpreted through the conformance suite, and compiled for three architectures."""
 
-import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -59,35 +57,17 @@ for check, case in checks[part::parts]:
 @pytest.mark.slow
 @pytest.mark.parametrize("part", range(PARTS))
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_kernels_conform_under_the_interpreter(dtype, part):
+def test_kernels_conform_under_the_interpreter(interpreted, dtype, part):
     """Every case of the suite, in processes in which Triton interprets its kernels."""
-    done = subprocess.run(
-        [sys.executable, "-c", INTERPRETED, dtype, str(part), str(PARTS)],
-        capture_output=True,
-        text=True,
-        timeout=900,
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stdout[-300:] + done.stderr[-3000:]
+    told = interpreted("-c", INTERPRETED, dtype, part, PARTS, timeout=900)
     cases = [*CASES, *map(random_case, range(6)), *MLP_CASES, *CASES[7:20:2]]
     served = [str(case) for case in cases[part::PARTS] if getattr(case, "kernel_size", 7) in KERNEL_SIZES]
-    assert [line.removeprefix("passed ") for line in done.stdout.splitlines()] == served
+    assert [line.removeprefix("passed ") for line in told.splitlines()] == served
 
 
 @pytest.mark.slow
-def test_operators_pass_opcheck_under_the_interpreter():
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:cov"),
-            *("-k", "pass_opcheck", str(Path(__file__).with_name("test_conformance.py"))),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTEST_ADDOPTS": ""},
-    )
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert "1 passed" in done.stdout
+def test_operators_pass_opcheck_under_the_interpreter(interpreted_tests):
+    assert "1 passed" in interpreted_tests(Path(__file__).with_name("test_conformance.py"), "pass_opcheck", 600)
 
 
 ADDED = """
@@ -105,15 +85,8 @@ torch.testing.assert_close(found, expected)
 """
 
 
-def test_a_tensor_is_added_in_float32_and_gives_the_dtype():
-    done = subprocess.run(
-        [sys.executable, "-c", ADDED],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+def test_a_tensor_is_added_in_float32_and_gives_the_dtype(interpreted):
+    interpreted("-c", ADDED)
 
 
 def test_it_says_why_it_cannot_run():
@@ -210,16 +183,8 @@ print(*y[:3].tolist())
 
 
 @pytest.mark.slow
-def test_gelu_for_16_bits():
-    done = subprocess.run(
-        [sys.executable, "-c", GELU],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    relative, slope, far, *odd = done.stdout.split()
+def test_gelu_for_16_bits(interpreted):
+    relative, slope, far, *odd = interpreted("-c", GELU).split()
     assert float(relative) < 4e-5
     assert float(slope) < 2e-5
     assert float(far) < 1e-40
@@ -247,15 +212,8 @@ for other in found[1:]:
 
 
 @pytest.mark.slow
-def test_operators_called_directly_take_any_layout():
-    done = subprocess.run(
-        [sys.executable, "-c", STRIDED],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+def test_operators_called_directly_take_any_layout(interpreted):
+    interpreted("-c", STRIDED)
 
 
 RESULTS = {
@@ -306,18 +264,10 @@ print(backend.check(device), len(backend.unavailable_reason() or ""))
 
 @pytest.mark.slow
 @pytest.mark.parametrize("half", RESULTS)
-def test_its_check_notices_kernels_that_return_wrong_numbers(half):
+def test_its_check_notices_kernels_that_return_wrong_numbers(interpreted, half):
     """One number 1 % off, in each result of each kernel: ``auto`` takes another backend then."""
     results = [f"{name}.{result}" for name, of_kernel in RESULTS[half].items() for result in of_kernel.split()]
-    done = subprocess.run(
-        [sys.executable, "-c", CHECKED, half, *results],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    right, *wrong, right_again = done.stdout.splitlines()
+    right, *wrong, right_again = interpreted("-c", CHECKED, half, *results, timeout=600).splitlines()
     assert (right, right_again) == ("None", "None 0")
     for result, told in zip(results, wrong, strict=True):
         assert told.startswith(f"{result} its kernels fail their check on this device (AssertionError"), told

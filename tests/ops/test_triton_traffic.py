@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -42,17 +40,10 @@ print(json.dumps([len(forward), numbers, reads(active), reads(masks(512)), count
 
 
 @pytest.mark.slow
-def test_launches_and_bytes_at_stage_1_of_tiny():
-    paths = [str(ROOT), str(ROOT / "benchmarks")]
-    done = subprocess.run(
-        [sys.executable, "-c", COUNTED],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    forward, numbers, reads, usual, launches = json.loads(done.stdout)
+def test_launches_and_bytes_at_stage_1_of_tiny(interpreted):
+    path = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks")])
+    told = interpreted("-c", COUNTED, timeout=600, PYTHONPATH=path)
+    forward, numbers, reads, usual, launches = json.loads(told)
     assert forward == 1
     assert [name for name, _, _ in launches] == [
         *["depthwise_kernel"] * 2,

@@ -2,8 +2,6 @@
 
 import importlib.util
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -26,7 +24,7 @@ def toy(x, table, out, count, BLOCK: tl.constexpr):
 """
 COUNT = """
 import json, sys
-sys.path[:0] = [sys.argv[1], "benchmarks"]
+sys.path[:0] = sys.argv[1:]
 import torch, counts, toy
 from sparse_ops.backends.triton import depthwise
 
@@ -48,18 +46,10 @@ print(json.dumps(told))
 """
 
 
-def test_bytes_of_a_toy_and_launches_of_operators(tmp_path):
+def test_bytes_of_a_toy_and_launches_of_operators(interpreted, tmp_path):
     (tmp_path / "toy.py").write_text(TOY)
-    done = subprocess.run(
-        [sys.executable, "-c", COUNT, str(tmp_path)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    toy, *operators = json.loads(done.stdout.splitlines()[-1])
+    told = interpreted("-c", COUNT, tmp_path, ROOT / "benchmarks")
+    toy, *operators = json.loads(told.splitlines()[-1])
     assert toy == {
         "name": "toy",
         "read": {"x": 2 * 100 * 4, "table": 2 * 4},
