@@ -134,7 +134,7 @@ def convnext_mlp(
         workspace: memory for temporaries; fresh if None.
     """
     channels, hidden = x.shape[-1], weights.w1.shape[0]
-    expected = [(channels,)] * 2 + [(hidden, channels), *[(hidden,)] * 3, (channels, hidden), (channels,)]
+    expected = MLPWeights.shapes(channels, hidden)
     found = [tuple(tensor.shape) for tensor in weights]
     if x.dim() != 2 or found != expected:
         raise ValueError(f"expected x [N, C] and weights {expected} for C={channels}, got {tuple(x.shape)} and {found}")

@@ -228,7 +228,7 @@ class MapGrid(DenseGrid):
         if weights is None or not self._serves(7, x, *weights):
             return super().mlp(x, layers, rows)
         channels, hidden = x.shape[1], weights.w1.shape[0]
-        shapes = [(channels,)] * 2 + [(hidden, channels), *[(hidden,)] * 3, (channels, hidden), (channels,)]
+        shapes = MLPWeights.shapes(channels, hidden)
         if [tuple(tensor.shape) for tensor in weights] != shapes or not self._fuses(x, weights):
             return super().mlp(x, layers, rows)
         cells = self.cells(x).contiguous()

@@ -26,6 +26,11 @@ class MLPWeights(NamedTuple):
     b2: Tensor
     """``[C]``."""
 
+    @staticmethod
+    def shapes(channels: int, hidden: int) -> list[tuple[int, ...]]:
+        """Those of the tensors, in their order, for C and D."""
+        return [(channels,)] * 2 + [(hidden, channels), *[(hidden,)] * 3, (channels, hidden), (channels,)]
+
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """What sums of ``dtype`` are taken in: float32 for 16 bits, else itself."""

@@ -112,7 +112,7 @@ def convnext_block(
     """
     active.check_rows(x)
     channels, hidden = x.shape[1], weights.w1.shape[0]
-    expected = [(channels,)] * 2 + [(hidden, channels), *[(hidden,)] * 3, (channels, hidden), (channels,)]
+    expected = MLPWeights.shapes(channels, hidden)
     found = [tuple(tensor.shape) for tensor in weights]
     if found != expected or weight.shape[:2] != (channels, 1) or (bias is not None and bias.shape != (channels,)):
         raise ValueError(
@@ -138,6 +138,8 @@ def fused_block(
 
     Hooks are called where the layers are computed one by one, and dropping is per image.
     """
+    if not isinstance(backend, BlockBackend):
+        return None
     (weight, bias), weights, cast = conv_weights(dwconv), mlp_weights(mlp), autocast_dtype(x.device)
     dtype = cast or x.dtype
     if weights is None or not drop_path.idle or has_hooks(drop_path) or has_hooks(dwconv):
@@ -145,7 +147,7 @@ def fused_block(
     kinds = {weight.dtype, *(tensor.dtype for tensor in weights)} | (set() if bias is None else {bias.dtype})
     if len(kinds) > 1 or weight.device != x.device or (cast is None and weight.dtype != x.dtype):
         return None
-    if not isinstance(backend, BlockBackend) or not backend.fuses_block(x.device, dtype, x.dtype, weight.dtype):
+    if not backend.fuses_block(x.device, dtype, x.dtype, weight.dtype):
         return None
     eps, groups = (mlp.norm.eps, mlp.grn.eps), groups_of(active, scope)
     return convnext_block(x, weight, bias, weights, active, groups, backend, dtype=dtype, eps=eps)

@@ -45,9 +45,8 @@ def compile_stage(
     backend: BlockBackend, side: int, channels: int, kernel_size: int, device: torch.device, dtype: torch.dtype
 ) -> None:
     """Where launches only compile: everything that a block of such a stage launches; parameters are float32."""
-    active, dim = ActiveSet.full(1, (1, 1), side, device=device), 4 * channels
-    shapes = [(channels, 1, kernel_size, kernel_size), *[(channels,)] * 3]
-    shapes += [(dim, channels), *[(dim,)] * 3, (channels, dim), (channels,)]
+    active = ActiveSet.full(1, (1, 1), side, device=device)
+    shapes = [(channels, 1, kernel_size, kernel_size), (channels,), *MLPWeights.shapes(channels, 4 * channels)]
     weight, bias, *rest = (torch.empty(shape, device=device) for shape in shapes)
     for stream in {dtype, torch.float32} if side == FIRST_SIDE else {dtype}:
         x = torch.empty(active.num_cells, channels, device=device, dtype=stream)
