@@ -108,6 +108,11 @@ def normalised(pixels: Tensor, mean: Tensor, std: Tensor, memory_format: torch.m
     return values.div_(255).sub_(mean).div_(std)
 
 
+def memory_format(device: torch.device, channels_last: bool) -> torch.memory_format:
+    """How images and weights of four axes lie in memory; a processor keeps the order in which its sums were always."""
+    return torch.channels_last if channels_last and device.type == "cuda" else torch.contiguous_format
+
+
 class Samples(Dataset[Any]):
     """What a loader reads of an :class:`~.datasets.ImageDataset`, to be made a batch of floats by :meth:`finish`.
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from convnextv2.data.batches import PredictBytes, constants, normalised, take_apart
+from convnextv2.data.batches import PredictBytes, constants, memory_format, normalised, take_apart
 from convnextv2.data.datasets import PredictDataset
 from convnextv2.data.loading import make_loader
 
@@ -47,7 +47,7 @@ class Inference:
         self.device = next(model.parameters()).device
         self.dataset, self.batch_size = dataset, batch_size
         self._dtype = autocast_dtype(precision, self.device)
-        self._format = torch.channels_last if self.device.type == "cuda" else torch.contiguous_format
+        self._format = memory_format(self.device, channels_last=True)
         self._pads = compile is not None
         model = model.to(memory_format=self._format)  # type: ignore[call-overload]  # torch says it may stand alone
         self._model: Any = model if compile is None else torch.compile(model, mode=compile)

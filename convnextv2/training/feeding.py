@@ -135,8 +135,3 @@ def make_feeds(accelerator: Any, samples: Sequence[Samples], options: Any, sampl
     loaders = [make_loader(first, options.batch_size // options.views, options.workers, sampler)]
     loaders += [make_loader(other, options.batch_size, options.workers) for other in others]
     return [Feed(accelerator.prepare(loader), one.finish) for loader, one in zip(loaders, samples, strict=True)]
-
-
-def memory_format(device: torch.device, channels_last: bool) -> torch.memory_format:
-    """How images and weights of four axes lie in memory; a processor keeps the order in which its sums were always."""
-    return torch.channels_last if channels_last and device.type == "cuda" else torch.contiguous_format

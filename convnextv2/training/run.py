@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import safetensors.torch
 from torch import Tensor
 
+from convnextv2.data.batches import memory_format
 from convnextv2.data.loading import EpochSampler, derived_seed
 from convnextv2.data.sources import describe_skipped
 from convnextv2.files import append_jsonl, write_json
@@ -22,7 +23,7 @@ from convnextv2.training.bad_data import BadData
 from convnextv2.training.claim import claim
 from convnextv2.training.compiling import Compiling
 from convnextv2.training.device import make_accelerator
-from convnextv2.training.feeding import fitting_batch, make_feeds, make_samples, memory_format
+from convnextv2.training.feeding import fitting_batch, make_feeds, make_samples
 from convnextv2.training.loop import Loop, OnLoss
 from convnextv2.training.optim import create_optimizer, create_schedule, scaled_lr
 from convnextv2.training.pictures import save_loss_curve

@@ -15,11 +15,12 @@ from PIL import Image
 from safetensors.torch import load_file
 from train_helpers import finetune_options, make_images, pretrain_options, weights
 
+from convnextv2.data import batches
 from convnextv2.data.build import build_pretrain_dataset
 from convnextv2.data.datasets import ImageDataset
 from convnextv2.data.decoding import Wanted
 from convnextv2.data.images import load_image
-from convnextv2.training import PretrainOptions, feeding, finetune, pretrain, run
+from convnextv2.training import PretrainOptions, finetune, pretrain, run
 from convnextv2.training.feeding import Feed, fitting_batch, needed_side
 from convnextv2.training.recipe import parse_options
 
@@ -182,9 +183,9 @@ def test_batches_come_without_blocking_and_channels_last_on_a_gpu(
     images: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
     """The layout of a GPU, tried on a processor: weights and batches, and checkpoints as ever."""
-    assert feeding.memory_format(torch.device("cuda"), True) == torch.channels_last
-    assert feeding.memory_format(torch.device("cuda"), False) == torch.contiguous_format
-    assert feeding.memory_format(torch.device("cpu"), True) == torch.contiguous_format
+    assert batches.memory_format(torch.device("cuda"), True) == torch.channels_last
+    assert batches.memory_format(torch.device("cuda"), False) == torch.contiguous_format
+    assert batches.memory_format(torch.device("cpu"), True) == torch.contiguous_format
     plain, _ = losses(finetune, finetune_options(images, tmp_path / "plain", ema_decay=0.9))
 
     seen: list[bool] = []
