@@ -27,7 +27,7 @@ from convnextv2.training.feeding import fitting_batch, make_feeds, make_samples
 from convnextv2.training.loop import Loop, OnLoss
 from convnextv2.training.optim import create_optimizer, create_schedule, scaled_lr
 from convnextv2.training.pictures import save_loss_curve
-from convnextv2.training.processes import in_first_process, start_tracker, take
+from convnextv2.training.processes import in_first_process, leave_at_exit, start_tracker, take
 from convnextv2.training.recipe import recipe_text
 from convnextv2.training.reporting import Log, Progress, logger, reporters
 from convnextv2.training.result import Metrics, RunResult
@@ -255,8 +255,9 @@ class Run:
     def finish(self, kind: type[R]) -> R:
         """Close the trackers, and read back what the run stands for."""
         self.bad.tell(self.options.epochs, "in the end ")
-        if self.options.tracker is not None:
-            self.accelerator.end_training()
+        for tracker in self.accelerator.trackers:  # its end_training leaves the group, too
+            tracker.finish()
+        leave_at_exit()
         path = self.folder.checkpoint("last" if self.best is None else "best")
         model = self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
         load_strict(model, safetensors.torch.load_file(path), path)
