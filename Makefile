@@ -55,7 +55,7 @@ demo: $(VENV)/.installed ## pre-train, convert, fine-tune, predict; DATA=<folder
 	$(BIN)/python scripts/demo.py --data "$(DATA)" --output "$(DEMO)"
 
 test: $(TEST_READY) ## the whole suite, with coverage of both packages
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --cov --cov-report=term --cov-fail-under=90
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal --cov --cov-report=term --cov-fail-under=90
 
 $(SANITIZED): $(VENV)/.installed-test
 	$(BIN)/python setup.py --quiet build_ext --sanitize --build-lib build/sanitized --build-temp build/sanitized

@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import forked
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -27,8 +28,7 @@ from sparse_ops import Backend, get_backend  # noqa: E402
 
 
 def run(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, ROOT / "benchmarks" / script, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    return forked.run(ROOT / "benchmarks" / script, *arguments, timeout=300)
 
 
 SMALL = ("--models", "atto", "--batch-size", 1, "--img-size", 64, "--repeats", 2, "--warmup", 1, "--threads", 1)

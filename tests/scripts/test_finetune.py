@@ -1,8 +1,8 @@
 import json
 import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import yaml
@@ -20,9 +20,7 @@ TINY = "--depths 1 1 1 1 --dims 8 8 8 8 --patch-size 8 --batch-size 4 --workers 
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(SCRIPT), *map(str, arguments)], capture_output=True, text=True, timeout=120
-    )
+    return forked.run(SCRIPT, *arguments)
 
 
 def make_classes(folder: Path, classes: tuple[str, ...]) -> Path:

@@ -6,6 +6,7 @@ import sys
 import time
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 from PIL import Image
@@ -27,12 +28,8 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def command(*arguments: object) -> list[str]:
-    return [sys.executable, str(SCRIPT), *map(str, arguments)]
-
-
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=120)
+    return forked.run(SCRIPT, *arguments)
 
 
 def one_line(result: subprocess.CompletedProcess[str]) -> str:
@@ -110,8 +107,8 @@ def test_help_explains_every_option() -> None:
 
 def test_sigterm_ends_with_143_and_a_usable_checkpoint(images: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
-    arguments = command("--data", images, "--output", output, *TINY, "--img-size", "32", "--epochs", "5000")
-    process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True)
+    arguments = ["--data", images, "--output", output, *TINY, "--img-size", "32", "--epochs", "5000"]
+    process = subprocess.Popen([sys.executable, *map(str, [SCRIPT, *arguments])], stderr=subprocess.PIPE, text=True)
     try:
         deadline = time.monotonic() + 90
         while not (output / "checkpoints" / "state").exists() and time.monotonic() < deadline:

@@ -10,10 +10,11 @@ import signal
 import subprocess
 import sys
 import types
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
@@ -44,8 +45,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for number in range(3):
             pixels = np.random.default_rng(number).integers(0, 255, (40, 40, 3)).astype(np.uint8)
             Image.fromarray(pixels).save(root / "photos" / name / f"{number}.png")
-    command = [sys.executable, str(SCRIPTS / "pretrain.py"), "--data", "photos", "--output", "run", *PRETRAIN]
-    subprocess.run(command, cwd=root, check=True, capture_output=True)
+    command = [SCRIPTS / "pretrain.py", "--data", "photos", "--output", "run", *PRETRAIN]
+    forked.run(*command, cwd=root).check_returncode()
     return root
 
 
@@ -175,45 +176,32 @@ def test_what_is_written(script: Any, place: Path) -> None:
     assert Path("link").is_symlink()
 
 
-def limited(size: int) -> Callable[[], None]:
-    def limit() -> None:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-
-    return limit
+def limit_files(size: int) -> None:
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
 @pytest.mark.parametrize("size", [100, 20_000, 50_000])
 @pytest.mark.parametrize("how", ["--resume", "--overwrite"])
 def test_a_full_disk_is_told_in_a_line(place: Path, size: int, how: str) -> None:
     """Whatever no longer fits: the recipe, the weights, or the state; there is something to go on with."""
-    command = [sys.executable, SCRIPTS / "pretrain.py", "--data", "photos", "--output", "run", *PRETRAIN]
+    command = [SCRIPTS / "pretrain.py", "--data", "photos", "--output", "run", *PRETRAIN, "--epochs", 2]
     before = digests(place)
-    full = subprocess.run(
-        list(map(str, [*command, how, "--epochs", 2])),
-        cwd=place, preexec_fn=limited(size), capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    full = forked.run(*command, how, cwd=place, before=partial(limit_files, size))
     assert full.returncode == 2, full.stderr
     assert "Traceback" not in full.stderr
     assert full.stderr.splitlines()[-1].startswith("error: ")
     assert sum(line.startswith("error: ") for line in full.stderr.splitlines()) == 1
     if size == 100:
         assert digests(place) == before
-    again = subprocess.run(
-        list(map(str, [*command, "--epochs", 2, "--resume", "auto"])),
-        cwd=place,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    again = forked.run(*command, "--resume", "auto", cwd=place)
     assert again.returncode == 0, again.stderr
     assert ("resuming after epoch 1" in again.stderr) == (how == "--resume" or size == 100)
     assert not list((place / "run").rglob(".*"))
 
 
 def demo(place: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(SCRIPTS / "demo.py"), *arguments, "--output", "demo"]
-    return subprocess.run(command, cwd=place, capture_output=True, text=True, check=False, timeout=120)
+    return forked.run(SCRIPTS / "demo.py", *arguments, "--output", "demo", cwd=place)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 from train_helpers import finetune_options, make_images, pretrain_options, weights
@@ -27,6 +28,8 @@ from convnextv2.weights.checkpoint import CheckpointError
 HERE = Path(__file__).parent
 SCRIPT = HERE.parents[1] / "scripts" / "pretrain.py"
 TINY = "--depths 1 1 1 1 --dims 8 8 16 16 --decoder-dim 16 --patch-size 8 --img-size 32 --batch-size 2 --workers 0"
+LAUNCHER = sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"
+THREE_EPOCHS = "--epochs", "3", "--reconstruct-every", "0"
 ENVIRONMENT = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
 
@@ -381,54 +384,59 @@ def test_a_run_that_is_killed_again_and_again_ends_as_one_that_is_not(
 ) -> None:
     output, whole = tmp_path / "run", tmp_path / "whole"
     epochs = "--epochs", "40", "--reconstruct-every", "0"
-    subprocess.run([sys.executable, *command(images, whole, *epochs)], env=ENVIRONMENT, check=True, capture_output=True)
-    arguments = [sys.executable, *command(images, output, *epochs, "--resume", "auto")]
+    forked.run(*command(images, whole, *epochs), env=ENVIRONMENT).check_returncode()
+    arguments = command(images, output, *epochs, "--resume", "auto")
 
     def rows() -> int:
         path = output / "metrics.jsonl"
         return path.read_bytes().count(b"\n") if path.exists() else 0
 
     for attempt in range(7):
-        with subprocess.Popen(arguments, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True) as process:
-            goal, deadline = rows() + attempt % 3, time.monotonic() + 60
-            while process.poll() is None and time.monotonic() < deadline and not (output.exists() and rows() >= goal):
-                time.sleep(0.002)
-            time.sleep(0.013 * (attempt * 5 % 7) + (1.5 if attempt % 3 == 0 and attempt else 0))
-            process.send_signal(signum)
-            _, errors = process.communicate(timeout=60)
-        assert process.returncode in (-signum, 128 + signum), errors
-        assert "Traceback" not in errors
-    subprocess.run(arguments, env=ENVIRONMENT, check=True, capture_output=True)
+        process = forked.Forked(*arguments, env=ENVIRONMENT)
+        goal, deadline = rows() + attempt % 3, time.monotonic() + 60
+        while process.poll() is None and time.monotonic() < deadline and not (output.exists() and rows() >= goal):
+            time.sleep(0.002)
+        time.sleep(0.013 * (attempt * 5 % 7) + (0.5 if attempt % 3 == 0 and attempt else 0))
+        process.send_signal(signum)
+        done = process.finish(60)
+        assert done.returncode in (-signum, 128 + signum), done.stderr
+        assert "Traceback" not in done.stderr
+    forked.run(*arguments, env=ENVIRONMENT).check_returncode()
     assert epochs_of(output) == list(range(1, 41))
     assert all(torch.equal(value, weights(whole)[name]) for name, value in weights(output).items())
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("killed", ["0", "1"])
-def test_a_launcher_restarts_a_run_of_which_one_process_is_killed(images: Path, tmp_path: Path, killed: str) -> None:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    more = ["--epochs", "3", "--reconstruct-every", "0"]
+@pytest.fixture(scope="module")
+def launched(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of three epochs in two processes."""
+    output = tmp_path_factory.mktemp("launched") / "run"
     subprocess.run(
-        [*launcher, *command(images, tmp_path / "whole", *more)],
+        [*LAUNCHER, *command(images, output, *THREE_EPOCHS)],
         env=ENVIRONMENT, check=True, capture_output=True, timeout=240,
     )  # fmt: skip
-    _, *arguments = command(images, tmp_path / "run", *more, "--resume", "auto")
+    return output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", ["0", "1"])
+def test_a_launcher_restarts_a_run_of_which_one_process_is_killed(
+    images: Path, launched: Path, tmp_path: Path, killed: str
+) -> None:
+    _, *arguments = command(images, tmp_path / "run", *THREE_EPOCHS, "--resume", "auto")
     marks = [tmp_path / "mark"]
     result = subprocess.run(
-        [*launcher, "--max-restarts", "2", str(HERE / "killed_run.py"), killed, str(marks[0]), *arguments],
+        [*LAUNCHER, "--max-restarts", "2", str(HERE / "killed_run.py"), killed, str(marks[0]), *arguments],
         env=ENVIRONMENT, check=False, capture_output=True, text=True, timeout=240,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert marks[0].read_text() == "02"  # killed in the first epoch, and in the third
     assert epochs_of(tmp_path / "run") == [1, 2, 3]
     step = [
-        json.loads((tmp_path / name / "checkpoints/state/progress.json").read_text())["step"]
-        for name in ("whole", "run")
+        json.loads((run / "checkpoints/state/progress.json").read_text())["step"]
+        for run in (launched, tmp_path / "run")
     ]
-    assert step[0] == step[1] == 9
-    assert all(
-        torch.equal(value, weights(tmp_path / "whole")[name]) for name, value in weights(tmp_path / "run").items()
-    )
+    assert step == [9, 9]
+    assert all(torch.equal(value, weights(launched)[name]) for name, value in weights(tmp_path / "run").items())
 
 
 def test_a_stop_tells_how_to_go_on(images: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import io
 import json
 import os
 import pickle
+import pickletools
 import struct
 import zipfile
 from collections.abc import Callable
@@ -172,6 +173,21 @@ def _cut(name: str, share: float, suffix: str) -> None:
 for _share in (0.02, 0.5, 0.97, 0.9999):
     _cut(f"zip_cut_at_{_share}", _share, ".pth")
     _cut(f"safetensors_cut_at_{_share}", _share, ".safetensors")
+
+
+@hostile
+def old_format_that_lacks_numbers(folder: Path) -> Path:
+    """The list of storages is empty: torch leaves in the tensors what happens to lie in memory."""
+    state, config = good()
+    path = folder / "a.pth"
+    torch.save({"model": state, "config": config, "metadata": METADATA}, path, _use_new_zipfile_serialization=False)
+    with path.open("r+b") as file:
+        for _ in range(4):
+            for _operation in pickletools.genops(file):
+                pass
+        file.truncate()
+        pickle.dump([], file, 2)
+    return path
 
 
 # Files that run code where they are trusted, or do much for few bytes.

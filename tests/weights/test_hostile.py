@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import hostile
 import pytest
 from hostile_run import CUSTOM, ENTRIES, RUN
@@ -35,8 +36,7 @@ def place(tmp_path_factory) -> Path:
             pixels = np.random.default_rng(number).integers(0, 255, (40, 40, 3)).astype(np.uint8)
             Image.fromarray(pixels).save(root / "photos" / name / f"{number}.png")
     custom = [*CUSTOM, "--decoder-dim", "16", "--output", "run"]
-    command = [sys.executable, SCRIPTS / "pretrain.py", *RUN, *custom]
-    subprocess.run(list(map(str, command)), cwd=root, check=True, capture_output=True)
+    forked.run(SCRIPTS / "pretrain.py", *RUN, *custom, cwd=root).check_returncode()
     return root
 
 
