@@ -209,9 +209,9 @@ def decoder_parts(model: FCMAE, last: ActiveSet, hidden: ActiveSet, images: Tens
 
 
 def update_part(model: FCMAE) -> Part:
-    """The optimizer of the training, on parameters of its own that keep their gradients."""
+    """The optimizer of the training, fused, on parameters of its own that keep their gradients."""
     model = copy.deepcopy(model)
-    optimizer = create_optimizer(parameter_groups(model, 0.05), 1e-9, (0.9, 0.95))
+    optimizer = create_optimizer(parameter_groups(model, 0.05), 1e-9, (0.9, 0.95), fused=True)
     parameters = list(model.parameters())
     for parameter in parameters:
         parameter.grad = torch.full_like(parameter, 1e-3)
@@ -225,7 +225,7 @@ def whole_parts(args: argparse.Namespace, model: FCMAE, images: Tensor, work: Se
     mask = random_mask(args.batch_size, math.prod(grid_size), args.mask_ratio)
     masks = torch.Generator()
     encoder = [part for part in work if part.name.startswith(("stem", "stage", "downsampling"))]
-    optimizer = create_optimizer(parameter_groups(model, 0.05), 1e-9, (0.9, 0.95))
+    optimizer = create_optimizer(parameter_groups(model, 0.05), 1e-9, (0.9, 0.95), fused=True)
     last = ActiveSet.from_mask(mask, grid_size, side=1, keep=keep)
     weights = torch.randn(last.num_cells, model.config.encoder.dims[-1])
 

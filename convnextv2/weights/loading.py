@@ -44,9 +44,10 @@ def load_model(
     Args:
         path: as :func:`load_checkpoint`. Files of other projects work where their weights make a whole network: a
             classifier, or a masked autoencoder with its decoder.
-        backend: backend of a masked autoencoder's sparse convolution.
+        backend: of a masked autoencoder's sparse blocks; of a classifier's on a processor (``auto``, ``torch``, ``cpu``).
 
     Raises:
+        ValueError: if the backend named has no kernels for a classifier.
         CheckpointError: if the file cannot be read, does not fit its configuration, or holds an encoder alone.
         BackendUnavailableError: if the backend named cannot run here.
     """
@@ -138,7 +139,7 @@ def complete_model(checkpoint: Checkpoint, backend: str = "auto") -> FCMAE | Con
         )
     if isinstance(config, FCMAEConfig) and backend != "auto":
         get_backend(backend)
-    model = FCMAE(config, backend) if isinstance(config, FCMAEConfig) else ConvNeXtV2(config)
+    model = FCMAE(config, backend) if isinstance(config, FCMAEConfig) else ConvNeXtV2(config, backend)
     layout = "fcmae" if isinstance(model, FCMAE) else "official-dense"
     load_strict(model, write_layout(weights, layout), checkpoint.path)
     return model

@@ -127,3 +127,11 @@ def test_errors_name_the_file(tmp_path):
     for function in (encoder_state_dict, load_model, lambda path: init_classifier(create_model(ENCODER), path)):
         with pytest.raises(CheckpointError, match=r"a\.pth: not the weights"):
             function(tmp_path / "a.pth")
+
+
+def test_a_classifier_runs_on_the_backend_that_is_named(tmp_path):
+    model = create_model(ENCODER, num_classes=2)
+    save_checkpoint(tmp_path / "a.safetensors", model, model.config, {})
+    assert load_model(tmp_path / "a.safetensors", backend="torch").backend == "torch"
+    with pytest.raises(ValueError, match="must be one of auto, torch, cpu, got 'reference'"):
+        load_model(tmp_path / "a.safetensors", backend="reference")
