@@ -44,7 +44,7 @@ def load_model(
     Args:
         path: as :func:`load_checkpoint`. Files of other projects work where their weights make a whole network: a
             classifier, or a masked autoencoder with its decoder.
-        backend: of a masked autoencoder's sparse blocks, or of a classifier on a processor: ``auto``, ``torch``, ``cpu``.
+        backend: of the sparse blocks of a masked autoencoder, or of a classifier on a processor: auto, torch, cpu.
 
     Raises:
         ValueError: if the backend named has no kernels for a classifier.
