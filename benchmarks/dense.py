@@ -1,9 +1,9 @@
 """Speed and memory of the dense network on a processor: fine-tuning steps and prediction, against timm's same network.
 
 Contenders have the same weights: ours on its kernels; ours on torch's operators; timm's eager and, with ``--compile``,
-compiled, each in both memory layouts. All take turns, so that a drift of the machine hits them alike. Ratios are
-against the faster layout, and printed only where outputs (and gradients) of that very run agree. timm's optimizer is
-what timm makes of ``adamw``; ours is fused, as in training.
+compiled, each in both memory layouts; transformers'. All take turns, so that a drift of the machine hits them alike.
+Ratios are against the faster layout, and printed only where outputs (and gradients) of that very run agree. timm's
+optimizer is what timm makes of ``adamw``, and transformers' the same; ours is fused, as in training.
 
     python benchmarks/dense.py --models atto tiny --json results.json
 """
@@ -19,16 +19,17 @@ from dataclasses import dataclass, field
 import timm
 import torch
 import torch.nn.functional as F
+import transformers
 from common import Contender, add_options, agreement, check_options, hardware, print_head, time_in_turns, write_report
 from match import peak_activation_bytes
 from torch import Tensor, nn
 
-from convnextv2 import create_model
+from convnextv2 import ConvNeXtV2, create_model
 from convnextv2.training.optim import create_optimizer, parameter_groups
 from convnextv2.weights.loaders import timm_model
 from convnextv2.weights.reading import read_weights, write_layout
 
-RIVALS = ("timm", "timm-compiled", "ours-torch")
+RIVALS = ("timm", "timm-compiled", "transformers", "ours-torch")
 
 
 @dataclass
@@ -93,7 +94,34 @@ def networks(args: argparse.Namespace, name: str) -> dict[str, tuple[nn.Module, 
                 # With the last block in one graph, torch 2.11's inductor passes zeros back from the head.
                 rival.forward_head = torch.compiler.disable(rival.forward_head)
             found[label] = torch.compile(rival) if compiled else rival, layout, parameters
+    rival, parameters = transformers_network(ours)
+    found["transformers"] = rival, torch.contiguous_format, parameters
     return found
+
+
+class Logits(nn.Module):
+    """transformers' classifier as a function of images that returns logits."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network(images).logits
+
+
+def transformers_network(ours: ConvNeXtV2) -> tuple[nn.Module, list[Tensor]]:
+    """transformers' network with the weights of ours, and its parameters in our order."""
+    config = transformers.ConvNextV2Config(
+        depths=list(ours.encoder_config.depths),
+        hidden_sizes=list(ours.encoder_config.dims),
+        num_labels=1000,
+        layer_norm_eps=1e-6,
+    )
+    network = transformers.ConvNextV2ForImageClassification(config)
+    network.load_state_dict(write_layout(read_weights(ours.state_dict()), "transformers"))
+    names = write_layout(read_weights(dict(ours.named_parameters())), "transformers")
+    return Logits(network), [network.get_parameter(name) for name in names]
 
 
 def contenders_of(args: argparse.Namespace, name: str, what: str) -> list[Contender]:
@@ -111,7 +139,7 @@ def contenders_of(args: argparse.Namespace, name: str, what: str) -> list[Conten
 
         if what == "step":
             groups = parameter_groups(network, 0.05)
-            optimizer = create_optimizer(groups, 1e-6, (0.9, 0.999), fused=not label.startswith("timm"))
+            optimizer = create_optimizer(groups, 1e-6, (0.9, 0.999), fused=label.startswith("ours"))
             contenders.append(Step(label, forward, parameters, optimizer.step))
         else:
             contenders.append(Prediction(label, forward, parameters))
@@ -183,7 +211,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Run, print a table, write the JSON after every measurement; 2 where a contender fails or disagrees."""
     args = parse_args(argv)
-    facts = hardware(torch.device("cpu")) | {"timm": timm.__version__}
+    facts = hardware(torch.device("cpu")) | {"timm": timm.__version__, "transformers": transformers.__version__}
     print_head(facts, args, "float32, nothing masked")
     head = f"{'model':<18}{'what':<13}{'batch':>5}  {'contender':<28}{'ms/image':>10}{'(min–max)':>18}{'act. MB':>9}"
     print(f"{head}{'error':>9}  speed-up")

@@ -59,9 +59,12 @@ def test_the_dense_network_is_compared_with_timm(tmp_path):
     done = run("dense.py", *SMALL, "--no-compile", "--what", "step", "predict-one", "--json", tmp_path / "out.json")
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "out.json").read_text())["results"]
-    names = ["ours", "ours-torch", "timm", "timm+channels-last"]
+    names = ["ours", "ours-torch", "timm", "timm+channels-last", "transformers"]
     assert [(r["what"], r["contender"]) for r in results] == [(w, n) for w in ("step", "predict-one") for n in names]
-    assert all(set(r["speedup"]) == ({"timm", "ours-torch"} if r["contender"] == "ours" else set()) for r in results)
+    assert all(
+        set(r["speedup"]) == ({"timm", "transformers", "ours-torch"} if r["contender"] == "ours" else set())
+        for r in results
+    )
     memory = {r["contender"]: r["activation_mb"] for r in results if r["what"] == "step"}
     assert memory["ours"] < 0.5 * memory["ours-torch"]
 
