@@ -91,6 +91,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.workers is not None and options.workers < 0:
         parser.error(f"argument --workers: must not be negative, got {options.workers}")
+    if options.output is not None and options.output == options.confusion:
+        parser.error("--output and --confusion need places of their own")
     if options.k is not None and options.what != "knn":
         parser.error(f"--k is for knn, not for {options.what}")
     for name, default in OF_FEATURES.items():

@@ -135,6 +135,7 @@ def test_options_that_do_not_go_together(script: Any, place: Path) -> None:
     for option in (["--pooling", "mean"], ["--label-fraction", 1], ["--untrained"]):
         refused(script, "classify", "pre", "photos", *option, word=f"{option[0]} is for knn and linear")
     refused(script, "classify", "pre", "photos", word="has no classifier; fine-tune it first")
+    refused(script, "knn", "pre", "photos", "--output", "x", "--confusion", "x", word="places of their own")
     refused(script, "guess", "pre", "photos", word="invalid choice")
     for option, wrong in (("--label-fraction", "0"), ("--label-fraction", "2"), ("--k", "0"), ("--seed", 2**32)):
         refused(script, "knn", "pre", "photos", option, wrong, word=option)
@@ -215,6 +216,13 @@ def test_weights_that_are_not_finite(script: Any, place: Path, tiny_encoder: Enc
     save_checkpoint("large.pth", fcmae, fcmae.config, METADATA)
     for what in ("knn", "linear"):
         refused(script, what, "large.pth", "photos", "--output", "r.json", word="images are NaN or infinite")
+
+
+def test_a_picture_takes_no_photographs_place(script: Any, place: Path) -> None:
+    before = Path("photos/red/000.png").read_bytes()
+    for output in ("photos/red/000.png", "pre", "pre/checkpoints/last.safetensors"):
+        refused(script, "knn", "pre", "photos", "--confusion", output, "--overwrite", word=output)
+    assert Path("photos/red/000.png").read_bytes() == before
 
 
 def test_a_stream_takes_the_result_alone(script: Any, place: Path) -> None:
