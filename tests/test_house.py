@@ -14,7 +14,8 @@ MOST_LINES = 10_800
 10,569 when it stood: with runs from Python, kinds of sources, layouts as objects and prediction in the package."""
 NEW = (
     "data/bands data/batches data/cache data/crops data/decoding data/metadata data/names data/resampling "
-    "evaluation/inference messages outputs training/bad_data training/claim training/compiling training/feeding "
+    "data/plain evaluation/features evaluation/frozen evaluation/inference evaluation/knn evaluation/linear "
+    "evaluation/scores messages outputs training/bad_data training/claim training/compiling training/feeding "
     "training/option_types training/processes training/saved_state weights/download weights/guard"
     " weights/loaders weights/stated"
 )

@@ -20,7 +20,6 @@ from torch.utils.data import Dataset, default_collate
 from convnextv2.data.crops import RandomCrop, pixels_of, region, sample_words
 from convnextv2.data.datasets import ImageDataset, PredictDataset
 from convnextv2.data.decoding import UnreadableImageError
-from convnextv2.data.images import load_image
 from convnextv2.data.resampling import Regions, resample
 from convnextv2.data.transforms import Statistics, sample_seed
 
@@ -215,7 +214,6 @@ class PredictBytes(Dataset[Any]):
     def __getitem__(self, index: int) -> tuple[Tensor, int, str]:
         channels, *size = self.images.shape
         try:
-            image = load_image(self.images.files[index], channels, self.images.wanted)
-            return self.taken.pixels(image, (0, 0, index, 0)), index, ""
+            return self.taken.pixels(self.images.load(index), (0, 0, index, 0)), index, ""
         except UnreadableImageError as error:
             return torch.zeros(*size, channels, dtype=torch.uint8), index, str(error)

@@ -158,9 +158,13 @@ class PredictDataset(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.files)
 
+    def load(self, index: int) -> Any:
+        """Decoded image; UnreadableImageError if it cannot be decoded."""
+        return load_image(self.files[index], self.shape[0], self.wanted)
+
     def __getitem__(self, index: int) -> tuple[Tensor, int, str]:
         try:
-            return self.transform(load_image(self.files[index], self.shape[0], self.wanted)), index, ""
+            return self.transform(self.load(index)), index, ""
         except UnreadableImageError as error:
             return torch.zeros(self.shape), index, str(error)
 

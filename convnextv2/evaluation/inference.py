@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -54,13 +55,20 @@ class Inference:
         self._taken = take_apart(dataset.transform)
         self._constants = constants(self._taken.statistics, self.device) if self._taken else None
 
-    def batches(self, workers: int) -> Any:
-        """Loader of (images, numbers, reasons); ``workers`` processes decode."""
+    def batches(self, workers: int | None) -> Any:
+        """Loader of (images, numbers, reasons); ``workers`` processes decode, None takes up to four where there are
+        eight batches or more."""
+        if workers is None:
+            workers = min(4, os.cpu_count() or 1) if len(self.dataset) >= 8 * self.batch_size else 0
         samples = self.dataset if self._taken is None else PredictBytes(self.dataset, self._taken)
         return make_loader(samples, self.batch_size, workers)
 
     def probabilities(self, images: Tensor) -> Tensor:
         """float32 ``[B, K]``, on the processor, of a batch of :meth:`batches`."""
+        return self.outputs(images).softmax(1).cpu()
+
+    def outputs(self, images: Tensor) -> Tensor:
+        """What the network says of a batch of :meth:`batches`: float32 ``[B, K]``, on its device."""
         count = len(images)
         images = images.to(self.device, non_blocking=True)
         if self._constants is not None:
@@ -68,5 +76,5 @@ class Inference:
         if self._pads and count < self.batch_size:
             images = torch.cat([images, images.new_zeros(self.batch_size - count, *images.shape[1:])])
         with torch.autocast(self.device.type, self._dtype, enabled=self._dtype is not None):
-            logits = self._model(images)
-        return logits[:count].float().softmax(1).cpu()
+            outputs = self._model(images)
+        return outputs[:count].float()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,12 +106,9 @@ def predict_images(
     Args:
         dataset: from :meth:`Classifier.dataset`.
         topk: likeliest classes to give; at most all.
-        workers: processes that decode images; None takes up to four where there are eight batches or more.
-        precision, compile: see :class:`~.inference.Inference`; ValueError if the device cannot compute in the former.
+        workers, precision, compile: see :class:`~.inference.Inference`; ValueError if the device lacks a precision.
         progress: wraps the batches.
     """
-    if workers is None:
-        workers = min(4, os.cpu_count() or 1) if len(dataset) >= 8 * batch_size else 0
     topk = min(topk, len(classifier.classes))
     inference = Inference(classifier.model, dataset, batch_size, precision=precision, compile=compile)
     for images, indices, errors in progress(inference.batches(workers)):

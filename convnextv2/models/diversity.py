@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from convnextv2.models.encoder import Encoder
+from convnextv2.models.layers import evaluation_mode
 from sparse_ops.grid import DenseGrid
 
 
@@ -18,15 +19,10 @@ def feature_diversity(encoder: Encoder, images: Tensor) -> float:
     result is the mean over the outputs of the four stages. The encoder is measured in evaluation mode, without drop
     path, and every module of it gets its own mode back.
     """
-    training = [module for module in encoder.modules() if module.training]
-    encoder.eval()
     distances = []
-    try:
+    with evaluation_mode(encoder):
         for x, grid in encoder.forward_stages(images, DenseGrid(images.shape[0])):
             channels = nn.functional.normalize(grid.cells(x).flatten(0, -2).float().T, dim=1)
             # The mean over all pairs of unit vectors is the squared length of their mean.
             distances.append((1 - channels.mean(0).square().sum()) / 2)
-    finally:
-        for module in training:
-            module.training = True
     return float(torch.stack(distances).mean())

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from convnextv2.models.fcmae import FCMAE, pixel_mask
+from convnextv2.models.layers import evaluation_mode
 from convnextv2.outputs import Kind, output_file
 
 if TYPE_CHECKING:
@@ -67,14 +68,10 @@ def reconstruction_panels(
 
     Raises ValueError if shapes do not fit (see :meth:`convnextv2.models.fcmae.FCMAE.forward`).
     """
-    was_training = model.training
     images = images.to(next(model.parameters()).device)
-    model.eval()
-    try:
+    with evaluation_mode(model):
         output = model(images, mask, mask_ratio, generator=generator)
         predicted = model.reconstruct(images, output.pred)
-    finally:
-        model.train(was_training)
     patch = model.config.encoder.patch_size
     grid_size = images.shape[2] // patch, images.shape[3] // patch
     hidden = pixel_mask(output.mask.cpu(), grid_size, patch)

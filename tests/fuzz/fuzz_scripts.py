@@ -17,6 +17,7 @@ SCRIPTS = Path(__file__).parents[2] / "scripts"
 NAMES = (
     "convert_sparse_to_dense",
     "demo",
+    "evaluate",
     "finetune",
     "install_minkowski",
     "predict",

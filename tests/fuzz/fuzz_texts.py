@@ -304,6 +304,7 @@ class Commands:
     def _case(self, rng: random.Random, name: str, values: Iterator[str]) -> Case:
         arguments: list[str] = []
         first = {"summary": ["convnextv2_atto"], "install_minkowski": [], "demo": [], "pretrain": [], "finetune": []}
+        first["evaluate"] = [rng.choice(("knn", "linear", "classify")), "nowhere.pth", "nowhere"]
         arguments += first.get(name, ["nowhere.pth", "nowhere"])
         if arguments and rng.random() < 0.3:
             arguments[rng.randrange(len(arguments))] = next(values)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
+import json
 import os
 import stat
 import subprocess
@@ -65,11 +66,12 @@ def place(tmp_path, image_folder, script, monkeypatch) -> Place:
         "predict": lambda output: ["fine", "photos", *cpu, "--output", output],
         "visualize": lambda output: ["pre", "photos", *cpu, "--backend", "reference", "--output", output],
         "convert_sparse_to_dense": lambda output: ["pre", output],
+        "evaluate": lambda output: ["linear", "pre", "photos", *cpu, "--output", output],
     }
-    return Place(tmp_path, commands, dict(zip(commands, (".csv", ".png", ".pth"), strict=True)), script)
+    return Place(tmp_path, commands, dict(zip(commands, (".csv", ".png", ".pth", ".json"), strict=True)), script)
 
 
-NAMES = ("predict", "visualize", "convert_sparse_to_dense")
+NAMES = ("predict", "visualize", "convert_sparse_to_dense", "evaluate")
 
 
 @pytest.mark.slow
@@ -110,6 +112,8 @@ def test_outputs_that_are_written(place, name):
         if suffix == ".csv":
             rows = list(csv.reader(io.StringIO(content.decode())))
             return len(rows) == 6 and rows[0][:2] == ["file", "predicted_class"]
+        if suffix == ".json":
+            return json.loads(content)["evaluation"] == "linear"
         if suffix == ".png":
             return Image.open(io.BytesIO(content)).size[0] > 100
         (place.root / "copy.pth").write_bytes(content)

@@ -153,7 +153,7 @@ def test_python_example_of_the_runs_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (example,) = python_blocks(ROOT / "docs" / "python.md")
+    example, evaluation = python_blocks(ROOT / "docs" / "python.md")
     exec(compile(example, "python.md", "exec"), {})
     printed = capsys.readouterr().out.splitlines()
     pace = ["lr", "seconds", "images_per_s", "data_wait"]
@@ -161,6 +161,9 @@ def test_python_example_of_the_runs_runs(
     assert [line.split()[:2] for line in printed[1:3]] == [["1", "11"], ["2", "22"]]
     assert printed[3].endswith(" %, 359 images")
     assert sorted(path.name for path in Path("runs").iterdir()) == ["finetune", "pretrain", "probe"]
+    exec(compile(evaluation, "python.md", "exec"), {})
+    lines = re.findall(r"^(\w+): top-1 [\d.]+ %, macro F1 [\d.]+ %, 359 images$", capsys.readouterr().out, re.M)
+    assert lines == ["neighbours", "linear"] * 2
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=relative)

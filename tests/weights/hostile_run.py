@@ -20,6 +20,7 @@ import hostile
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 import _cli
 import convert_sparse_to_dense
+import evaluate
 import finetune
 import predict
 import pretrain
@@ -34,6 +35,7 @@ CUSTOM = ["--depths", "1", "1", "1", "1", "--dims", "8", "16", "16", "24", "--pa
 ENTRIES = {
     "convert": (convert_sparse_to_dense, lambda file: [file, "out.pth"]),
     "predict": (predict, lambda file: [file, "photos", "--device", "cpu", "--output", "out.csv"]),
+    "evaluate": (evaluate, lambda file: ["knn", file, "photos", "--device", "cpu", "--output", "out.json"]),
     "visualize": (visualize, lambda file: [file, "photos", "--device", "cpu", "--output", "out.png"]),
     "pretrain": (pretrain, lambda file: [*RUN, *CUSTOM, "--decoder-dim", "16", "--init", file, "--output", "out"]),
     "finetune": (finetune, lambda file: [*RUN, "--init", file, "--output", "out"]),
@@ -88,7 +90,7 @@ def run(entry: str, name: str, file: Path) -> dict[str, object]:
     written = sorted(str(path) for path in set(Path().rglob("*")) - before if "resumed" not in path.parts)
     shutil.rmtree("resumed", ignore_errors=True)
     shutil.rmtree("out", ignore_errors=True)
-    for extra in ("out.pth", "out.csv", "out.png"):
+    for extra in ("out.pth", "out.csv", "out.png", "out.json"):
         Path(extra).unlink(missing_ok=True)
     return {
         "name": name,

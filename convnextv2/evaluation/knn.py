@@ -1,0 +1,47 @@
+"""Classification by the nearest neighbours among labelled features."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from convnextv2.evaluation.features import Features
+
+NEIGHBOURS = 20
+TEMPERATURE = 0.07
+"""Of the votes, as in Wu et al. 2018 (Unsupervised feature learning via non-parametric instance discrimination,
+section 3.4) and DINO."""
+SIMILARITIES = 2**25
+"""That are held at a time: 128 MiB."""
+
+
+@torch.no_grad()
+def knn_predict(train: Features, values: Tensor, *, k: int = NEIGHBOURS, device: str | torch.device = "cpu") -> Tensor:
+    """Classes int64 ``[M]`` of features ``[M, F]``, by their ``k`` nearest neighbours in cosine similarity ``s``.
+
+    A neighbour votes for its class with weight ``exp(s / 0.07)``. Where there are fewer labelled features than ``k``,
+    all of them vote. Memory is bounded by :data:`SIMILARITIES`, beside the features themselves.
+
+    Raises ValueError if ``k`` is below 1, a label is missing, or the features are of different sizes.
+    """
+    check_features(train, values)
+    if k < 1:
+        raise ValueError(f"k must be at least 1, got {k}")
+    labels = train.labels.to(device)
+    references = F.normalize(train.values.to(device), dim=1).T
+    classes, nearest, predicted = int(labels.max()) + 1, min(k, len(train)), list[Tensor]()
+    for queries in values.split(max(1, SIMILARITIES // len(train))):
+        similarity, indices = (F.normalize(queries.to(device), dim=1) @ references).topk(nearest, dim=1)
+        votes = similarity.new_zeros(len(queries), classes)
+        votes.scatter_add_(1, labels[indices], (similarity / TEMPERATURE).exp())
+        predicted.append(votes.argmax(1).cpu())
+    return torch.cat(predicted)
+
+
+def check_features(train: Features, values: Tensor) -> None:
+    """Raise ValueError unless there are labelled features, and others of the same size."""
+    if not len(train) or int(train.labels.min()) < 0:
+        raise ValueError("expected features of labelled images to learn from; these have no labels")
+    if values.dim() != 2 or values.shape[1] != train.values.shape[1]:
+        raise ValueError(f"expected features [M, {train.values.shape[1]}], got {list(values.shape)}")
