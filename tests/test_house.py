@@ -17,7 +17,7 @@ NEW = (
     "data/plain evaluation/features evaluation/frozen evaluation/inference evaluation/knn evaluation/linear "
     "evaluation/scores messages outputs training/bad_data training/claim training/compiling training/feeding "
     "training/option_types training/processes training/saved_state weights/download weights/guard"
-    " weights/loaders weights/stated"
+    " weights/loaders weights/old_format weights/stated"
 )
 TRITON = "block depthwise_sum_kernels gelu_kernels mlp_backward products rows_kernels sums_kernels"
 NEW_BELOW = [

@@ -28,7 +28,8 @@ from torch import Tensor, nn
 from convnextv2.data.transforms import Preprocessing, preprocessing_from_metadata
 from convnextv2.files import atomic_path, finite
 from convnextv2.models.config import config_from_dict, config_to_dict
-from convnextv2.weights.guard import DEEPEST, CheckpointError, check_old_format, check_state, check_zip, plain
+from convnextv2.weights.guard import DEEPEST, CheckpointError, check_state, check_zip, plain
+from convnextv2.weights.old_format import check_old_format
 from convnextv2.weights.stated import Config, stated_metadata
 
 SUFFIXES = (".safetensors", ".pth", ".pt")

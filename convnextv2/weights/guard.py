@@ -68,73 +68,14 @@ def check_zip(path: Path, harmless: re.Pattern[str] = HARMLESS) -> None:
             if len(entries) > MOST_ENTRIES or any(entry.file_size > MOST_PICKLE for entry in pickled):
                 raise CheckpointError(f"{path}: holds {len(entries):,} entries, more than any network of ours has")
             for entry in pickled:
-                _check_pickle(archive.read(entry), path, harmless)
+                check_pickle(archive.read(entry), path, harmless)
     except (zipfile.BadZipFile, EOFError, OSError, ValueError, NotImplementedError, RuntimeError) as error:
         if isinstance(error, CheckpointError) or (isinstance(error, OSError) and error.filename is not None):
             raise
         raise CheckpointError(f"{path}: truncated or damaged ({error}); copy or download it again") from error
 
 
-def check_old_format(path: Path) -> None:
-    """The same for torch's format before archives: pickles one after the other, then the numbers.
-
-    Raises:
-        CheckpointError: with the reason.
-    """
-    with path.open("rb") as file:
-        start = io.BytesIO(file.read(MOST_PICKLE))
-    parts = 5  # a magic number, a version, the system, the content, the keys of the storages whose numbers follow
-    for _ in range(parts):
-        if not _check_pickle(start, path):
-            return
-    start.seek(0)
-    used: set[Any] = set()
-    try:
-        *_, stored = (_Storages(start, used).load() for _ in range(parts))
-        missing = used.difference(stored)
-    except Exception as error:
-        raise CheckpointError(f"{path}: truncated or damaged ({type(error).__name__} in what it says)") from error
-    if missing:  # torch would take what happens to lie in memory
-        raise CheckpointError(f"{path}: truncated or damaged, it lacks the numbers of {len(missing)} of its tensors")
-
-
-class _Inert(dict[Any, Any]):
-    """Stands for whatever a pickle names or makes: nothing is called, imported or kept."""
-
-    def __new__(cls, *args: Any, **named: Any) -> _Inert:
-        return super().__new__(cls)
-
-    def __init__(self, *args: Any, **named: Any) -> None:
-        super().__init__()
-
-    def __hash__(self) -> int:  # type: ignore[override]
-        return id(self)
-
-    def __setstate__(self, state: Any) -> None:
-        pass
-
-    def append(self, value: Any) -> None:
-        pass
-
-
-class _Storages(pickle.Unpickler):
-    """Reads a pickle without making what it describes, and adds the keys of the storages in it to ``used``."""
-
-    def __init__(self, file: io.BytesIO, used: set[Any]) -> None:
-        super().__init__(file)
-        self._used = used
-
-    def find_class(self, module: str, name: str) -> type[_Inert]:
-        return _Inert
-
-    def persistent_load(self, identifier: Any) -> _Inert:
-        kind, _, key, *_ = identifier
-        if kind in ("storage", b"storage"):
-            self._used.add(key)
-        return _Inert()
-
-
-def _check_pickle(content: bytes | io.BytesIO, path: Path, harmless: re.Pattern[str] = HARMLESS) -> bool:
+def check_pickle(content: bytes | io.BytesIO, path: Path, harmless: re.Pattern[str] = HARMLESS) -> bool:
     """Whether ``content`` goes on with a pickle; CheckpointError if that asks for more than weights are made of."""
     strings: list[str] = []
     try:
