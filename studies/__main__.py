@@ -62,6 +62,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _study(args: argparse.Namespace) -> tuple[Study, Path]:
     study = read_study(args.study, args.scale, args.data)
+    data = Path(study.cells[0].part.data).resolve()
+    if data.is_dir() and args.output.resolve().is_relative_to(data):
+        raise ValueError(f"--output {args.output} lies in the images, where pictures of runs would be among them")
     return study, args.output / study.name / study.scale
 
 
@@ -73,9 +76,13 @@ def _run(args: argparse.Namespace) -> int:
             raise ValueError(f"--free takes {', '.join(FREE)}, which leave the numbers as they are, got {text}")
         free[name] = yaml.safe_load(value)
     if args.threads is not None:
+        if args.threads < 1:
+            raise ValueError(f"--threads must be at least 1, got {args.threads}")
         torch.set_num_threads(args.threads)
     study, folder = _study(args)
     parts = study.parts
+    for part in parts:
+        part.options(folder, **free)  # wrong ones are told before anything runs
     print(f"{study.name}, scale {study.scale}: {len(parts)} parts, in {folder}", flush=True)
     failed = runner.run(parts, folder, lambda line: print(line, flush=True), study.probes, **free)
     print(f"{len(parts) - failed} of {len(parts)} parts are done")

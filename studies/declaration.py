@@ -146,6 +146,8 @@ def read_study(name: str, scale: str, data: str | None = None) -> Study:
     questions = {name: _make(Question, f"{path.name}: {name}", declared.questions[name]) for name in kept}
     reader = _Reader(path, declared, chosen, images)
     cells = [cell for name, question in questions.items() for cell in reader.cells(name, question)]
+    if not cells:
+        raise ValueError(f"{path.name}: no question has an arm")
     cells.sort(key=lambda cell: cell.part.seed)
     titles = {name: question.title or name for name, question in questions.items()}
     return Study(path.stem, scale, declared.title or path.stem, titles, tuple(cells), declared.probes)
@@ -222,29 +224,30 @@ class _Reader:
             _check_names(f"{where}: {arm}: measures", made.measures or measures, MEASURES)
             if made.variant is not None:
                 _check_names(f"{where}: {arm}: variant", [made.variant], VARIANTS)
-            for seed in seeds:
-                needs = None
-                if made.pretrain is not None:
-                    given = self._options("pretrain", made)
-                    needs = Part("pretrain", seed, given, self.data, images, made.variant)
-                for share in shares:
-                    drawn = images if share == 1 else {**images, "labels": share, "seed": seed}
-                    for measure in made.measures or measures:
-                        part = self._part(made, measure, seed, drawn, needs)
-                        try:
-                            part.key  # noqa: B018  # looks at the options
-                        except (ValueError, TypeError) as error:
-                            raise ValueError(f"{where}: {arm}: {error}") from error
+            try:
+                for seed in seeds:
+                    for share, measure, part in self._parts(made, seed, shares, made.measures or measures, images):
                         yield Cell(name, arm, measure, share, part)
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"{where}: {arm}: {error}") from error
 
-    def _part(self, arm: Arm, measure: str, seed: int, images: dict[str, Any], needs: Part | None) -> Part:
-        before = self._options("pretrain", arm)
-        if measure in FROZEN:
-            return Part(measure, seed, before, self.data, images, None, needs)
-        options = self._options("finetune", arm)
-        options["epochs"] += round(arm.budget_of_pretraining * before["epochs"] / images.get("labels", 1))
-        variant = arm.variant if arm.variant == "no-grn" else None
-        return Part(measure, seed, options, self.data, images, variant, needs)
+    def _parts(
+        self, arm: Arm, seed: int, shares: list[float], measures: list[str], images: dict[str, Any]
+    ) -> Iterator[tuple[float, str, Part]]:
+        """Share of the labels, measure and part of an arm; ValueError, TypeError on wrong options."""
+        before, tuning, needs = self._options("pretrain", arm), self._options("finetune", arm), None
+        if arm.pretrain is not None:
+            needs = Part("pretrain", seed, before, self.data, images, arm.variant)
+        for share in shares:
+            drawn = images if share == 1 else {**images, "labels": share, "seed": seed}
+            for measure in measures:
+                given, variant = before, None
+                if measure == "finetune":
+                    more = round(arm.budget_of_pretraining * before["epochs"] / share)
+                    given, variant = {**tuning, "epochs": tuning["epochs"] + more}, arm.variant
+                part = Part(measure, seed, given, self.data, drawn, variant if variant != "leaking" else None, needs)
+                part.key  # noqa: B018  # looks at the options
+                yield share, measure, part
 
     def _options(self, kind: str, arm: Arm) -> dict[str, Any]:
         """Options of a run: of the last recipe that is named, over them those of the study, the scale and the arm."""
@@ -253,15 +256,15 @@ class _Reader:
         for layer in layers:
             if recipe := (getattr(layer, kind) or {}).get("recipe"):
                 values = _read(self.path.parent / recipe)
-                _check_names(f"{self.path.name}: {recipe}", values, NAMES[kind])
+                _check_names(recipe, values, NAMES[kind])
         for layer in layers:
-            where, own = f"{self.path.name}: {type(layer).__name__.lower()}", getattr(layer, kind) or {}
+            where, own = type(layer).__name__.lower(), getattr(layer, kind) or {}
             _check_names(f"{where}: options", layer.options, NAMES["pretrain"] | NAMES["finetune"])
             _check_names(f"{where}: {kind}", own, NAMES[kind] | {"recipe"})
             values |= {name: value for name, value in layer.options.items() if name in NAMES[kind]} | own
         values.pop("recipe", None)
         epochs, warmup = (values.get(name, getattr(RUNS[kind], name)) for name in ("epochs", "warmup_epochs"))
-        _check_numbers(f"{self.path.name}: {kind}: epochs", [epochs], (int,), 1, 10**6)
-        _check_numbers(f"{self.path.name}: {kind}: warmup_epochs", [warmup], (int, float), 0, 10**6)
+        _check_numbers(f"{kind}: epochs", [epochs], (int,), 1, 10**6)
+        _check_numbers(f"{kind}: warmup_epochs", [warmup], (int, float), 0, 10**6)
         scaled = {"epochs": max(1, round(epochs * self.scale.epochs)), "warmup_epochs": warmup * self.scale.epochs}
         return values | scaled

@@ -88,17 +88,10 @@ class Part:
     @cached_property
     def key(self) -> str:
         """A hash of :attr:`determined_by`, in which 1 and 1.0 are the same."""
-        return hashlib.sha256(json.dumps(_plain(self.determined_by), sort_keys=True).encode()).hexdigest()[:16]
+        plain = json.loads(json.dumps(self.determined_by), parse_int=float)
+        return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
 
     def __str__(self) -> str:
-        share = f", {self.images['labels']:.0%} of the labels" if self.images.get("labels", 1) != 1 else ""
+        share = f", {100 * self.images['labels']:g}% of the labels" if "labels" in self.images else ""
         variant = f", {self.variant}" if self.variant else ""
         return f"{self.kind} {self.key[:6]} (seed {self.seed}{share}{variant})"
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {name: _plain(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value

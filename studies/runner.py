@@ -124,8 +124,9 @@ def status(parts: Sequence[Part], folder: Path) -> list[str]:
         these = [part for part in parts if part.kind == kind]
         counts = {name: sum(states[part.key] == name for part in these) for name in STATES}
         lines.append(f"{kind}: " + ", ".join(f"{number} {name}" for name, number in counts.items() if number))
-        records = [(part.work, record["session_seconds"]) for part in these if (record := record_of(part, folder))]
-        work, seconds = sum(one for one, _ in records), sum(one for _, one in records)
+        records = [(part.work, record) for part in these if (record := record_of(part, folder))]
+        work = sum(one for one, _ in records)
+        seconds = sum(max(record["seconds"], record.get("session_seconds", 0)) for _, record in records)
         spent += seconds
         rest = sum(part.work for part in these if states[part.key] != "done")
         if rest and not work:

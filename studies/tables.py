@@ -64,7 +64,9 @@ def markdown(found: Mapping[str, Any], question: str) -> str:
     for arm, labels, measure, values, seconds in rows(found, question):
         sd = stdev(values) if len(values) > 1 else None
         spread = f"{sd:.1f} | {sd / len(values) ** 0.5:.1f}" if sd is not None else "– | –"
-        cells = f"{arm} | {labels:.0%} | {measure} | {fmean(values):.1f} | {spread} | {len(values)} | {seconds:.0f}"
+        cells = (
+            f"{arm} | {100 * labels:g}% | {measure} | {fmean(values):.1f} | {spread} | {len(values)} | {seconds:.0f}"
+        )
         lines.append(f"| {cells} |")
     return "\n".join(lines)
 
@@ -121,7 +123,7 @@ def _accuracies(axes: Any, found: Mapping[str, Any], question: str, against: str
         axes.errorbar(xs, means, spreads, capsize=3, **style)
         if against == "seconds":
             for x, mean, share in zip(xs, means, shares, strict=True):
-                axes.annotate(f"{share:.0%}", (x, mean), textcoords="offset points", xytext=(5, 3), fontsize=7)
+                axes.annotate(f"{100 * share:g}%", (x, mean), textcoords="offset points", xytext=(5, 3), fontsize=7)
     axes.set_xscale("log")
     if against == "labels":
         ticks = sorted({100 * labels for _, labels, *_ in rows(found, question)})

@@ -111,6 +111,10 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "an arm": ({"questions": {"x": {"arms": {"a": 3}}}}, "tiny.yaml: x: a: expected names, got 3"),
     "arms": ({"questions": {"x": {"arms": {0.4: {}}}}}, "tiny.yaml: x: arms: expected names"),
     "no arms": ({"questions": {"x": {}}}, r"tiny.yaml: x: .*missing 1 required .* 'arms'"),
+    "nothing": ({"questions": {"x": {"arms": {}}}}, "no question has an arm"),
+    "labels that no scale leaves": (
+        {"scales": {"smoke": {"labels": [0.5]}}}, "labels: labels that the scale leaves: expected numbers",
+    ),
     "no scale": ({"scales": {"smok": {}}}, "scale: `smoke` is not known; the nearest is `smok`"),
     "a question": (
         {"scales": {"smoke": {"questions": ["label"]}}}, "`label` is not known; the nearest is `labels`",
@@ -144,3 +148,26 @@ def test_studies_of_the_project_are_declared_rightly(file: Path) -> None:
     for scale in ("full", *yaml.safe_load(file.read_text())["scales"]):
         study = read_study(file.stem, scale, "digits")
         assert {cell.question for cell in study.cells} == set(study.questions)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--free", "workers=many"], "`workers` must be int, got 'many'"),
+        (["--free", "epochs=1"], "--free takes workers, device"),
+        (["--threads", "0"], "--threads must be at least 1"),
+        (["--scale", "smok"], "scale: `smok` is not known; the nearest is `smoke`"),
+        (["--data", "{data}", "--output", "{data}/runs"], "runs lies in the images"),
+    ],
+)
+def test_wrong_arguments_of_a_run(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "data" / "x").mkdir(parents=True)
+    given = [argument.format(data=tmp_path / "data") for argument in arguments]
+    command = ["run", str(write_study(tmp_path)), "--scale", "smoke", "--output", str(tmp_path / "all"), *given]
+    assert program.main(command) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert message in told
+    assert not (tmp_path / "all").exists()
