@@ -60,6 +60,8 @@ def fingerprint(data: str) -> str:
     if problem := why_unknown(data):
         raise ValueError(f"data: {problem}")
     root = Path(data)
+    if root.is_file():
+        return f"{root.name} {root.stat().st_size}"
     if not root.is_dir():
         return data
     listing = "\n".join(f"{path.relative_to(root).as_posix()} {size}" for path, size in walk_files(root, []))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,8 @@ def read_json(path: Path) -> dict[str, Any] | None:
 def record_of(part: Part, folder: Path) -> dict[str, Any] | None:
     """What came of a part that is done; of one that is not, or whose record is damaged, None."""
     record = read_json(part.place(folder) / "result.json") or {}
-    number = record.get("result", {}).get("loss" if part.kind == "pretrain" else "top1")
+    found = record.get("result")
+    number = found.get("loss" if part.kind == "pretrain" else "top1") if isinstance(found, dict) else None
     return record if isinstance(number, int | float) and isinstance(record.get("seconds"), int | float) else None
 
 
@@ -122,8 +124,8 @@ def status(parts: Sequence[Part], folder: Path) -> list[str]:
     lines, spent, left, unknown = list[str](), 0.0, 0.0, list[str]()
     for kind in dict.fromkeys(part.kind for part in parts):
         these = [part for part in parts if part.kind == kind]
-        counts = {name: sum(states[part.key] == name for part in these) for name in STATES}
-        lines.append(f"{kind}: " + ", ".join(f"{number} {name}" for name, number in counts.items() if number))
+        counts = Counter(states[part.key] for part in these)
+        lines.append(f"{kind}: " + ", ".join(f"{number} {state}" for state, number in sorted(counts.items())))
         records = [(part.work, record) for part in these if (record := record_of(part, folder))]
         work = sum(one for one, _ in records)
         seconds = sum(max(record["seconds"], record.get("session_seconds", 0)) for _, record in records)
@@ -137,9 +139,6 @@ def status(parts: Sequence[Part], folder: Path) -> list[str]:
             lines.append(f"{part}: {(read_json(part.place(folder) / 'error.json') or {}).get('error')}")
     more = f", and {' and '.join(unknown)}, of which none is done yet" if unknown else ""
     return [*lines, f"spent {_time(spent)}, left about {_time(left)} of one runner{more}"]
-
-
-STATES = ("done", "running", "failed", "open")
 
 
 def _time(seconds: float) -> str:

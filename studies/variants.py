@@ -56,7 +56,11 @@ class StudyPretrain(PretrainTask):
 
     def model(self) -> FCMAE:
         model = super().model()
-        return LeakingFCMAE(model.config, self.options.backend) if self.variant == "leaking" else model
+        if self.variant != "leaking":
+            return model
+        leaking = LeakingFCMAE(model.config, self.options.backend)
+        leaking.load_state_dict(model.state_dict())  # arms begin with the same weights
+        return leaking
 
     def initialise(self, model: FCMAE, resumed: bool) -> str:
         if self.variant == "no-grn":

@@ -37,7 +37,7 @@ def do(part: Part, folder: Path, probes: int, **free: Any) -> dict[str, Any]:
         probes: looks at the features during a pre-training.
         free: options that leave the numbers as they are.
     """
-    start, run = time.perf_counter(), part.run(folder)
+    start, run, code = time.perf_counter(), part.run(folder), code_version()
     if find_state(run) is None:  # nothing to go on with
         shutil.rmtree(run, ignore_errors=True)
     options = part.options(folder, **free)
@@ -57,7 +57,8 @@ def do(part: Part, folder: Path, probes: int, **free: Any) -> dict[str, Any]:
         "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "hardware": hardware(device),
         "versions": {name: version(name) for name in LIBRARIES},
-        "code": code_version(),
+        "code": code,
+        "free": free,
         "determined_by": part.determined_by,
     }
 

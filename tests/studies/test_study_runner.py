@@ -85,7 +85,9 @@ def test_one_part_that_is_gone_is_done_again_alone(copy: Path, worked_on: list[s
         assert results(study, copy) == before
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"result": {"top1": null}, "seconds": 1}', "[" * 99999])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"result": 3, "seconds": 1}', '{"result": {"top1": null}, "seconds": 1}', "[" * 99999]
+)
 def test_a_damaged_record_is_none(copy: Path, worked_on: list[str], text: str) -> None:
     study = tiny_study(copy)
     before, part = results(study, copy), study.parts[1]

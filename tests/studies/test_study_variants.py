@@ -59,6 +59,16 @@ def test_with_a_mask_visible_content_leaks_but_masked_content_does_not() -> None
     assert leaking.encoder.get_parameter("stages.0.0.dwconv.weight").grad.abs().sum() > 0  # type: ignore[union-attr]
 
 
+def test_variants_begin_with_the_same_weights(tmp_path: Path) -> None:
+    states = []
+    for variant in (None, "leaking", "no-grn"):
+        task = StudyPretrain(PretrainOptions(output=tmp_path, decoder_dim=8, mask_ratio=0.5, **SMALL))
+        task.variant = variant
+        torch.manual_seed(1)
+        states.append(task.model().state_dict())
+    assert all(torch.equal(state[name], value) for state in states for name, value in states[0].items())
+
+
 def test_probes_change_no_weight(tmp_path: Path) -> None:
     plain = pretrain(PretrainOptions(output=tmp_path / "plain", decoder_dim=8, mask_ratio=0.5, **SMALL))
     task = StudyPretrain(PretrainOptions(output=tmp_path / "probed", decoder_dim=8, mask_ratio=0.5, **SMALL))
