@@ -13,7 +13,7 @@ from typing import Any
 from convnextv2.training import FinetuneOptions, PretrainOptions
 from studies.images import fingerprint, spec_of
 
-FREE = ("workers", "device", "cache", "tracker", "max_bad", "reconstruct_every")
+FREE = ("workers", "device", "tracker", "max_bad", "reconstruct_every")
 """Options that leave the numbers as they are, to rounding."""
 RESERVED = ("data", "output", "init", "resume", "overwrite", "seed", "val_fraction", "linear_probe")
 """Options that the study itself sets."""
@@ -71,14 +71,15 @@ class Part:
     def determined_by(self) -> dict[str, Any]:
         """Everything that the numbers follow from, but for the code and the machine."""
         values = asdict(self.options())
+        cached = {"cache": True} if values["cache"] and self.kind not in FROZEN else {}  # images are smaller there
         if self.kind in FROZEN:
             names = {name for name in ENCODER if self.needs is None}
         else:
-            names = set(values) - {*FREE, *RESERVED}
+            names = set(values) - {*FREE, *RESERVED, "cache"}
         return {
             "kind": self.kind,
             "seed": self.seed,
-            "options": {name: values[name] for name in sorted(names)},
+            "options": {name: values[name] for name in sorted(names)} | cached,
             "data": fingerprint(self.data),
             "images": dict(self.images),
             "variant": self.variant,

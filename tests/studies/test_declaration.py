@@ -25,11 +25,13 @@ def test_the_hash_is_of_what_determines_the_numbers() -> None:
     key = part().key
     same = [{"blr": 0.01, "epochs": 3}, {"epochs": 3, "blr": 0.01, "smoothing": 0.1}, {"epochs": 3, "blr": 1e-2}]
     same += [{"epochs": 3, "blr": 0.01, "img_size": None, "mixup": 0}]
-    free = {"workers": 7, "device": "cpu", "max_bad": 0.5, "cache": "somewhere"}
+    free = {"workers": 7, "device": "cpu", "max_bad": 0.5}
     assert set(free) <= set(FREE)
     same += [{"epochs": 3, "blr": 0.01, **free}]
     assert {part(given=given).key for given in same} == {key}
     other = [{"given": {"epochs": 4, "blr": 0.01}}, {"given": {"epochs": 3, "blr": 0.01, "img_size": 32}}, {"seed": 1}]
+    other += [{"given": {"epochs": 3, "blr": 0.01, "cache": "here"}}]
+    assert part(given={"epochs": 3, "blr": 0.01, "cache": "there"}).key == part(**other[-1]).key
     other += [{"kind": "pretrain"}, {"images": {"labels": 0.1, "seed": 0}}, {"variant": "no-grn"}]
     other += [{"needs": part(kind="pretrain")}, {"needs": part(kind="pretrain", seed=1)}]
     keys = {part(**changes).key for changes in other}
