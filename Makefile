@@ -10,6 +10,9 @@ PIP_ARGS = $(CONSTRAINTS) -e .
 MINKOWSKI ?= --cpu
 # Of make fuzz.
 MINUTES ?= 20
+# Of make study; DATA is its images.
+STUDY ?= digits
+SCALE ?= smoke
 
 BIN = $(VENV)/bin
 MINKOWSKI_SOURCES = scripts/install_minkowski.py $(wildcard scripts/_minkowski_*.py)
@@ -26,7 +29,7 @@ SANITIZED = build/sanitized/sparse_ops/backends/cpu/_cpu.so
 ARM = build/arm/sparse_ops/backends/cpu/_cpu.so
 ARM_TOOLS = aarch64-linux-gnu-g++ qemu-aarch64
 
-.PHONY: help demo test sanitize arm lint fuzz format bench minkowski clean
+.PHONY: help demo study test sanitize arm lint fuzz format bench minkowski clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -53,6 +56,10 @@ $(VENV)/.installed-minkowski: $(VENV)/.installed-test $(MINKOWSKI_SOURCES)
 
 demo: $(VENV)/.installed ## pre-train, convert, fine-tune, predict; DATA=<folder of class folders> for your own images
 	$(BIN)/python scripts/demo.py --data "$(DATA)" --output "$(DEMO)"
+
+study: $(VENV)/.installed ## a declared experiment, its tables and plots; STUDY=flowers SCALE=laptop DATA=<folder>
+	$(BIN)/python -m studies run "$(STUDY)" --scale "$(SCALE)" --data "$(DATA)"; done=$$?; \
+		$(BIN)/python -m studies table "$(STUDY)" --scale "$(SCALE)" --data "$(DATA)" && exit $$done
 
 test: $(TEST_READY) ## the whole suite, with coverage of both packages
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal --cov --cov-report=term --cov-fail-under=90

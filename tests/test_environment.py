@@ -16,7 +16,7 @@ import yaml
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("convnextv2", "sparse_ops")
+PACKAGES = ("convnextv2", "sparse_ops", "studies")
 OPTIONAL = {
     "MinkowskiEngine",  # built by a script of its own
     "triton",  # brought by torch where there is CUDA
@@ -115,7 +115,7 @@ def imports_of(file: Path) -> Iterator[str]:
 
 def third_party(*folders: str) -> dict[str, str]:
     """Distribution to a file that imports it."""
-    own = {*PACKAGES, *(file.stem for folder in folders for file in (ROOT / folder).glob("*.py"))}
+    own = {*PACKAGES, *folders, *(file.stem for folder in folders for file in (ROOT / folder).glob("*.py"))}
     return {
         DISTRIBUTION_OF.get(name, name): file.relative_to(ROOT).as_posix()
         for folder in folders
@@ -142,7 +142,7 @@ def test_sparse_ops_needs_torch_alone() -> None:
 
 IMPORT_EVERYTHING = """
 import importlib, pkgutil
-for package in ("convnextv2", "sparse_ops"):
+for package in ("convnextv2", "sparse_ops", "studies"):
     found = importlib.import_module(package)
     for module in pkgutil.walk_packages(found.__path__, package + "."):
         if not module.name.endswith(("._cpu", "_kernels", "__main__")):

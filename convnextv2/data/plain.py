@@ -6,11 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from convnextv2.data.datasets import ImageDataset, PredictDataset
 from convnextv2.data.names import name_of
 from convnextv2.data.sources import DataError, Part, Subset
+from convnextv2.data.subsets import label_subset
 
 
 class PlainDataset(PredictDataset):
@@ -38,14 +37,8 @@ def label_fraction(images: ImageDataset, fraction: float, seed: int = 0) -> Imag
         ValueError: unless ``fraction`` is above 0 and at most 1.
         DataError: if the images have no labels.
     """
-    if not 0 < fraction <= 1:
-        raise ValueError(f"fraction must be above 0 and at most 1, got {fraction}")
     if images.labels is None:
         raise DataError(f"{images.what}: has no labels; expected one an image")
-    labels, chosen = np.asarray(images.labels), list[int]()
-    for label in np.unique(labels):
-        order = np.random.default_rng((seed, int(label))).permutation(np.flatnonzero(labels == label))
-        chosen += order[: max(1, round(fraction * len(order)))].tolist()
-    chosen.sort()
+    chosen = label_subset(images.labels, fraction, seed)
     part = Part(Subset(images.source, chosen), [images.labels[number] for number in chosen], images.skipped)
     return replace(images, part=part, bad=())

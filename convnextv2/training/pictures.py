@@ -103,7 +103,7 @@ def save_reconstructions(path: str | os.PathLike[str], panels: Tensor, mask: Ten
     cells = panels.repeat_interleave(scale, -1).repeat_interleave(scale, -2)
     grid = make_grid(cells.flatten(0, 1), len(titles), _GAP, pad_value=1.0).permute(1, 2, 0).numpy()
     total_h, total_w = grid.shape[0] - _GAP + _HEADING, grid.shape[1]
-    with _picture(path, total_w / _DPI, total_h / _DPI) as figure:
+    with picture(path, total_w / _DPI, total_h / _DPI) as figure:
         figure.figimage(grid)
         for column, title in enumerate(titles):
             centre = _GAP / 2 + (column + 0.5) * (cells.shape[-1] + _GAP)
@@ -127,7 +127,7 @@ def save_loss_curve(path: str | os.PathLike[str], metrics: Sequence[Mapping[str,
     if not any(np.isfinite(values).any() for values in losses):
         raise ValueError(f"no loss to draw in {len(metrics)} epochs; expected 'loss', 'train_loss' or 'val_loss'")
     marker = "o" if len(metrics) <= 30 else None
-    with _picture(path, 8, 4.5, "constrained") as figure:
+    with picture(path, 8, 4.5, "constrained") as figure:
         axes = figure.subplots()
         lines = zip(losses, ("training", "training", "validation"), ("C0", "C0", "C1"), strict=True)
         for values, label, colour in lines:
@@ -163,7 +163,7 @@ def save_confusion_matrix(
     names = [name if len(name) <= 24 else f"{name[:23]}…" for name in (str(classes[i]) for i in ticks)]
     correct, images = int(np.trace(counts)), int(counts.sum())
     title = f"{correct} of {images} right ({correct / max(1, images):.1%})"
-    with _picture(path, side + 1, side, "constrained") as figure:
+    with picture(path, side + 1, side, "constrained") as figure:
         axes = figure.subplots()
         shown = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
         figure.colorbar(shown, ax=axes, label="share of the true class", shrink=0.8)
@@ -177,7 +177,7 @@ def save_confusion_matrix(
 
 
 @contextlib.contextmanager
-def _picture(path: str | os.PathLike[str], width: float, height: float, layout: Any = None) -> Iterator[Figure]:
+def picture(path: str | os.PathLike[str], width: float, height: float, layout: Any = None) -> Iterator[Figure]:
     """A white figure of that size in inches, to be drawn in; written when the block ends well."""
     from matplotlib.figure import Figure
 

@@ -66,7 +66,7 @@ def test_shares_of_labels_are_nested_and_of_every_class() -> None:
 def test_what_is_no_share(image_folder: Folder) -> None:
     training, _ = build_finetune_datasets(image_folder({"a": 2, "b": 2}), (32, 32))
     for wrong in (0, -0.1, 1.1, float("nan")):
-        with pytest.raises(ValueError, match="above 0 and at most 1"):
+        with pytest.raises(ValueError, match=r"must lie in \(0, 1\]"):
             label_fraction(training, wrong)
     with pytest.raises(DataError, match="has no labels"):
         label_fraction(build_pretrain_dataset(image_folder({"": 2}, "flat"), (32, 32)), 0.5)

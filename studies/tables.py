@@ -1,0 +1,167 @@
+"""What a study came to: its numbers in one JSON file, tables and plots made from that file alone."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from convnextv2.training.pictures import picture
+from studies.declaration import Study
+from studies.runner import read_json, record_of
+
+MARKED = re.compile(r"(<!-- study: (\S+) (\S+) -->\n).*?(<!-- end -->)", re.S)
+"""A table in a document: the file that it is made from, and the question."""
+HEAD = "| arm | labels | measure | top-1, % | sd | se | seeds | seconds |"
+
+
+def collect(study: Study, folder: Path) -> dict[str, Any]:
+    """The numbers of all parts that are done, of the curves of pre-training, and what they were measured on."""
+    numbers, curves, facts = list[dict[str, Any]](), dict[tuple[str, str, int], Any](), dict[str, set[str]]()
+    for cell in study.cells:
+        record = record_of(cell.part, folder)
+        before = record_of(cell.part.needs, folder) if cell.part.needs else None
+        row = {"question": cell.question, "arm": cell.arm, "seed": cell.part.seed}
+        if before is not None:
+            curves[cell.question, cell.arm, cell.part.seed] = {**row, "knn": before["result"]["knn"]}
+        if record is None:
+            continue
+        seconds = record["seconds"] + (before["seconds"] if before else 0)
+        found = {"top1": record["result"]["top1"], "seconds": round(seconds, 1), "part": cell.part.key}
+        numbers.append({**row, "measure": cell.measure, "labels": cell.labels, **found})
+        for one in (record, *([before] if before else [])):
+            for name, value in {**one["hardware"], **one["versions"], "code": one["code"]}.items():
+                facts.setdefault(name, set()).add(str(value))
+    return {
+        "study": study.name,
+        "scale": study.scale,
+        "title": study.title,
+        "questions": dict(study.questions),
+        "missing": len(study.cells) - len(numbers),
+        "measured_on": {name: sorted(values) for name, values in sorted(facts.items())},
+        "numbers": numbers,
+        "curves": list(curves.values()),
+    }
+
+
+def rows(found: Mapping[str, Any], question: str) -> Iterator[tuple[str, float, str, list[float], float]]:
+    """Arm, share of the labels, measure, accuracies of the seeds, and mean seconds, in the order of the declaration."""
+    groups: dict[tuple[str, float, str], list[dict[str, Any]]] = {}
+    for number in found["numbers"]:
+        if number["question"] == question:
+            groups.setdefault((number["arm"], number["labels"], number["measure"]), []).append(number)
+    for (arm, labels, measure), these in groups.items():
+        yield arm, labels, measure, [one["top1"] for one in these], fmean(one["seconds"] for one in these)
+
+
+def markdown(found: Mapping[str, Any], question: str) -> str:
+    """The table of a question; sd is the sample's standard deviation over seeds, se that of the mean."""
+    lines = [HEAD, "|" + "---|" * HEAD.count(" | ") + "---|"]
+    for arm, labels, measure, values, seconds in rows(found, question):
+        sd = stdev(values) if len(values) > 1 else None
+        spread = f"{sd:.1f} | {sd / len(values) ** 0.5:.1f}" if sd is not None else "– | –"
+        cells = (
+            f"{arm} | {100 * labels:g}% | {measure} | {fmean(values):.1f} | {spread} | {len(values)} | {seconds:.0f}"
+        )
+        lines.append(f"| {cells} |")
+    return "\n".join(lines)
+
+
+def document(found: Mapping[str, Any]) -> str:
+    """All tables, with their headings and what they were measured on."""
+    facts = "; ".join(f"{name} {' and '.join(values)}" for name, values in found["measured_on"].items())
+    parts = [f"# {found['title']}, scale {found['scale']}"]
+    parts += [f"## {title}\n\n{markdown(found, question)}" for question, title in found["questions"].items()]
+    missing = f"\n\n{found['missing']} numbers are missing." if found["missing"] else ""
+    return "\n\n".join(parts) + f"\n\nMeasured on: {facts}.{missing}\n"
+
+
+def render(text: str, root: Path) -> str:
+    """A document with the tables between its markers made anew; ValueError if a file that one names is not there."""
+
+    def table(found: re.Match[str]) -> str:
+        results = read_json(root / found[2])
+        if results is None or found[3] not in results.get("questions", ()):
+            raise ValueError(f"{found[2]}: no results of the question {found[3]} there")
+        return f"{found[1]}{markdown(results, found[3])}\n{found[4]}"
+
+    return MARKED.sub(table, text)
+
+
+def draw(found: Mapping[str, Any], folder: Path) -> list[Path]:
+    """Plots of every question, as PNG files in ``folder``: accuracy against labels, against time, and curves."""
+    made = list[Path]()
+    for question in found["questions"]:
+        for name, plot in PLOTS.items():
+            path = folder / f"{question}-{name}.png"
+            with picture(path, 8, 4.5, "constrained") as figure:
+                axes = figure.subplots()
+                plot(axes, found, question)
+                axes.set(title=found["questions"][question], ylabel="top-1, %")
+                axes.grid(alpha=0.3)
+                if axes.get_legend_handles_labels()[0]:
+                    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
+            made.append(path)
+    return made
+
+
+def _accuracies(axes: Any, found: Mapping[str, Any], question: str, against: str) -> None:
+    """A colour an arm, a mark a measure; ``against`` labels or seconds."""
+    lines: dict[tuple[str, str], list[tuple[float, float, float, float]]] = {}
+    for arm, labels, measure, values, seconds in rows(found, question):
+        spread = stdev(values) if len(values) > 1 else 0.0
+        x = 100 * labels if against == "labels" else seconds
+        lines.setdefault((arm, measure), []).append((x, fmean(values), spread, labels))
+    arms = list(dict.fromkeys(arm for arm, _ in lines))
+    for (arm, measure), points in lines.items():
+        style = {"color": f"C{arms.index(arm)}", "label": f"{arm}, {measure}", **STYLES[measure]}
+        xs, means, spreads, shares = zip(*sorted(points), strict=True)
+        axes.errorbar(xs, means, spreads, capsize=3, **style)
+        if against == "seconds":
+            for x, mean, share in zip(xs, means, shares, strict=True):
+                axes.annotate(f"{100 * share:g}%", (x, mean), textcoords="offset points", xytext=(5, 3), fontsize=7)
+    axes.set_xscale("log")
+    if against == "labels":
+        ticks = sorted({100 * labels for _, labels, *_ in rows(found, question)})
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks], minor=False)
+        axes.minorticks_off()
+    axes.set_xlabel(AGAINST[against])
+
+
+def _probes(axes: Any, found: Mapping[str, Any], question: str) -> None:
+    curves: dict[str, dict[int, list[float]]] = {}
+    for curve in found["curves"]:
+        if curve["question"] == question:
+            for epoch, top1 in curve["knn"]:
+                curves.setdefault(curve["arm"], {}).setdefault(epoch, []).append(top1)
+    for arm, points in curves.items():
+        axes.plot(list(points), [fmean(values) for values in points.values()], label=arm, marker="o")
+    axes.set(xlabel="epoch of the pre-training (kNN with all labels, mean over seeds)")
+    axes.locator_params(axis="x", integer=True)
+
+
+STYLES = {
+    "finetune": {"marker": "o", "linestyle": "-"},
+    "linear": {"marker": "s", "linestyle": "--"},
+    "knn": {"marker": "^", "linestyle": ":"},
+}
+AGAINST = {"labels": "labels, % of the training images", "seconds": "seconds of training, pre-training included"}
+PLOTS: Mapping[str, Callable[[Any, Mapping[str, Any], str], None]] = {
+    "labels": partial(_accuracies, against="labels"),
+    "time": partial(_accuracies, against="seconds"),
+    "probes": _probes,
+}
+
+
+def copy_reconstructions(study: Study, folder: Path, target: Path) -> None:
+    """The pictures of the first seed of every arm that pre-trains, first to last epoch."""
+    for cell in reversed(study.cells):  # the first seed comes last, and stays
+        if cell.part.needs is not None:
+            for source in sorted(cell.part.needs.run(folder).glob("reconstructions/epoch_*.png")):
+                place = target / f"{cell.question}-{re.sub(r'[^0-9A-Za-z]+', '-', cell.arm)}"
+                place.mkdir(parents=True, exist_ok=True)
+                shutil.copy(source, place / source.name)

@@ -1,0 +1,78 @@
+"""Tables follow from the numbers that are kept, and those of the documents from files of the project."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from studies import tables
+
+ROOT = Path(__file__).parents[2]
+DOCUMENT = ROOT / "docs" / "results.md"
+FIGURE = re.compile(r"\d+\.\d+|\d+ ?%|\d+ (?:seconds|minutes|points)|±")
+
+
+def number(arm: str, seed: int, top1: float, labels: float = 1, **changes: Any) -> dict[str, Any]:
+    row = {"question": "q", "arm": arm, "seed": seed, "measure": "knn", "labels": labels, "top1": top1}
+    return {**row, "seconds": 90.0, "part": f"{arm}{seed}", **changes}
+
+
+FOUND: dict[str, Any] = {
+    "study": "s", "scale": "smoke", "title": "T", "questions": {"q": "Which?", "empty": "None?"}, "missing": 1,
+    "measured_on": {"threads": ["1", "2"]},
+    "numbers": [number("a", 0, 50.0), number("a", 1, 53.0), number("a", 2, 56.0), number("b", 0, 40.0, 0.05)],
+    "curves": [{"question": "q", "arm": "a", "seed": 0, "knn": [[1, 30.0], [2, 40.0]]}],
+}  # fmt: skip
+
+
+def test_mean_deviation_and_error_over_seeds() -> None:
+    assert tables.markdown(FOUND, "q").splitlines()[2:] == [
+        "| a | 100% | knn | 53.0 | 3.0 | 1.7 | 3 | 90 |",
+        "| b | 5% | knn | 40.0 | – | – | 1 | 90 |",
+    ]
+    text = tables.document(FOUND)
+    assert "1 numbers are missing." in text
+    assert "threads 1 and 2" in text
+
+
+def test_plots_are_drawn_of_much_and_of_nothing(tmp_path: Path) -> None:
+    drawn = tables.draw(FOUND, tmp_path)
+    assert len(drawn) == 6
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
+
+
+def test_a_document_is_made_anew_between_its_markers(tmp_path: Path) -> None:
+    (tmp_path / "r.json").write_text(json.dumps(FOUND))
+    text = "Before 1.\n\n<!-- study: r.json q -->\nold | 99.9\n<!-- end -->\nafter"
+    new = tables.render(text, tmp_path)
+    assert "99.9" not in new
+    assert "| 53.0 | 3.0 |" in new
+    assert new.startswith("Before 1.\n\n<!-- study: r.json q -->\n")
+    assert new.endswith("\n<!-- end -->\nafter")
+    assert tables.render(new, tmp_path) == new
+    for wrong in ("<!-- study: none.json q -->", "<!-- study: r.json other -->"):
+        with pytest.raises(ValueError, match="no results of the question"):
+            tables.render(f"{wrong}\n<!-- end -->", tmp_path)
+
+
+def test_every_number_of_the_results_is_in_a_file_of_the_project() -> None:
+    text = DOCUMENT.read_text(encoding="utf-8")
+    assert tables.MARKED.search(text)
+    assert all(found[2].startswith("studies/results/") for found in tables.MARKED.finditer(text))
+    assert tables.render(text, ROOT) == text, "python -m studies table --markdown docs/results.md"
+    rest = tables.MARKED.sub("", text)
+    assert "<!--" not in rest
+    assert not FIGURE.findall(rest), "a figure outside of the tables"
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "studies" / "results").glob("*.json")), ids=lambda file: file.stem)
+def test_results_are_whole(file: Path) -> None:
+    found = json.loads(file.read_text(encoding="utf-8"))
+    assert file.stem == f"{found['study']}-{found['scale']}"
+    assert found["missing"] == 0
+    assert {"processor", "torch", "threads", "code"} <= found["measured_on"].keys()
+    assert all(0 <= one["top1"] <= 100 and one["seconds"] > 0 and one["part"] for one in found["numbers"])
