@@ -15,7 +15,7 @@ MOST_LINES = 10_800
 NEW = (
     "data/bands data/batches data/cache data/crops data/decoding data/metadata data/names data/resampling "
     "evaluation/inference messages outputs training/bad_data training/claim training/compiling training/feeding "
-    "training/option_types training/processes training/saved_state weights/download weights/guard"
+    "training/head_start training/option_types training/processes training/saved_state weights/download weights/guard"
     " weights/loaders weights/stated"
 )
 TRITON = "block depthwise_sum_kernels gelu_kernels mlp_backward products rows_kernels sums_kernels"

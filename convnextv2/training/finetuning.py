@@ -18,6 +18,7 @@ from convnextv2.data.transforms import Augmentation, Statistics
 from convnextv2.models.classifier import ConvNeXtV2
 from convnextv2.models.config import ClassifierConfig, EncoderConfig, FCMAEConfig, check_image_size, variant_name
 from convnextv2.training.device import Accelerator
+from convnextv2.training.head_start import start_head
 from convnextv2.training.loop import OnLoss
 from convnextv2.training.optim import LAYER_DECAY_TYPES
 from convnextv2.training.options import RunOptions
@@ -51,6 +52,8 @@ class FinetuneOptions(RunOptions):
     val_fraction: float = option(0.2, "share of every class to validate on, where DATA has no train/ and val/ folders")
     linear_probe: bool = option(False, "train final norm and head alone; the encoder is frozen, in evaluation mode")
     head_init_scale: float | None = option(None, "factor on the head's weights; default: 0.001 with --init, else 1")
+    head_start: bool = option(False, "start from a head fitted to the encoder's features, instead of a random one")
+    min_steps: int = option(0, "updates at least: an epoch passes through a small set as often as that takes")
     layer_decay: float = option(1.0, "factor on the learning rate from each layer to the one below; published .6 to .9")
     layer_decay_type: str = option(
         "single", "a layer is a block (single), or three of stage 2 (group)", LAYER_DECAY_TYPES
@@ -73,6 +76,7 @@ class FinetuneOptions(RunOptions):
         super().check()
         self.require("must be at least 0 and below 1.0", lambda value: 0 <= value < 1, "smoothing", "ema_decay")
         self.require("must be at least 0 and below inf", lambda value: 0 <= value < math.inf, "mixup", "cutmix")
+        self.require("must be a number of steps, not negative", lambda value: 0 <= value < 2**31, "min_steps")
         self.require("must be between 0 and 1", lambda value: 0 < value < 1, "val_fraction")
         self.require("must be in (0, 1]", lambda value: 0 < value <= 1, "layer_decay")
 
@@ -158,7 +162,7 @@ class ClassifierTask(Task[FinetuneOptions]):
                 raise CheckpointError(f"{o.output}: its state is of no fine-tuning; name another `output`")
             statistics = mean, std
         self._statistics = statistics or (None, None)
-        self.ema_decay, self.ema_warmup = o.ema_decay, o.ema_warmup
+        self.ema_decay, self.ema_warmup, self.min_steps = o.ema_decay, o.ema_warmup, o.min_steps
         depths = self.options.encoder().depths
         self.grouping = {"depths": depths, "layer_decay": o.layer_decay, "layer_decay_type": o.layer_decay_type}
         check_image_size(self.options.size, self.options.encoder().patch_size, dense=True)
@@ -193,6 +197,9 @@ class ClassifierTask(Task[FinetuneOptions]):
         if self._checkpoint is None:
             return "resuming" if resumed else "from scratch: no `init`"
         return str(init_classifier(model, self._checkpoint))
+
+    def start(self, accelerator: Accelerator, model: ConvNeXtV2, images: ImageDataset) -> str:
+        return start_head(model, images, self.options, accelerator.device) if self.options.head_start else ""
 
     def fit_batch(self, size: int) -> int:
         if self._mix is None:
