@@ -152,8 +152,7 @@ class Run:
         self.model.to(memory_format=layout)
         fused = self.accelerator.device.type == "cpu"  # accelerate looks after the others
         raw_optimizer = create_optimizer(task.groups(self.model), self._lr, options.betas, options.optimizer, fused)
-        passes = passes_for(task.min_steps, images, options, processes)
-        self._passes = passes if self.saved is None else self.saved.get("passes", 1)
+        self._passes = passes_for(self.saved, task.min_steps, images, options, processes)
         samples = make_samples(self.parts, options, layout, self.say, self._passes)
         if self.saved is None and (told := task.start(self.accelerator, self.model, training)):
             self.say(told)
@@ -195,10 +194,9 @@ class Run:
         if self.saved is not None:
             done = self.start >= self.options.epochs
             self.say(f"nothing to do: {self.start} epochs are done" if done else f"resuming after epoch {self.start}")
-        passes = f" ({self._passes} passes)" if self._passes > 1 else ""
         self.say(
             f"{self.task.describe(self.model)} on {accelerator.device}: "
-            f"{len(self._loader)} steps an epoch{passes} of batch {self._effective_batch}, "
+            f"{len(self._loader)} steps an epoch of batch {self._effective_batch}, "
             f"peak learning rate {self._lr:.2e}, mixed precision: {accelerator.mixed_precision}"
         )
 

@@ -167,22 +167,24 @@ def test_all_processes_have_the_head_of_the_first(images: Path, tmp_path: Path) 
 )
 def test_passes(images: Path, tmp_path: Path, changes: dict[str, Any], processes: int, expected: int) -> None:
     options = finetune_options(images, tmp_path, **{"epochs": 4, **changes})
-    assert passes_for(24, 3, options, processes) == expected
-    assert passes_for(0, 3, options, processes) == 1
+    assert passes_for(None, 24, 3, options, processes) == expected
+    assert passes_for(None, 0, 3, options, processes) == 1
+    assert passes_for({"passes": 5}, 24, 3, options, processes) == 5
+    assert passes_for({}, 24, 3, options, processes) == 1
 
 
 def test_a_longer_run_keeps_its_passes(images: Path, tmp_path: Path) -> None:
     lines: list[str] = []
     options: dict[str, Any] = {"min_steps": 12, "lr": 1e-3}
     finetune(finetune_options(images, tmp_path / "run", **options), log=lines.append)
-    assert any("7 steps an epoch (2 passes)" in line for line in lines)
+    assert "an epoch goes through the 15 images 2 times, for `min_steps`" in lines
     finetune(finetune_options(images, tmp_path / "run", **options, resume=True), log=lines.append)
     finetune(finetune_options(images, tmp_path / "run", **{**options, "epochs": 4}, resume=True), log=lines.append)
     assert [row["step"] for row in rows(tmp_path / "run")] == [7, 14, 21, 28]
 
 
 def test_steps_are_counted(images: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="`min_steps` must be a number of steps, not negative, got -1"):
+    with pytest.raises(ValueError, match="`min_steps` must be at least 0 and below inf, got -1"):
         finetune(finetune_options(images, tmp_path / "run", min_steps=-1))
     finetune(finetune_options(images, tmp_path / "run", min_steps=20, accum=2, lr=1e-3))
     assert rows(tmp_path / "run")[-1]["step"] >= 20
