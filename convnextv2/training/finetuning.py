@@ -51,7 +51,7 @@ class FinetuneOptions(RunOptions):
     val_fraction: float = option(0.2, "share of every class to validate on, where DATA has no train/ and val/ folders")
     linear_probe: bool = option(False, "train final norm and head alone; the encoder is frozen, in evaluation mode")
     head_init_scale: float | None = option(None, "factor on the head's weights; default: 0.001 with --init, else 1")
-    pooling: str = option("mean", "what the head is given of each channel; mean is the published network's", POOLINGS)
+    pooling: str = option("mean", "what the head gets of a channel; mean is the published network's", tuple(POOLINGS))
     head_start: bool = option(False, "start from a head fitted to the encoder's features, instead of a random one")
     min_steps: int = option(0, "updates at least: an epoch passes through a small set as often as that takes")
     layer_decay: float = option(1.0, "factor on the learning rate from each layer to the one below; published .6 to .9")
