@@ -13,6 +13,7 @@ from torch import Tensor
 
 from convnextv2.models.classifier import ConvNeXtV2
 from convnextv2.models.config import ClassifierConfig
+from convnextv2.models.pooling import pooling_of
 from convnextv2.outputs import Kind, check_output, is_stream, output_file, output_path
 from convnextv2.weights.checkpoint import SUFFIXES, CheckpointError, Config, load_checkpoint, save_checkpoint
 from convnextv2.weights.layout import DECODER_PARTS, HEAD_PARTS, Layout
@@ -86,7 +87,8 @@ def parse_arguments() -> argparse.Namespace:
 def add_head(weights: Weights, num_classes: int, seed: int) -> tuple[Weights, list[str]]:
     """The weights with a fresh head and, where there is none, a fresh final norm; and the names that are new."""
     torch.manual_seed(seed)
-    whole = ConvNeXtV2(ClassifierConfig(weights.config, num_classes)).state_dict()
+    pooling = pooling_of(weights.head, weights.config.dims[-1])
+    whole = ConvNeXtV2(ClassifierConfig(weights.config, num_classes, pooling=pooling)).state_dict()
     head = {name: whole[name] for name in whole if name.split(".")[0] in HEAD_PARTS}
     kept = {name: tensor for name, tensor in weights.head.items() if name.startswith("norm.")}
     result = Weights(**{**vars(weights), "head": head | kept})

@@ -94,7 +94,7 @@ def main() -> None:
         recipe = ["--config", CONFIGS / "pretrain_small.yaml", "--epochs", args.epochs or 5, "--warmup-epochs", 1]
         recipe += ["--img-size", 96]
         finetune_recipe = ["--config", CONFIGS / "finetune_small.yaml", "--epochs", args.finetune_epochs or 3]
-        finetune_recipe += ["--warmup-epochs", 1, "--data", folder]
+        finetune_recipe += ["--warmup-epochs", 1, "--min-steps", 0, "--data", folder]
     if digits and args.epochs:
         recipe += ["--epochs", args.epochs]
     if digits and args.finetune_epochs:

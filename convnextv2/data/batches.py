@@ -118,6 +118,7 @@ class Samples(Dataset[Any]):
     Args:
         images: the data set.
         views: crops of each decoded image; a batch has as many times the images that were decoded.
+        passes: how often an epoch has each image; every time it is augmented anew.
         resizer: one of :data:`~.crops.RESIZERS`.
         on_device: let :meth:`finish` resize and flip the crops; the same crops are drawn.
         memory_format: of the batches.
@@ -128,31 +129,33 @@ class Samples(Dataset[Any]):
         images: ImageDataset,
         *,
         views: int = 1,
+        passes: int = 1,
         resizer: str = "pillow",
         on_device: bool = False,
         memory_format: torch.memory_format = torch.contiguous_format,
     ) -> None:
         self.images, self.views, self.resizer, self.memory_format = images, views, resizer, memory_format
+        self.passes = passes
         own = type(images).__getitem__ is not ImageDataset.__getitem__  # of a data set that makes its samples itself
         self.taken = None if own else take_apart(images.transform)
         crop = None if self.taken is None else self.taken.crop
         self._device_crop = crop if on_device else None
         if crop is None and (on_device or resizer != "pillow"):
             raise ValueError("expected a random crop and flip as the only augmentation")
-        if own and views > 1:
+        if own and (views > 1 or passes > 1):
             raise ValueError("expected images that make no samples of their own")
         self._read = getattr(images.source, "array", None) if crop is not None else None
         self.collate = self._collate if self._device_crop is not None else default_collate
         self._constants: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.images) * self.passes
 
     def __getitem__(self, index: int) -> Any:
         index = range(len(self))[index]
-        if self.taken is None and self.views == 1:
+        if self.taken is None and self.views == self.passes == 1:
             return self.images[index]
-        found, decoded = self.images.load(index, self._read)
+        found, decoded = self.images.load(index % len(self.images), self._read)
         epoch = int(self.images._epoch)
         views = [self._view(decoded, (self.images.seed, epoch, index, view)) for view in range(self.views)]
         sample = views[0] if self.views == 1 else views if self._device_crop else torch.stack(views)

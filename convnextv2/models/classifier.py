@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from convnextv2.models.config import VARIANTS, ClassifierConfig, EncoderConfig, encoder_config
 from convnextv2.models.encoder import Encoder
 from convnextv2.models.layers import EPS, init_weights
+from convnextv2.models.pooling import POOLINGS, pool
 from sparse_ops.map_grid import map_backend
 
 
@@ -26,20 +27,20 @@ class ConvNeXtV2(Encoder):
             map_backend(backend)
         self.backend = backend
         self.config = config
-        self.norm = nn.LayerNorm(config.encoder.dims[-1], eps=EPS)
+        self.norm = nn.LayerNorm(config.encoder.dims[-1] * POOLINGS[config.pooling], eps=EPS)
         self.head: nn.Module = nn.Identity()
         self.reset_classifier(config.num_classes, config.head_init_scale)
 
     def reset_classifier(self, num_classes: int, head_init_scale: float = 1.0) -> None:
         """Replace the head by a new one for ``num_classes`` (0: none), its initial weights scaled."""
-        self.head = nn.Linear(self.encoder_config.dims[-1], num_classes) if num_classes else nn.Identity()
+        self.head = nn.Linear(self.norm.weight.numel(), num_classes) if num_classes else nn.Identity()
         init_weights(self.head)
         if isinstance(self.head, nn.Linear):
             self.head.weight.data.mul_(head_init_scale)
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
-        """``[B, C, h, w]`` to logits ``[B, num_classes]``, or to the normalised pooled features ``[B, C]``."""
-        pooled = self.norm(features.mean((2, 3)))
+        """``[B, C, h, w]`` to logits ``[B, num_classes]``, or to the normalised pooled features ``[B, C or 2C]``."""
+        pooled = self.norm(pool(features, self.config.pooling))
         return pooled if pre_logits else self.head(pooled)
 
     def forward(self, images: Tensor) -> Tensor:  # type: ignore[override]  # a classifier is dense: it takes no grid

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from convnextv2.models.pooling import POOLINGS
 from sparse_ops.grid import GRN_SCOPES, GRNScope
 
 PATCH_SIZES = (32, 16, 8)
@@ -103,15 +104,19 @@ class ClassifierConfig:
     Args:
         num_classes: outputs of the head; 0 leaves the head out, the network then returns pooled features.
         head_init_scale: factor on the head's initial weights.
+        pooling: one of :data:`~convnextv2.models.pooling.POOLINGS`.
     """
 
     encoder: EncoderConfig
     num_classes: int = 1000
     head_init_scale: float = 1.0
     class_names: tuple[str, ...] = ()
+    pooling: str = "mean"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "class_names", tuple(self.class_names))
+        if self.pooling not in POOLINGS:
+            raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, got {self.pooling!r}")
         if self.num_classes != 0 and not _is_count(self.num_classes):
             raise ValueError(f"num_classes must be a whole number, not negative, got {self.num_classes}")
         scale = self.head_init_scale
@@ -181,8 +186,8 @@ def variant_name(config: EncoderConfig) -> str | None:
 
 
 def config_to_dict(config: EncoderConfig | FCMAEConfig | ClassifierConfig) -> dict[str, Any]:
-    """Plain, JSON-serialisable form of a configuration; :func:`config_from_dict` reads it back."""
-    return {"kind": type(config).__name__, **asdict(config)}
+    """What JSON can hold of a configuration, all but the published ``pooling``; :func:`config_from_dict` reads it."""
+    return {"kind": type(config).__name__} | {k: v for k, v in asdict(config).items() if (k, v) != ("pooling", "mean")}
 
 
 def config_from_dict(data: Mapping[str, Any]) -> EncoderConfig | FCMAEConfig | ClassifierConfig:

@@ -93,10 +93,27 @@ class Feed:
         return round(self.waited / max(seconds, self.waited, 1e-9), 4)
 
 
+def passes_for(saved: dict[str, Any] | None, min_steps: int, images: int, options: Any, processes: int) -> int:
+    """How often an epoch goes through the images so that the run has at least ``min_steps`` updates; as before where a
+    run is resumed, whose progress is ``saved``.
+
+    The number of epochs is left alone: what is done after each, validation above all, may take longer than one pass
+    through a small set.
+    """
+    if saved is not None:
+        return int(saved.get("passes", 1))
+    batches = math.ceil(min_steps / options.epochs) * options.accum * processes
+    return max(1, math.ceil(batches * (options.batch_size // options.views) / images))
+
+
 def make_samples(
-    parts: Sequence[ImageDataset], options: Any, memory_format: torch.memory_format, say: Callable[[str], None]
+    parts: Sequence[ImageDataset],
+    options: Any,
+    memory_format: torch.memory_format,
+    say: Callable[[str], None],
+    passes: int = 1,
 ) -> list[Samples]:
-    """What the loaders of a run read: the part to train on, and the others.
+    """What the loaders of a run read: the part to train on, ``passes`` times an epoch, and the others.
 
     Raises ValueError if an option does not fit the data.
     """
@@ -115,9 +132,10 @@ def make_samples(
             f"{name} knows crops and flips of images of 1 or 3 channels alone: leave it out, or `auto_augment`, "
             "`color_jitter` and `random_erasing`"
         )
-    first = Samples(
-        training, views=options.views, resizer=options.resize, on_device=on_device, memory_format=memory_format
-    )
+    if passes > 1:
+        say(f"an epoch goes through the {len(training)} images {passes} times, for `min_steps`")
+    how: dict[str, Any] = {"views": options.views, "resizer": options.resize, "on_device": on_device}
+    first = Samples(training, **how, passes=passes, memory_format=memory_format)
     return [first, *(Samples(part, memory_format=memory_format) for part in parts[1:])]
 
 

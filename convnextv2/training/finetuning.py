@@ -17,7 +17,9 @@ from convnextv2.data.metadata import numbers_of
 from convnextv2.data.transforms import Augmentation, Statistics
 from convnextv2.models.classifier import ConvNeXtV2
 from convnextv2.models.config import ClassifierConfig, EncoderConfig, FCMAEConfig, check_image_size, variant_name
+from convnextv2.models.pooling import POOLINGS
 from convnextv2.training.device import Accelerator
+from convnextv2.training.head_start import start_head
 from convnextv2.training.loop import OnLoss
 from convnextv2.training.optim import LAYER_DECAY_TYPES
 from convnextv2.training.options import RunOptions
@@ -31,8 +33,6 @@ from convnextv2.training.task import Outcome, Task
 from convnextv2.weights.checkpoint import Checkpoint, CheckpointError, load_checkpoint
 from convnextv2.weights.loading import init_classifier
 from convnextv2.weights.reading import read_checkpoint, weights_config
-
-PRETRAINED_HEAD_SCALE = 0.001
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,9 +51,12 @@ class FinetuneOptions(RunOptions):
     val_fraction: float = option(0.2, "share of every class to validate on, where DATA has no train/ and val/ folders")
     linear_probe: bool = option(False, "train final norm and head alone; the encoder is frozen, in evaluation mode")
     head_init_scale: float | None = option(None, "factor on the head's weights; default: 0.001 with --init, else 1")
+    pooling: str = option("mean", "what the head gets of a channel; mean is the published network's", tuple(POOLINGS))
+    head_start: bool = option(False, "start from a head fitted to the encoder's features, instead of a random one")
+    min_steps: int = option(0, "updates at least: an epoch passes through a small set as often as that takes")
     layer_decay: float = option(1.0, "factor on the learning rate from each layer to the one below; published .6 to .9")
     layer_decay_type: str = option(
-        "single", "a layer is a block (single), or three of stage 2 (group)", LAYER_DECAY_TYPES
+        "single", "a layer: a block (single), or three of stage 2 (group)", LAYER_DECAY_TYPES
     )
     smoothing: float = option(0.1, "label smoothing")
     mixup: float = option(0.0, "mixup's alpha; 0 for none")
@@ -61,9 +64,7 @@ class FinetuneOptions(RunOptions):
     auto_augment: str | None = option(None, "timm's augmentation policy; published: rand-m9-mstd0.5-inc1")
     color_jitter: float = option(0.0, "strength of the colour jitter; not with --auto-augment")
     random_erasing: float = option(0.0, "probability that a rectangle is replaced by noise; published: 0.25")
-    crop_scale: tuple[float, float] | None = option(
-        None, "shares of an image's area that random crops take; default: 0.08 1 (digits: 0.5 1)"
-    )
+    crop_scale: tuple[float, float] | None = option(None, "shares of the area to crop; default: 0.08 1 (digits: 0.5 1)")
     hflip: float | None = option(None, "probability of a horizontal flip; default: 0.5 (digits: 0)")
     backend: str = option("auto", "of the blocks on a processor: auto, torch, or cpu for its compiled kernels")
     ema_decay: float = option(0.0, "average the weights with this decay and validate the average; published: 0.9999")
@@ -72,7 +73,8 @@ class FinetuneOptions(RunOptions):
     def check(self) -> None:
         super().check()
         self.require("must be at least 0 and below 1.0", lambda value: 0 <= value < 1, "smoothing", "ema_decay")
-        self.require("must be at least 0 and below inf", lambda value: 0 <= value < math.inf, "mixup", "cutmix")
+        not_negative = "mixup", "cutmix", "min_steps"
+        self.require("must be at least 0 and below inf", lambda value: 0 <= value < math.inf, *not_negative)
         self.require("must be between 0 and 1", lambda value: 0 < value < 1, "val_fraction")
         self.require("must be in (0, 1]", lambda value: 0 < value <= 1, "layer_decay")
 
@@ -158,7 +160,7 @@ class ClassifierTask(Task[FinetuneOptions]):
                 raise CheckpointError(f"{o.output}: its state is of no fine-tuning; name another `output`")
             statistics = mean, std
         self._statistics = statistics or (None, None)
-        self.ema_decay, self.ema_warmup = o.ema_decay, o.ema_warmup
+        self.ema_decay, self.ema_warmup, self.min_steps = o.ema_decay, o.ema_warmup, o.min_steps
         depths = self.options.encoder().depths
         self.grouping = {"depths": depths, "layer_decay": o.layer_decay, "layer_decay_type": o.layer_decay_type}
         check_image_size(self.options.size, self.options.encoder().patch_size, dense=True)
@@ -183,16 +185,19 @@ class ClassifierTask(Task[FinetuneOptions]):
         return [training, validation]
 
     def model(self) -> ConvNeXtV2:
-        scale = self.options.head_init_scale
+        o, scale = self.options, self.options.head_init_scale
         if scale is None:
-            scale = 1.0 if self.options.init is None else PRETRAINED_HEAD_SCALE
+            scale = 1.0 if o.init is None else 0.001
         names = tuple(self._classes)
-        return ConvNeXtV2(ClassifierConfig(self.options.encoder(), len(names), scale, names), self.options.backend)
+        return ConvNeXtV2(ClassifierConfig(o.encoder(), len(names), scale, names, o.pooling), o.backend)
 
     def initialise(self, model: ConvNeXtV2, resumed: bool) -> str:
         if self._checkpoint is None:
             return "resuming" if resumed else "from scratch: no `init`"
         return str(init_classifier(model, self._checkpoint))
+
+    def start(self, accelerator: Accelerator, model: ConvNeXtV2, images: ImageDataset) -> str:
+        return start_head(model, images, self.options, accelerator.device) if self.options.head_start else ""
 
     def fit_batch(self, size: int) -> int:
         if self._mix is None:

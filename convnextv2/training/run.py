@@ -23,7 +23,7 @@ from convnextv2.training.bad_data import BadData
 from convnextv2.training.claim import claim
 from convnextv2.training.compiling import Compiling
 from convnextv2.training.device import make_accelerator
-from convnextv2.training.feeding import fitting_batch, make_feeds, make_samples
+from convnextv2.training.feeding import fitting_batch, make_feeds, make_samples, passes_for
 from convnextv2.training.loop import Loop, OnLoss
 from convnextv2.training.optim import create_optimizer, create_schedule, scaled_lr
 from convnextv2.training.pictures import save_loss_curve
@@ -152,9 +152,12 @@ class Run:
         self.model.to(memory_format=layout)
         fused = self.accelerator.device.type == "cpu"  # accelerate looks after the others
         raw_optimizer = create_optimizer(task.groups(self.model), self._lr, options.betas, options.optimizer, fused)
-        self._sampler = EpochSampler(len(training), options.seed)
+        self._passes = passes_for(self.saved, task.min_steps, images, options, processes)
+        samples = make_samples(self.parts, options, layout, self.say, self._passes)
+        if self.saved is None and (told := task.start(self.accelerator, self.model, training)):
+            self.say(told)
+        self._sampler = EpochSampler(len(samples[0]), options.seed)
         self.wrapped, optimizer = self.accelerator.prepare(self.model, raw_optimizer)
-        samples = make_samples(self.parts, options, layout, self.say)
         self._loader, *self._others = make_feeds(self.accelerator, samples, options, self._sampler)
         updates = math.ceil(len(self._loader) / options.accum)
         schedule = create_schedule(raw_optimizer, updates, options.epochs, options.warmup_epochs, options.min_lr)
@@ -193,8 +196,8 @@ class Run:
             self.say(f"nothing to do: {self.start} epochs are done" if done else f"resuming after epoch {self.start}")
         self.say(
             f"{self.task.describe(self.model)} on {accelerator.device}: "
-            f"{len(self._loader)} steps an epoch of batch {self._effective_batch}, peak learning rate {self._lr:.2e}, "
-            f"mixed precision: {accelerator.mixed_precision}"
+            f"{len(self._loader)} steps an epoch of batch {self._effective_batch}, "
+            f"peak learning rate {self._lr:.2e}, mixed precision: {accelerator.mixed_precision}"
         )
 
     def train(self, epoch: int) -> tuple[float, dict[str, float]]:
@@ -240,8 +243,8 @@ class Run:
         if self.options.tracker is not None:
             self.accelerator.log(row, step=row["epoch"])
         best = {} if self.best is None else {"best": self.best}
-        state = {"epoch": row["epoch"], "step": row["step"], **best, "config": config_to_dict(config)}
-        self.folder.save_state(self.accelerator, {**state, **self.task.progress})
+        state = {"epoch": row["epoch"], "step": row["step"], "passes": self._passes, **best}
+        self.folder.save_state(self.accelerator, {**state, "config": config_to_dict(config), **self.task.progress})
 
     def draw(self, epoch: int) -> None:
         """The loss curve and the pictures of the task, if they are due."""

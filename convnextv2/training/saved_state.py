@@ -25,6 +25,8 @@ STATES = ("state", "state.old")
 """Where the last complete state lies in ``checkpoints/``: a kill between the two renames of
 :meth:`~convnextv2.training.run_folder.RunFolder.save_state` leaves it under its second name."""
 _REQUIRED = ("progress.json", "model.safetensors", "optimizer.bin", "random_states_0.pkl")
+MOST_PASSES = 1_000_000
+"""Passes through the images in an epoch that a run is resumed with."""
 _MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 """What optimizers remember of a parameter in its own shape."""
 _RANDOM = re.compile(
@@ -112,10 +114,11 @@ def _read_progress(path: Path) -> dict[str, Any]:
     found = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(found, dict) or not _is_flat(found, DEEPEST):
         raise ValueError(f"expected an object of at most {DEEPEST} levels")
-    epoch, step, best = found.get("epoch"), found.get("step"), found.get("best", {})
+    epoch, step, best, passes = found.get("epoch"), found.get("step"), found.get("best", {}), found.get("passes", 1)
     holds = {
         "epoch": _is_count(epoch),
         "step": _is_count(step),
+        "passes": _is_count(passes) and passes <= MOST_PASSES,
         "config": isinstance(found.get("config"), dict),
         "best": isinstance(best, dict) and all(_is_number(value) for value in best.values()),
     }

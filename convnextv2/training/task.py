@@ -54,6 +54,8 @@ class Task(ABC, Generic[O]):
     ema_decay = 0.0
     """Above 0 the weights are averaged with this decay, and the average is evaluated and saved."""
     ema_warmup = True
+    min_steps = 0
+    """Updates of a run at least; an epoch passes through a small set as often as that takes."""
     picture_epochs: Sequence[int] = ()
     """Epochs (from 1) after which :meth:`pictures` is called for certain, beside the last one."""
 
@@ -78,6 +80,10 @@ class Task(ABC, Generic[O]):
 
     def initialise(self, model: Any, resumed: bool) -> str:
         """Give the network its first weights, unless the run is resumed; returns a line for the user, or nothing."""
+        return ""
+
+    def start(self, accelerator: Accelerator, model: Any, images: ImageDataset) -> str:
+        """Fit to ``images`` what is not left to training, unless the run is resumed; returns a line for the user."""
         return ""
 
     def fit_batch(self, size: int) -> int:

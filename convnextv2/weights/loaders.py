@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from convnextv2.models.config import EncoderConfig, variant_name
+from convnextv2.models.pooling import pooling_of
 from convnextv2.weights.guard import CheckpointError
 
 OFFICIAL = (32, 7)
@@ -89,6 +90,8 @@ def official_loading(state_dict: Mapping[str, Tensor], config: EncoderConfig, pa
     absent = " and ".join(part for part, name in parts.items() if name not in state_dict)
     ours, given = ("init_classifier", "model, ") if absent in ("decoder", "norm and head") else ("load_model", "")
     lines = [f"load it with: from convnextv2.weights import {ours}; {ours}({given}{path!r})"]
+    if pooling_of(state_dict, config.dims[-1]) != "mean":
+        return [*lines, "the official networks do not take it: they pool by the mean alone"]
     if (config.patch_size, config.kernel_size) != OFFICIAL:
         return [*lines, "the official networks do not take it: they have patch size 32 and kernel size 7 alone"]
     pickled = not path.endswith(".safetensors")

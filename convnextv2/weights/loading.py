@@ -14,7 +14,7 @@ from convnextv2.models.classifier import ConvNeXtV2
 from convnextv2.models.config import EncoderConfig, FCMAEConfig
 from convnextv2.models.fcmae import FCMAE
 from convnextv2.weights.checkpoint import Checkpoint, CheckpointError, as_checkpoint, load_checkpoint
-from convnextv2.weights.layout import DECODER_PARTS
+from convnextv2.weights.layout import DECODER_PARTS, HEAD_PARTS
 from convnextv2.weights.reading import Weights, describe, read_checkpoint, weights_config, write_layout
 from sparse_ops.registry import get_backend
 
@@ -105,8 +105,10 @@ def init_classifier(model: ConvNeXtV2, checkpoint: Checkpoint | str | Path) -> L
             note = f"the head there is of {other}"
         elif here and not there:
             note = f"the head is kept for its {len(here)} outputs; the file does not name its classes"
+    else:
+        loaded.pop("head.bias", None)  # of a head as large that is given other features
     dropped = tuple(name for name, _ in weights if name not in loaded)
-    assert all(name.split(".")[0] in (*DECODER_PARTS, "head") for name in dropped)
+    assert all(name.split(".")[0] in (*DECODER_PARTS, *HEAD_PARTS) for name in dropped)
     load_strict(model, {**target, **loaded}, checkpoint.path)
     new = tuple(name for name in target if name not in loaded)
     return LoadReport(checkpoint.path, tuple(loaded), dropped, new, note)

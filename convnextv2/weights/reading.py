@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from convnextv2.models.classifier import ConvNeXtV2
-from convnextv2.models.config import NUM_STAGES, ClassifierConfig, EncoderConfig, FCMAEConfig, variant_name
+from convnextv2.models.config import NUM_STAGES, EncoderConfig, FCMAEConfig, variant_name
 from convnextv2.models.encoder import Encoder
 from convnextv2.models.fcmae import FCMAE
 from convnextv2.weights.checkpoint import Checkpoint, CheckpointError, Config, as_checkpoint
 from convnextv2.weights.layout import Layout, known_names, part_of
 from convnextv2.weights.layouts import detect_layout, get_layout
-from convnextv2.weights.stated import compare
+from convnextv2.weights.stated import classifier_config, compare
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 LEAST_A_BLOCK = 5
@@ -158,10 +158,9 @@ def read_weights(state_dict: Mapping[str, Tensor]) -> Weights:
     if decoder:
         _check(decoder, _shapes("decoder", FCMAE, _decoder_config(config, decoder)), names)
     if head:
-        classes = head["head.weight"].shape[0] if "head.weight" in head else 0
-        if "head.bias" in head and not classes:
+        if "head.bias" in head and "head.weight" not in head:
             raise CheckpointError("incomplete: head.bias without head.weight")
-        _check(head, _shapes("head", ConvNeXtV2, ClassifierConfig(config, classes)), names)
+        _check(head, _shapes("head", ConvNeXtV2, classifier_config(config, head)), names)
     return Weights(layout, config, encoder, decoder, head, names, bool(narrow))
 
 
@@ -175,7 +174,7 @@ def weights_config(weights: Weights) -> Config:
     not in the weights: 7×7 patches and 0.6), a ClassifierConfig if there is a final norm, else an EncoderConfig."""
     if weights.decoder:
         return _decoder_config(weights.config, weights.decoder)
-    return ClassifierConfig(weights.config, weights.num_classes or 0) if weights.head else weights.config
+    return classifier_config(weights.config, weights.head) if weights.head else weights.config
 
 
 def read_checkpoint(checkpoint: Checkpoint) -> Weights:

@@ -7,12 +7,21 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
+from torch import Tensor
+
 from convnextv2.data.metadata import IMAGE_METADATA, numbers_of
 from convnextv2.models.config import ClassifierConfig, EncoderConfig, FCMAEConfig
+from convnextv2.models.pooling import pooling_of
 from convnextv2.weights.guard import CheckpointError, plain
 
 Config = EncoderConfig | FCMAEConfig | ClassifierConfig
-_HEAD_SIZES = ("decoder_depth", "decoder_dim", "num_classes")
+_HEAD_SIZES = ("decoder_depth", "decoder_dim", "num_classes", "pooling")
+
+
+def classifier_config(encoder: EncoderConfig, head: Mapping[str, Tensor]) -> ClassifierConfig:
+    """Configuration of a classifier with a final norm, and a head or none, of these shapes."""
+    classes = head["head.weight"].shape[0] if "head.weight" in head else 0
+    return ClassifierConfig(encoder, classes, pooling=pooling_of(head, encoder.dims[-1]))
 
 
 def stated_metadata(found: Any, config: Config | None) -> dict[str, Any]:

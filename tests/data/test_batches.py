@@ -159,3 +159,15 @@ def test_torchvision_resizes_the_same_crops(image_folder: Callable[..., Path]) -
 def test_what_is_not_ours_is_not_taken_apart() -> None:
     assert take_apart(torch.as_tensor) is None
     assert take_apart(lambda image: image) is None
+
+
+@pytest.mark.parametrize("augmentation", [Augmentation(), Augmentation(random_erasing=1.0)])
+def test_passes_augment_each_image_anew(image_folder: Callable[..., Path], augmentation: Augmentation) -> None:
+    images, _ = build_finetune_datasets(image_folder({"a": 4, "b": 4}), (32, 48), augmentation=augmentation)
+    samples = Samples(images, passes=2)
+    assert len(samples) == 2 * len(images)
+    pixels, labels = batch(samples)
+    first, second = pixels.chunk(2)
+    assert torch.equal(labels, torch.tensor([*images.labels, *images.labels]))
+    assert torch.equal(first, own(images)[0])
+    assert all(not torch.equal(one, other) for one, other in zip(first, second, strict=True))
