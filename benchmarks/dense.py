@@ -1,9 +1,10 @@
 """Speed and memory of the dense network on a processor: fine-tuning steps and prediction, against timm's same network.
 
 Contenders have the same weights: ours on its kernels; ours on torch's operators; timm's eager and, with ``--compile``,
-compiled, each in both memory layouts; transformers'. All take turns, so that a drift of the machine hits them alike.
-Ratios are against the faster layout, and printed only where outputs (and gradients) of that very run agree. timm's
-optimizer is what timm makes of ``adamw``, and transformers' the same; ours is fused, as in training.
+compiled, each in both memory layouts; transformers' where it is installed. All take turns, so that a drift of the
+machine hits them alike. Ratios are against the faster layout, and printed only where outputs (and gradients) of that
+very run agree. timm's optimizer is what timm makes of ``adamw``, and transformers' the same; ours is fused, as in
+training.
 
     python benchmarks/dense.py --models atto tiny --json results.json
 """
@@ -15,11 +16,12 @@ import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.metadata import version
+from importlib.util import find_spec
 
 import timm
 import torch
 import torch.nn.functional as F
-import transformers
 from common import Contender, add_options, agreement, check_options, hardware, print_head, time_in_turns, write_report
 from match import peak_activation_bytes
 from torch import Tensor, nn
@@ -94,8 +96,9 @@ def networks(args: argparse.Namespace, name: str) -> dict[str, tuple[nn.Module, 
                 # With the last block in one graph, torch 2.11's inductor passes zeros back from the head.
                 rival.forward_head = torch.compiler.disable(rival.forward_head)
             found[label] = torch.compile(rival) if compiled else rival, layout, parameters
-    rival, parameters = transformers_network(ours)
-    found["transformers"] = rival, torch.contiguous_format, parameters
+    if find_spec("transformers"):
+        rival, parameters = transformers_network(ours)
+        found["transformers"] = rival, torch.contiguous_format, parameters
     return found
 
 
@@ -112,6 +115,8 @@ class Logits(nn.Module):
 
 def transformers_network(ours: ConvNeXtV2) -> tuple[nn.Module, list[Tensor]]:
     """transformers' network with the weights of ours, and its parameters in our order."""
+    import transformers
+
     config = transformers.ConvNextV2Config(
         depths=list(ours.encoder_config.depths),
         hidden_sizes=list(ours.encoder_config.dims),
@@ -211,7 +216,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Run, print a table, write the JSON after every measurement; 2 where a contender fails or disagrees."""
     args = parse_args(argv)
-    facts = hardware(torch.device("cpu")) | {"timm": timm.__version__, "transformers": transformers.__version__}
+    facts = hardware(torch.device("cpu")) | {"timm": timm.__version__}
+    facts |= {"transformers": version("transformers")} if find_spec("transformers") else {}
     print_head(facts, args, "float32, nothing masked")
     head = f"{'model':<18}{'what':<13}{'batch':>5}  {'contender':<28}{'ms/image':>10}{'(min–max)':>18}{'act. MB':>9}"
     print(f"{head}{'error':>9}  speed-up")

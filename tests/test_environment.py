@@ -20,8 +20,9 @@ PACKAGES = ("convnextv2", "sparse_ops", "studies")
 OPTIONAL = {
     "MinkowskiEngine",  # built by a script of its own
     "triton",  # brought by torch where there is CUDA
+    "transformers",  # a rival of the benchmark of the dense network
 }
-"""Imported only where a backend that needs it is asked for."""
+"""Imported only where what needs it is asked for, or where it is there."""
 DISTRIBUTION_OF = {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml"}
 
 
