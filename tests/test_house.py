@@ -13,11 +13,12 @@ MOST_LINES = 10_800
 """Of the rooms that were there when the house was built, to be lowered only. They had 10,804 before it, and
 10,569 when it stood: with runs from Python, kinds of sources, layouts as objects and prediction in the package."""
 NEW = (
-    "data/bands data/batches data/cache data/crops data/decoding data/metadata data/names data/plain data/resampling "
-    "data/subsets evaluation/features evaluation/frozen evaluation/inference evaluation/knn evaluation/linear "
-    "evaluation/scores messages models/pooling outputs training/bad_data training/claim training/compiling "
-    "training/feeding training/head_start training/option_types training/processes training/saved_state "
-    "weights/download weights/guard weights/loaders weights/old_format weights/stated"
+    "data/bands data/batches data/cache data/crops data/decoding data/metadata data/names data/plain "
+    "data/resampling data/subsets evaluation/features evaluation/frozen evaluation/inference evaluation/knn "
+    "evaluation/linear evaluation/scores messages models/modes models/pooling outputs training/bad_data "
+    "training/claim training/compiling training/feeding training/head_start training/option_types "
+    "training/processes training/saved_state weights/download weights/guard weights/loaders weights/old_format "
+    "weights/stated "
 )
 TRITON = "block depthwise_sum_kernels gelu_kernels mlp_backward products rows_kernels sums_kernels"
 NEW_BELOW = [

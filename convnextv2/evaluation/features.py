@@ -15,7 +15,7 @@ from convnextv2.data.plain import PlainDataset
 from convnextv2.data.sources import DataError
 from convnextv2.evaluation.inference import Inference
 from convnextv2.models.fcmae import FCMAE
-from convnextv2.models.layers import evaluation_mode
+from convnextv2.models.modes import evaluation_mode
 
 POOLINGS = ("mean", "mean_std")
 

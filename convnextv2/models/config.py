@@ -125,9 +125,7 @@ class ClassifierConfig:
         if not all(isinstance(name, str) for name in self.class_names):
             raise ValueError("class_names must be text")
         if len(self.class_names) not in (0, self.num_classes):
-            raise ValueError(
-                f"expected {self.num_classes} class_names, one for each class, got {len(self.class_names)}"
-            )
+            raise ValueError(f"expected {self.num_classes} class_names, one per class, got {len(self.class_names)}")
 
 
 def _is_count(value: object) -> bool:

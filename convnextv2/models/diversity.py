@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from convnextv2.models.encoder import Encoder
-from convnextv2.models.layers import evaluation_mode
+from convnextv2.models.modes import evaluation_mode
 from sparse_ops.grid import DenseGrid
 
 

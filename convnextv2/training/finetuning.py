@@ -55,9 +55,7 @@ class FinetuneOptions(RunOptions):
     head_start: bool = option(False, "start from a head fitted to the encoder's features, instead of a random one")
     min_steps: int = option(0, "updates at least: an epoch passes through a small set as often as that takes")
     layer_decay: float = option(1.0, "factor on the learning rate from each layer to the one below; published .6 to .9")
-    layer_decay_type: str = option(
-        "single", "a layer: a block (single), or three of stage 2 (group)", LAYER_DECAY_TYPES
-    )
+    layer_decay_type: str = option("single", "a layer: a block (single) or three of stage 2 (group)", LAYER_DECAY_TYPES)
     smoothing: float = option(0.1, "label smoothing")
     mixup: float = option(0.0, "mixup's alpha; 0 for none")
     cutmix: float = option(0.0, "CutMix's alpha; 0 for none")

@@ -41,9 +41,7 @@ class RunOptions:
     workers: int = option(2, "processes that load images; 0 loads in the main process")
     max_bad: float = option(0.1, "stop when more than this share of the images has become unreadable; 1 for never")
     max_pixels: int = option(MAX_PIXELS, "largest width × height of an image; larger JPEG are reduced, others skipped")
-    reduce_jpeg: bool = option(
-        False, "decode large JPEG at a reduced size that no crop is enlarged from; pixels differ"
-    )
+    reduce_jpeg: bool = option(False, "decode large JPEG at a reduced size that no crop is enlarged from; pixels vary")
     cache: str | Path | None = option(None, "folder to keep decoded images in, built by the first run that needs it")
     cache_side: int | None = option(None, "pixels of the shorter side in --cache at most; default: no crop is enlarged")
     resize: str = option("pillow", "what resizes crops; torchvision is faster, some pixels differ by 1 or 2", RESIZERS)
@@ -72,12 +70,10 @@ class RunOptions:
     optimizer: str = option("adamw", "any optimizer of timm's that takes betas")
     clip_grad: float | None = option(None, "largest norm of the gradient; try 1 where a run diverges")
     drop_path: float = option(0.0, "stochastic depth of the last block")
-    depths: tuple[int, int, int, int] | None = option(
-        None, "blocks of the four stages, for a custom size (with --dims)"
-    )
+    depths: tuple[int, int, int, int] | None = option(None, "blocks of the four stages, for a custom size; with --dims")
     dims: tuple[int, int, int, int] | None = option(None, "channels of the four stages, for a custom size")
     init: str | Path | None = option(
-        None, "checkpoint (file or run folder) to take initial weights from; see also --resume"
+        None, "checkpoint (file or run folder) to take first weights from; see also --resume"
     )
     resume: bool | Literal["auto"] = option(
         False,

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from convnextv2.models.fcmae import FCMAE, pixel_mask
-from convnextv2.models.layers import evaluation_mode
+from convnextv2.models.modes import evaluation_mode
 from convnextv2.outputs import Kind, output_file
 
 if TYPE_CHECKING:
