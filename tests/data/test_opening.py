@@ -83,7 +83,7 @@ def test_the_kind_of_the_guide(table: Path, table_kind: Any) -> None:
 
 
 def test_a_kind_is_one_file_in_the_package(table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(DataError, match=r"not a folder; expected a folder of images or 'digits'$"):
+    with pytest.raises(DataError, match=r"not a folder; expected a folder of images or 'digits'"):
         open_source(table)
     (tmp_path / "more").mkdir()
     (tmp_path / "more" / "guide_table.py").write_text(example())

@@ -17,7 +17,7 @@ from fuzz_run import TARGETS
 
 HERE = Path(__file__).parent
 CORPUS = HERE / "corpus"
-COUNT = {"checkpoints": 60, "images": 300, "recipes": 60, "masks": 200, "commands": 130}
+COUNT = {"checkpoints": 60, "images": 300, "recipes": 60, "masks": 200, "commands": 200}
 
 
 def fuzz(*arguments: object) -> dict[str, dict[str, int]]:
