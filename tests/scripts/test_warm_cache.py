@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 import warm_triton_cache  # noqa: E402  # a script's folder
 
 NETWORK = """
-import json, sys
+import json, os, sys
 import torch, triton
 sys.path.insert(0, "scripts")
 import warm_triton_cache
@@ -47,8 +47,8 @@ found = []
 def listen(**facts):
     found.append((facts["metadata"]["name"], facts["cache_hit"]))
     if not facts["cache_hit"]:
-        print(json.dumps(found))
-        sys.exit(0)
+        print(json.dumps(found[-1:]), flush=True)
+        os._exit(0)  # from whichever thread
 
 triton.runtime.driver.set_active(warm_triton_cache.Driver(int(sys.argv[1])))
 triton.knobs.compilation.listener = listen
