@@ -24,11 +24,11 @@ import torch
 from convnextv2.data import DataError, ImageDataset, Wanted
 from convnextv2.data.plain import PlainDataset, label_fraction
 from convnextv2.evaluation import Scores, extract_features, fit_linear, knn_predict, linear_predict, load_encoder, score
-from convnextv2.evaluation.features import POOLINGS
 from convnextv2.evaluation.frozen import FrozenEncoder
 from convnextv2.evaluation.knn import NEIGHBOURS
 from convnextv2.evaluation.prediction import load_classifier, predict_images
 from convnextv2.files import finite
+from convnextv2.models.pooling import POOLINGS
 from convnextv2.outputs import Kind, check_output, is_stream, output_path, output_text
 from convnextv2.training.pictures import PICTURE, save_confusion_matrix
 

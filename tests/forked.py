@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 PRELOADED = (
     "accelerate", "jsonargparse", "matplotlib.pyplot", "timm.data", "timm.optim", "timm.scheduler", "torchvision",
@@ -75,16 +76,9 @@ class Forked:
         return subprocess.CompletedProcess(self.args, status, out, err)
 
 
-def run(
-    file: object,
-    *arguments: object,
-    cwd: Path | None = None,
-    env: Mapping[str, str] | None = None,
-    before: Callable[[], object] | None = None,
-    timeout: float = 120,
-) -> subprocess.CompletedProcess[str]:
-    """Run a program to its end; see :class:`Forked`."""
-    return Forked(file, *arguments, cwd=cwd, env=env, before=before).finish(timeout)
+def run(file: object, *arguments: object, timeout: float = 120, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run a program to its end; options as of :class:`Forked`."""
+    return Forked(file, *arguments, **options).finish(timeout)
 
 
 def _run(

@@ -16,8 +16,7 @@ from convnextv2.data.sources import DataError
 from convnextv2.evaluation.inference import Inference
 from convnextv2.models.fcmae import FCMAE
 from convnextv2.models.modes import evaluation_mode
-
-POOLINGS = ("mean", "mean_std")
+from convnextv2.models.pooling import POOLINGS
 
 
 @dataclass(frozen=True, eq=False)
