@@ -75,6 +75,10 @@ def _compare(
     return found
 
 
+def _reversed(x: Tensor) -> Tensor:
+    return x.flip(tuple(range(x.ndim)))
+
+
 def _run(function: Callable[..., Tensor], leaves: Mapping[str, Tensor | None], grad: Tensor) -> dict[str, Tensor]:
     """Output and gradients of ``function(**leaves)`` for the incoming gradient ``grad``."""
     inputs = {k: v if v is None else v.detach().requires_grad_() for k, v in leaves.items()}
@@ -129,9 +133,9 @@ def check_mlp_conformance(
 ) -> dict[str, Deviation]:
     """Compare the fused pointwise half of a block, and its nine gradients, with separate operations in float64.
 
-    The plain computation runs in two orders of the rows, the second reversed, and the larger error counts: sums over
-    rows round differently in each, and in float64 only the second shows any error. The floor of a tensor is
-    ``4 · eps(dtype) · max|oracle|``.
+    The plain computation runs twice, the second time with rows and channels in reverse order, and the larger error
+    counts: every sum rounds differently in the two, and in float64, where the first is the oracle itself, only the
+    second shows any error. The floor of a tensor is ``4 · eps(dtype) · max|oracle|``.
 
     Returns:
         The errors of ``output`` and of ``grad of x``, ``norm_weight``, ``norm_bias``, ``w1``, ``b1``, ``gamma``,
@@ -153,7 +157,8 @@ def check_mlp_conformance(
         return functional.convnext_mlp(x, MLPWeights(**weights), in_layout(offsets.to(x.device), case.layout), backend)
 
     def reversed_plain(x: Tensor, **weights: Tensor) -> Tensor:
-        return plain_mlp(x.flip(0), MLPWeights(**weights), (offsets[-1] - offsets).flip(0)).flip(0)
+        weights = {name: _reversed(value) for name, value in weights.items()}
+        return _reversed(plain_mlp(_reversed(x), MLPWeights(**weights), (offsets[-1] - offsets).flip(0)))
 
     def plain(x: Tensor, **weights: Tensor) -> Tensor:
         return plain_mlp(x, MLPWeights(**weights), offsets)
