@@ -156,18 +156,14 @@ def check_mlp_conformance(
     def fused(x: Tensor, **weights: Tensor) -> Tensor:
         return functional.convnext_mlp(x, MLPWeights(**weights), in_layout(offsets.to(x.device), case.layout), backend)
 
-    def reversed_plain(x: Tensor, **weights: Tensor) -> Tensor:
-        weights = {name: _reversed(value) for name, value in weights.items()}
-        return _reversed(plain_mlp(_reversed(x), MLPWeights(**weights), (offsets[-1] - offsets).flip(0)))
-
-    def plain(x: Tensor, **weights: Tensor) -> Tensor:
+    def plain(x: Tensor, offsets: Tensor = offsets, **weights: Tensor) -> Tensor:
         return plain_mlp(x, MLPWeights(**weights), offsets)
 
-    oracle = _run(plain, exact, exact_grad)
-    ordinary, reverse = _run(plain, values, grad), _run(reversed_plain, values, grad)
+    oracle, ordinary = _run(plain, exact, exact_grad), _run(plain, values, grad)
+    turned = {name: _reversed(value) for name, value in values.items()}
+    reverse = _run(partial(plain, offsets=(offsets[-1] - offsets).flip(0)), turned, _reversed(grad))
     for name, value in reverse.items():
-        if _error(value, oracle[name]) > _error(ordinary[name], oracle[name]):
-            ordinary[name] = value
+        ordinary[name] = max(ordinary[name], _reversed(value), key=partial(_error, oracle=oracle[name]))
     floors = {name: 4 * torch.finfo(dtype).eps * _largest(value) for name, value in oracle.items()}
     what = f"{backend.name}, fused MLP, {case.name}, {dtype}, {torch.device(device).type}"
     return _compare(what, _run(fused, values, grad), ordinary, oracle, floors)

@@ -26,7 +26,7 @@ SCRIPTS = Path(__file__).parent.parent / "scripts"
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> Iterator[None]:
-    """Cases of a test that run on a CUDA device are part of the suite that ``-m cuda`` selects.
+    """Cases of a test that run on a CUDA device are part of the suite that ``-m cuda`` selects; slow tests come first.
 
     ``TEST_SHARD=2/8`` leaves every eighth of the tests selected, beginning with the second.
     """
@@ -35,6 +35,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> Iterator[None]:
         if any(isinstance(value, str) and value == "cuda" for value in parameters):
             item.add_marker("cuda")
     yield
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)  # so that no process ends with a long one
     if shard := os.environ.get("TEST_SHARD"):
         number, count = map(int, shard.split("/"))
         items[:] = items[number - 1 :: count]

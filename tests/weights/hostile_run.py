@@ -1,7 +1,7 @@
 """Gives hostile checkpoints to the scripts, each in a process forked off this one, and tells what came of it.
 
-Arguments: a folder to work in, which has ``photos/`` and ``run/`` (a run to resume), and an entry of :data:`ENTRIES`.
-Prints one line of JSON a file: its name, exit status, seconds, most memory in MB, what it said, what it wrote.
+Arguments: a folder to work in, which has ``photos/`` and ``run/`` (a run to resume), and entries of :data:`ENTRIES`.
+Prints a line of JSON for each entry and file: both names, exit status, seconds, most memory in MB, what it said, wrote.
 """
 
 from __future__ import annotations
@@ -93,6 +93,7 @@ def run(entry: str, name: str, file: Path) -> dict[str, object]:
     for extra in ("out.pth", "out.csv", "out.png", "out.json"):
         Path(extra).unlink(missing_ok=True)
     return {
+        "entry": entry,
         "name": name,
         "status": os.waitstatus_to_exitcode(code),
         "seconds": round(seconds, 2),
@@ -103,22 +104,22 @@ def run(entry: str, name: str, file: Path) -> dict[str, object]:
 
 
 def main() -> None:
-    place, entry = sys.argv[1:]
+    place, *entries = sys.argv[1:]
     torch.set_num_threads(1)
     os.chdir(place)
-    base = hostile.classifier if entry == "predict" else hostile.fcmae
-    folder = Path(f"files-{base.__name__}")  # of an earlier entry
-    if not folder.exists():
-        hostile.write_all(folder, base)
-    files = {path.parent.name: path for path in sorted(folder.glob("*/a.*"))}
     for name in LAZY:
         importlib.import_module(name)
     registry()
     Image.init()
     Path("log").touch()
-    for name, file in files.items():
-        sys.stdout.write(json.dumps(run(entry, name, file)) + "\n")
-        sys.stdout.flush()
+    for entry in entries:
+        base = hostile.classifier if entry == "predict" else hostile.fcmae
+        folder = Path(f"files-{base.__name__}")  # of an earlier entry
+        if not folder.exists():
+            hostile.write_all(folder, base)
+        for file in sorted(folder.glob("*/a.*")):
+            sys.stdout.write(json.dumps(run(entry, file.parent.name, file)) + "\n")
+            sys.stdout.flush()
 
 
 if __name__ == "__main__":
