@@ -262,25 +262,17 @@ def compiled_sizes(model: str, dtype: str, arch: int, cache: Path) -> dict[tuple
     for kernel in json.loads((cache / "warmed.json").read_text(encoding="utf-8"))["kernels"]:
         if kernel["kernel_size"] == 7:
             cubin = next((cache / kernel["folder"]).glob("*.cubin"))
-            found[kernel["channels"], kernel["kernel"]].append((instructions(cubin), registers(cubin)))
+            found[kernel["channels"], kernel["kernel"]].append((instructions(cubin), kernel["registers"]))
     return found
-
-
-def _cuobjdump(cubin: Path, option: str) -> str:
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    return subprocess.run([tool, option, cubin], capture_output=True, text=True, check=True).stdout
 
 
 def instructions(cubin: Path) -> int:
     """Of its machine code, without the padding."""
-    return len(INSTRUCTION.findall(_cuobjdump(cubin, "-sass")))
+    import triton
 
-
-def registers(cubin: Path) -> int:
-    """A thread."""
-    return int(re.findall(r"\bREG:(\d+)", _cuobjdump(cubin, "--dump-resource-usage"))[-1])
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    done = subprocess.run([tool, "-sass", cubin], capture_output=True, text=True, check=True)
+    return len(INSTRUCTION.findall(done.stdout))
 
 
 def block_counts(

@@ -17,6 +17,8 @@ import hashlib
 import json
 import os
 import platform
+import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -66,12 +68,22 @@ def identity(arch: int) -> dict[str, Any]:
     }
 
 
+def resources(cubin: Path) -> dict[str, int]:
+    """Registers of a thread, and bytes of it that ptxas keeps in memory for want of registers."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    told = subprocess.run([tool, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True).stdout
+    used = {name: int(number) for name, number in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", told)}
+    return {"registers": used["REG"], "spilled": used["STACK"] + used["LOCAL"]}
+
+
 def fill(folder: Path, arch: int, models: list[str], dtypes: list[str]) -> dict[str, Any]:
     """Compile what a training step of ``models`` launches, in each of ``dtypes``, into ``folder``.
 
     Returns:
-        :func:`identity`, and ``kernels``: name, folder, warps, bytes of shared memory, and whether it was compiled now,
-        with the stages (cells a side, channels, side of the depthwise kernel) and the dtype it was asked for with.
+        :func:`identity`, and ``kernels``: name, folder, warps, bytes of shared memory, whether it was compiled now, and
+        its :func:`resources`, with the stage (cells a side, channels, kernel size) and the dtype it was asked for with.
     """
     os.environ["TRITON_CACHE_DIR"] = str(folder)
     import torch
@@ -111,6 +123,8 @@ def fill(folder: Path, arch: int, models: list[str], dtypes: list[str]) -> dict[
             with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
                 network._backends(torch.device("cpu"))
             say(f"{model}, {dtype}: {len(kernels)} kernels so far")
+    for kernel in kernels:
+        kernel |= resources(next((folder / kernel["folder"]).glob("*.cubin")))
     return {
         **identity(arch),
         "python": platform.python_version(),
@@ -182,6 +196,9 @@ def main(argv: list[str] | None = None) -> int:
     new = sum(kernel["compiled"] for kernel in found["kernels"])
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     say(f"{len(found['kernels'])} kernels, {new} of them compiled now, {size / 2**20:.1f} MiB in {folder}")
+    spilled = {kernel["kernel"]: kernel["spilled"] for kernel in found["kernels"] if kernel["spilled"]}
+    told = ", ".join(f"{name} {number} bytes" for name, number in sorted(spilled.items()))
+    say(f"kept in memory for want of registers: {told or 'nothing'}")
     return 0
 
 

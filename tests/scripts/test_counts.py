@@ -4,6 +4,7 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -84,9 +85,8 @@ def test_a_table_adds_up(counts):
 def test_instructions_are_counted_without_the_padding(counts, monkeypatch):
     sass = "\tFunction : k\n        /*0000*/    LDC R1, c[0x0][0x28] ;   /* 0x00 */\n" + " " * 80 + "/* 0x00 */\n"
     sass += "        /*0010*/    @P0 EXIT ;   /* 0x1 */\n        /*0020*/    NOP;    /* 0x2 */\n"
-    usage = " Resource usage:\n Common:\n Function k:\n  REG:155 STACK:0 SHARED:0\n"
-    monkeypatch.setattr(counts, "_cuobjdump", lambda cubin, option: sass if option == "-sass" else usage)
-    assert (counts.instructions(Path()), counts.registers(Path())) == (2, 155)
+    monkeypatch.setattr(counts.subprocess, "run", lambda *args, **options: SimpleNamespace(stdout=sass))
+    assert counts.instructions(Path()) == 2
 
 
 def test_without_the_interpreter_it_says_so(counts, monkeypatch, capsys):

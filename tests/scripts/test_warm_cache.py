@@ -81,6 +81,7 @@ def test_a_step_in_another_process_compiles_nothing(tmp_path):
     succeeded(run("-c", FILL, "--arch", 90, "--models", "tiny", filled))
     listed = json.loads((filled / "warmed.json").read_text())
     assert {kernel["dtype"] for kernel in listed["kernels"]} == {"bfloat16"}
+    assert all(16 <= kernel["registers"] <= 255 and kernel["spilled"] == 0 for kernel in listed["kernels"])
     stages = {(kernel["side"], kernel["channels"]) for kernel in listed["kernels"]}
     assert stages == {(8, 8), (4, 16), (2, 32), (1, 40), (1, 24)}
     shutil.copytree(filled, moved)
