@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from convnextv2.messages import one_line
 from convnextv2.training import RunStoppedError
 from studies import runner, tables
 from studies.declaration import Study, read_study
-from studies.parts import FREE
+from studies.parts import FREE, Part
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -53,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--scale", default="full", help="one that the study declares; by default as it stands")
         sub.add_argument("--data", help="the images, in place of those that the study names")
         sub.add_argument("--output", type=Path, default=Path("runs/studies"), help="folder for all studies")
+        sub.add_argument("--known", type=Path, metavar="FILE", help="numbers of it, as --save wrote, count as done")
     run.add_argument("--threads", type=int, help="of the processor; torch's choice by default")
     run.add_argument("--free", nargs="+", default=[], metavar="NAME=VALUE", help=f"any of {', '.join(FREE)}")
     table.add_argument("--save", type=Path, help="file to write the numbers to as well, for studies/results")
@@ -60,12 +62,21 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _study(args: argparse.Namespace) -> tuple[Study, Path]:
+def _study(args: argparse.Namespace) -> tuple[Study, Path, dict[str, Any] | None]:
+    """The study, its folder, and the numbers that are known from elsewhere."""
     study = read_study(args.study, args.scale, args.data)
+    known = tables.known_numbers(args.known, study) if args.known else None
     data = Path(study.cells[0].part.data).resolve()
     if data.is_dir() and args.output.resolve().is_relative_to(data):
         raise ValueError(f"--output {args.output} lies in the images, where pictures of runs would be among them")
-    return study, args.output / study.name / study.scale
+    return study, args.output / study.name / study.scale, known
+
+
+def _open_parts(args: argparse.Namespace) -> tuple[Study, list[Part], Path]:
+    """The study, the parts that nothing is known of from elsewhere, and its folder."""
+    study, folder, known = _study(args)
+    there = {row["part"] for row in known["numbers"]} if known else set()
+    return study, replace(study, cells=tuple(c for c in study.cells if c.part.key not in there)).parts, folder
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -79,8 +90,7 @@ def _run(args: argparse.Namespace) -> int:
         if args.threads < 1:
             raise ValueError(f"--threads must be at least 1, got {args.threads}")
         torch.set_num_threads(args.threads)
-    study, folder = _study(args)
-    parts = study.parts
+    study, parts, folder = _open_parts(args)
     for part in parts:
         part.options(folder, **free)  # wrong ones are told before anything runs
     print(f"{study.name}, scale {study.scale}: {len(parts)} parts, in {folder}", flush=True)
@@ -90,8 +100,8 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _status(args: argparse.Namespace) -> int:
-    study, folder = _study(args)
-    print("\n".join(runner.status(study.parts, folder)))
+    _, parts, folder = _open_parts(args)
+    print("\n".join(runner.status(parts, folder)))
     return 0
 
 
@@ -103,8 +113,8 @@ def _table(args: argparse.Namespace) -> int:
         return 0
     if args.study is None:
         raise ValueError("name a study, or a document with --markdown")
-    study, folder = _study(args)
-    found = tables.collect(study, folder)
+    study, folder, known = _study(args)
+    found = tables.collect(study, folder, known)
     if not found["numbers"]:
         raise ValueError(f"{folder}: nothing is done there yet")
     for path in (folder / "results.json", *([args.save] if args.save else [])):

@@ -14,25 +14,41 @@ from convnextv2.training.pictures import picture
 from studies.declaration import Study
 from studies.runner import read_json, record_of
 
-MARKED = re.compile(r"(<!-- study: (\S+) (\S+) -->\n).*?(<!-- end -->)", re.S)
-"""A table in a document: the file that it is made from, and the question."""
+MARKED = re.compile(r"(<!-- study: (\S+) (\S+?)(?: against (.+?))? -->\n).*?(<!-- end -->)", re.S)
+"""A table in a document: the file that it is made from, the question, and the arm that others are compared with."""
 HEAD = "| arm | labels | measure | top-1, % | sd | se | seeds | seconds |"
+AGAINST_HEAD = "| arm, less {} | labels | measure | points | se | seeds |"
 
 
-def collect(study: Study, folder: Path) -> dict[str, Any]:
-    """The numbers of all parts that are done, of the curves of pre-training, and what they were measured on."""
-    numbers, curves, facts = list[dict[str, Any]](), dict[tuple[str, str, int], Any](), dict[str, set[str]]()
+def known_numbers(path: Path, study: Study) -> dict[str, Any]:
+    """What :func:`collect` found elsewhere; ValueError if the file is not of this study and scale."""
+    found = read_json(path)
+    if found is None or (found.get("study"), found.get("scale")) != (study.name, study.scale):
+        raise ValueError(f"{path}: holds no numbers of {study.name} at scale {study.scale}")
+    return found
+
+
+def collect(study: Study, folder: Path, known: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The numbers of all parts that are done, here or in ``known``, the curves, and what they were measured on."""
+    known = known or {"numbers": [], "curves": [], "measured_on": {}}
+    there = {row["part"]: {name: row[name] for name in ("top1", "seconds", "part")} for row in known["numbers"]}
+    curves = {(row["question"], row["arm"], row["seed"]): row for row in known["curves"]}
+    facts = {name: set(values) for name, values in known["measured_on"].items()}
+    numbers = list[dict[str, Any]]()
     for cell in study.cells:
         record = record_of(cell.part, folder)
         before = record_of(cell.part.needs, folder) if cell.part.needs else None
         row = {"question": cell.question, "arm": cell.arm, "seed": cell.part.seed}
+        place = {**row, "measure": cell.measure, "labels": cell.labels}
         if before is not None:
             curves[cell.question, cell.arm, cell.part.seed] = {**row, "knn": before["result"]["knn"]}
         if record is None:
+            if cell.part.key in there:
+                numbers.append({**place, **there[cell.part.key]})
             continue
         seconds = record["seconds"] + (before["seconds"] if before else 0)
         found = {"top1": record["result"]["top1"], "seconds": round(seconds, 1), "part": cell.part.key}
-        numbers.append({**row, "measure": cell.measure, "labels": cell.labels, **found})
+        numbers.append({**place, **found})
         for one in (record, *([before] if before else [])):
             for name, value in {**one["hardware"], **one["versions"], "code": one["code"]}.items():
                 facts.setdefault(name, set()).add(str(value))
@@ -71,6 +87,25 @@ def markdown(found: Mapping[str, Any], question: str) -> str:
     return "\n".join(lines)
 
 
+def differences(found: Mapping[str, Any], question: str, rival: str) -> str:
+    """The table of how far each arm is above ``rival``, of the seeds that both have; ValueError if it is no arm."""
+    lines = [AGAINST_HEAD.format(rival), "|" + "---|" * AGAINST_HEAD.count(" | ") + "---|"]
+    groups: dict[tuple[str, float, str], dict[int, float]] = {}
+    for number in found["numbers"]:
+        if number["question"] == question:
+            group = groups.setdefault((number["arm"], number["labels"], number["measure"]), {})
+            group[number["seed"]] = number["top1"]
+    for (arm, labels, measure), own in groups.items():
+        theirs = groups.get((rival, labels, measure), {})
+        values = [own[seed] - theirs[seed] for seed in own if seed in theirs]
+        if arm != rival and values:
+            se = f"{stdev(values) / len(values) ** 0.5:.1f}" if len(values) > 1 else "–"
+            lines.append(f"| {arm} | {100 * labels:g}% | {measure} | {fmean(values):+.1f} | {se} | {len(values)} |")
+    if not any(arm == rival for arm, *_ in groups):
+        raise ValueError(f"{question} has no arm {rival}")
+    return "\n".join(lines)
+
+
 def document(found: Mapping[str, Any]) -> str:
     """All tables, with their headings and what they were measured on."""
     facts = "; ".join(f"{name} {' and '.join(values)}" for name, values in found["measured_on"].items())
@@ -87,7 +122,8 @@ def render(text: str, root: Path) -> str:
         results = read_json(root / found[2])
         if results is None or found[3] not in results.get("questions", ()):
             raise ValueError(f"{found[2]}: no results of the question {found[3]} there")
-        return f"{found[1]}{markdown(results, found[3])}\n{found[4]}"
+        made = differences(results, found[3], found[4]) if found[4] else markdown(results, found[3])
+        return f"{found[1]}{made}\n{found[5]}"
 
     return MARKED.sub(table, text)
 

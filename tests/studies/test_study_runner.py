@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import signal
@@ -18,7 +19,7 @@ from study_helpers import tiny_study, write_study
 from convnextv2.training.processes import only_run_in
 from studies import __main__ as program
 from studies import runner
-from studies.declaration import Study
+from studies.declaration import Study, read_study
 from studies.parts import Part
 
 
@@ -187,3 +188,33 @@ def test_a_study_from_the_command_line(copy: Path, tmp_path: Path, capsys: pytes
     assert (tmp_path / "kept.json").read_text() == (folder / "results.json").read_text()
     assert program.main(["run", *where, "--free", "epochs=1"]) == 2
     assert "--free takes workers, device" in capsys.readouterr().err
+
+
+def test_numbers_that_are_known_are_not_measured_again(
+    copy: Path, tmp_path: Path, worked_on: list[str], capsys
+) -> None:
+    """Of another machine, whose folder is not there: more seeds are added to them."""
+    file, folder, kept = write_study(tmp_path), tmp_path / "all" / "tiny" / "smoke", tmp_path / "kept.json"
+    folder.parent.mkdir(parents=True)
+    copy.rename(folder)
+    where = [str(file), "--scale", "smoke", "--output", str(tmp_path / "all")]
+    assert program.main(["table", *where, "--save", str(kept)]) == 0
+    before = json.loads(kept.read_text())
+    where = [str(write_study(tmp_path, seeds=[0, 1])), "--scale", "smoke", "--output", str(tmp_path / "new")]
+    where += ["--known", str(kept)]
+    assert program.main(["status", *where]) == 0
+    assert "pretrain: 1 open" in capsys.readouterr().out
+    assert program.main(["run", *where]) == 0
+    study = read_study(str(file), "smoke")
+    assert sorted(worked_on) == sorted(part.key for part in study.parts if part.seed == 1)
+    assert program.main(["table", *where, "--save", str(kept)]) == 0
+    after = json.loads(kept.read_text())
+    assert after["missing"] == 0
+    assert [row for row in after["numbers"] if row["seed"] == 0] == before["numbers"]
+    assert len(after["numbers"]) == 2 * len(before["numbers"])
+    assert [row["seed"] for row in after["curves"]] == [0, 1]
+    assert program.main(["run", *where]) == 0
+    assert "0 of 0 parts" in capsys.readouterr().out
+    kept.write_text(json.dumps({**after, "scale": "other"}))
+    assert program.main(["run", *where]) == 2
+    assert "kept.json: holds no numbers of tiny at scale smoke" in capsys.readouterr().err

@@ -59,6 +59,23 @@ def test_a_document_is_made_anew_between_its_markers(tmp_path: Path) -> None:
             tables.render(f"{wrong}\n<!-- end -->", tmp_path)
 
 
+def test_differences_are_taken_seed_by_seed() -> None:
+    rival = [number("c", 1, 50.0), number("c", 2, 52.0), number("c", 0, 30.0, measure="linear")]
+    found = {**FOUND, "numbers": [*FOUND["numbers"], *rival]}
+    text = tables.differences(found, "q", "c").splitlines()
+    assert text == ["| arm, less c | labels | measure | points | se | seeds |", "|---|---|---|---|---|---|",
+                    "| a | 100% | knn | +3.5 | 0.5 | 2 |"]  # fmt: skip
+    with pytest.raises(ValueError, match="no arm z"):
+        tables.differences(found, "q", "z")
+
+
+def test_a_document_may_hold_differences(tmp_path: Path) -> None:
+    (tmp_path / "r.json").write_text(json.dumps({**FOUND, "numbers": [number("an arm", 0, 5.0), number("b", 0, 7.0)]}))
+    new = tables.render("<!-- study: r.json q against an arm -->\n<!-- end -->", tmp_path)
+    assert "| b | 100% | knn | +2.0 | – | 1 |\n<!-- end -->" in new
+    assert tables.render(new, tmp_path) == new
+
+
 def test_every_number_of_the_results_is_in_a_file_of_the_project() -> None:
     text = DOCUMENT.read_text(encoding="utf-8")
     assert tables.MARKED.search(text)
