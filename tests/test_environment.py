@@ -241,5 +241,10 @@ def test_no_test_runs_without_the_backends_that_are_required(tmp_path: Path, mon
 
 
 def test_what_is_checked_before_a_change_goes_in() -> None:
-    assert re.findall(r"^make (.+)$", text_of(".ci/run"), re.M) == ["lint", "sanitize", "test COVERAGE=90"]
+    assert re.findall(r"^make (.+)$", text_of(".ci/run"), re.M) == [
+        "lint",
+        "sanitize",
+        "test COVERAGE=90",
+        "study STUDY=digits SCALE=smoke",
+    ]
     assert re.search(r"^test: export REQUIRE_BACKENDS = .*cpu minkowski", text_of("Makefile"), re.M)
