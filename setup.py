@@ -116,6 +116,7 @@ setup(
         "test": [
             *("pytest>=8", "pytest-cov>=5", "pytest-xdist>=3.6", "hypothesis>=6", "ruff>=0.8", "mypy>=1.11"),
             *("import-linter>=2.1", "setuptools>=70.1", "transformers>=4.45"),
+            *("onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.2"),
             *("torchinfo>=1.8", "thop>=0.1.1.post2209072238", "peft>=0.14"),
         ]
     },
