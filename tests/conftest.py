@@ -22,6 +22,7 @@ from convnextv2 import EncoderConfig
 from sparse_ops import registry
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
+INTERPRETING = Path(__file__).with_name("interpreting.py")
 
 
 @pytest.hookimpl(wrapper=True)
@@ -167,7 +168,7 @@ def interpreted() -> Callable[..., str]:
 
     def run(*arguments: object, timeout: float = 300, **environment: str) -> str:
         done = subprocess.run(
-            [sys.executable, *map(str, arguments)],
+            [sys.executable, INTERPRETING, *map(str, arguments)],
             capture_output=True,
             text=True,
             timeout=timeout,
