@@ -1,4 +1,4 @@
-"""Python whose Triton interprets in less time: ``python tests/interpreting.py -c CODE`` or ``-m MODULE``, and arguments.
+"""Python whose Triton interprets in less time: ``python tests/interpreting.py -c CODE``, or ``-m MODULE``.
 
 The interpreter replaces what ``triton.language`` defines before every call of a function inside of a kernel, though a
 launch finds it replaced after the first: a fifth of its time. A Triton that works otherwise is left as it is.
