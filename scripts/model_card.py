@@ -105,6 +105,7 @@ def header(name: str, licence: str, results: list[dict[str, Any]]) -> str:
             metric_value=round(row["top1"] / 100, 4),
         )
         for row in results
+        if not row.get("untrained")  # which is no result of these weights
     ]
     data = ModelCardData(
         license=licence,

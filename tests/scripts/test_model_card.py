@@ -26,13 +26,15 @@ def place(script, image_folder, tmp_path, monkeypatch):
     assert script("convert_sparse_to_dense", "pre", "backbone.safetensors").status == 0
     quick = ["--device", "cpu", "--workers", 0]
     assert script("evaluate", "knn", "pre", "photos", "--output", "knn.json", *quick).status == 0
+    untrained = ["--untrained", "--output", "untrained.json"]
+    assert script("evaluate", "knn", "pre", "photos", *untrained, *quick).status == 0
     fraction = ["--label-fraction", 0.5, "--pooling", "mean_std"]
     assert script("evaluate", "linear", "pre", "photos", "--output", "linear.json", *fraction, *quick).status == 0
     return tmp_path
 
 
 def test_it_tells_what_was_done_and_measured(place, script):
-    options = ["--weights", "backbone.safetensors", "--evaluation", "knn.json", "linear.json"]
+    options = ["--weights", "backbone.safetensors", "--evaluation", "knn.json", "untrained.json", "linear.json"]
     result = script("model_card", "pre", *WORDS, *options)
     assert (result.status, result.out) == (0, "model card: MODEL_CARD.md\n")
     card = ModelCard.load(place / "MODEL_CARD.md")
@@ -42,6 +44,7 @@ def test_it_tells_what_was_done_and_measured(place, script):
         round(one["top1"] / 100, 4) for one in (knn, linear)
     ]
     text = card.text
+    assert "| knn, mean, untrained | 3 |" in text
     assert f"| linear, mean_std, 50 % of the labels | 3 | {linear['top1']:.1f} % |" in text
     rows = [json.loads(line) for line in (place / "pre/metrics.jsonl").read_text().splitlines()]
     assert f"2 epochs, {rows[-1]['step']} steps" in text
