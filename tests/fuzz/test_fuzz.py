@@ -29,6 +29,7 @@ def fuzz(*arguments: object) -> dict[str, dict[str, int]]:
     return {row["target"]: row for row in map(json.loads, done.stdout.splitlines())}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 def test_briefly(target: str, tmp_path: Path) -> None:
     counts = fuzz("--targets", target, "--batches", 1, "--count", COUNT[target], "--found", tmp_path)[target]

@@ -44,6 +44,7 @@ def test_shares_are_nested_and_nothing_held_out_is_drawn(data: Path, tmp_path: P
     assert names(data / "train") == names(whole / "train") | names(whole / "val")
 
 
+@pytest.mark.slow
 def test_parts_are_measured_once_and_gathered(data: Path, tmp_path: Path) -> None:
     small = "--depths 1 1 1 1 --dims 8 8 16 16 --img-size 32 --patch-size 8 --batch-size 4 --epochs 2 --workers 0"
     command = [sys.executable, ROOT / "benchmarks" / "few_labels.py", data, "unused", tmp_path / "out"]

@@ -5,10 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
+from pathlib import Path
 
+import forked
+import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from PIL import Image
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 RUN = [
     "--epochs", 2, "--batch-size", 4, "--img-size", 32, "--patch-size", 16, "--device", "cpu", "--workers", 0,
@@ -17,20 +24,35 @@ RUN = [
 WORDS = ["--images", "Noise of three colours.", "--licence", "cc0-1.0", "--limit", "Nothing at all.", "No photographs."]
 
 
-@pytest.fixture
-def place(script, image_folder, tmp_path, monkeypatch):
-    """A run, its weights and an evaluation."""
-    monkeypatch.chdir(tmp_path)
-    image_folder({"red": 6, "green": 6, "blue": 6}, name="photos")
-    assert script("pretrain", "--data", "photos", "--output", "pre", *RUN).status == 0
-    assert script("convert_sparse_to_dense", "pre", "backbone.safetensors").status == 0
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """A run, its weights and evaluations."""
+    folder = tmp_path_factory.mktemp("card")
+    for number, name in enumerate(("red", "green", "blue")):
+        (folder / "photos" / name).mkdir(parents=True)
+        for index in range(6):
+            pixels = np.full((40, 30, 3), 10 * index, np.uint8)
+            pixels[..., number] += 150
+            Image.fromarray(pixels).save(folder / "photos" / name / f"{index}.png")
+
+    def run(name: str, *arguments: object) -> None:
+        forked.run(SCRIPTS / f"{name}.py", *arguments, cwd=folder).check_returncode()
+
     quick = ["--device", "cpu", "--workers", 0]
-    assert script("evaluate", "knn", "pre", "photos", "--output", "knn.json", *quick).status == 0
-    untrained = ["--untrained", "--output", "untrained.json"]
-    assert script("evaluate", "knn", "pre", "photos", *untrained, *quick).status == 0
+    run("pretrain", "--data", "photos", "--output", "pre", *RUN)
+    run("convert_sparse_to_dense", "pre", "backbone.safetensors")
+    run("evaluate", "knn", "pre", "photos", "--output", "knn.json", *quick)
+    run("evaluate", "knn", "pre", "photos", "--untrained", "--output", "untrained.json", *quick)
     fraction = ["--label-fraction", 0.5, "--pooling", "mean_std"]
-    assert script("evaluate", "linear", "pre", "photos", "--output", "linear.json", *fraction, *quick).status == 0
-    return tmp_path
+    run("evaluate", "linear", "pre", "photos", "--output", "linear.json", *fraction, *quick)
+    return folder
+
+
+@pytest.fixture
+def place(made, tmp_path, monkeypatch) -> Path:
+    """A copy of them, to work in."""
+    monkeypatch.chdir(shutil.copytree(made, tmp_path / "place"))
+    return tmp_path / "place"
 
 
 def test_it_tells_what_was_done_and_measured(place, script):
