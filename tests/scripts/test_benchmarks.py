@@ -69,6 +69,21 @@ def test_the_dense_network_is_compared_with_timm(tmp_path):
     assert memory["ours"] < 0.5 * memory["ours-torch"]
 
 
+def test_epochs_are_measured_against_the_step(image_folder, tmp_path):
+    photos = image_folder({"": 9}, name="photos")
+    options = "--images", 9, "--batch-size", 4, "--img-size", 64, "--repeats", 1, "--workers", 0
+    done = run("epoch.py", photos, *options, "--ways", "files", "cache", "--json", tmp_path / "out.json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert [(row["way"], row["images"]) for row in report["results"]] == [("files", 8), ("cache", 8)]
+    for row in report["results"]:
+        (pace,), (step,) = row["epoch_images_per_s"], row["step_images_per_s"]
+        assert row["ratio"] == pytest.approx(pace / step)
+    done = run("epoch.py", photos, *options[2:], "--images", 12)
+    assert done.returncode == 1
+    assert done.stderr.endswith("expected 12 images, found 9; say --images\n")
+
+
 def test_ways_of_loading_are_measured(tmp_path):
     options = "--samples", 8, "--repeats", 1, "--img-size", 32, "--batch-size", 4, "--views", 2
     done = run("loader.py", *options, "--json", tmp_path / "out.json")
