@@ -146,14 +146,19 @@ def relocate(folder: Path) -> int:
     """
     try:
         made_for = json.loads((folder / LISTED).read_text(encoding="utf-8"))
+        here = identity(made_for["arch"])
+        right = made_for.keys() >= {*here, "python"}
     except FileNotFoundError:
         raise ValueError(f"{folder} has no {LISTED}: fill it with scripts/warm_triton_cache.py first") from None
+    except (ValueError, RecursionError, TypeError, KeyError, AttributeError):
+        right = False
+    if not right:
+        raise ValueError(f"{folder / LISTED} is not what this script writes: fill another folder")
     groups = sorted(folder.glob("*/__grp__*.json"))
     for group in groups:
         names = (Path(path).name for path in json.loads(group.read_text(encoding="utf-8"))["child_paths"].values())
         paths = {name: str(group.parent.resolve() / name) for name in names}
         group.write_text(json.dumps({"child_paths": paths}), encoding="utf-8")
-    here = identity(made_for["arch"])
     differs = [
         f"{name} {made_for[name]} there, {value} here" for name, value in here.items() if made_for[name] != value
     ]

@@ -143,6 +143,15 @@ def test_bad_options_are_one_line(arguments, message, capsys):
     assert message in capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.parametrize("content", ["{", "[1]", "{}", '{"arch": 90}', '{"arch": "new"}', "\x00", "[" * 100_000])
+def test_a_list_that_the_script_did_not_write_is_told(content, listed, tmp_path, capsys):
+    (tmp_path / "warmed.json").write_text(content)
+    assert warm_triton_cache.main(["--relocate", str(tmp_path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {tmp_path / 'warmed.json'} is not what this script writes")
+    assert "/elsewhere/" in (tmp_path / "ABC/__grp__k.json").read_text(), "nothing is moved"
+
+
 def test_a_folder_that_was_not_filled_is_told(tmp_path, capsys):
     assert warm_triton_cache.main(["--relocate", str(tmp_path)]) == 2
     assert "fill it with" in capsys.readouterr().err
