@@ -43,20 +43,24 @@ ARCHIVES = {
 
 
 def unpack(archive: Path, folder: Path) -> None:
-    """The one folder of ``archive`` as ``folder``; ValueError if it holds anything else, or what leads out of it."""
+    """The one folder of ``archive`` as ``folder``; ValueError if it holds anything else, or what leads out of it.
+
+    It is unpacked beside the archive first, on the file system of ``folder``.
+    """
     if not hasattr(tarfile, "data_filter"):
         raise ValueError("this Python cannot unpack archives safely; take its newest patch release")
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as place:
-        try:
-            with tarfile.open(archive, "r:gz") as tar:
-                tar.extractall(place, filter="data")
-        except (tarfile.TarError, EOFError) as error:
-            raise ValueError(f"{archive.name}: {error}") from error
-        found = list(Path(place).iterdir())
-        if len(found) != 1 or not found[0].is_dir() or found[0].is_symlink():
-            names = ", ".join(sorted(path.name for path in found)) or "nothing"
-            raise ValueError(f"{archive.name}: expected one folder, got {names}")
-        found[0].rename(folder)
+    place = archive.with_suffix("")
+    place.mkdir()
+    try:
+        with tarfile.open(archive, "r:gz") as tar:
+            tar.extractall(place, filter="data")
+    except (tarfile.TarError, EOFError) as error:
+        raise ValueError(f"{archive.name}: {error}") from error
+    found = list(place.iterdir())
+    if len(found) != 1 or not found[0].is_dir() or found[0].is_symlink():
+        names = ", ".join(sorted(path.name for path in found)) or "nothing"
+        raise ValueError(f"{archive.name}: expected one folder, got {names}")
+    found[0].rename(folder)
 
 
 def describe(folder: Path) -> str:

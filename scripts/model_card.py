@@ -12,10 +12,8 @@ Examples:
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +26,9 @@ from convnextv2.evaluation import load_encoder
 from convnextv2.evaluation.frozen import FrozenEncoder
 from convnextv2.outputs import Kind, check_output, is_stream, output_text
 from convnextv2.training import FinetuneOptions, PretrainOptions
+from convnextv2.training.recipe import recipe_text
 from convnextv2.weights import load_checkpoint, read_checkpoint, weights_config
+from convnextv2.weights.download import sha256
 
 CARD = Kind("a model card", (".md",), lambda path: _cli.starts_with(path, b"---\n"))
 KINDS = {
@@ -66,7 +66,7 @@ def card(options: argparse.Namespace) -> str:
     """The whole text."""
     checkpoint = load_checkpoint(options.checkpoint)
     config = checkpoint.config or weights_config(read_checkpoint(checkpoint))
-    encoder = load_encoder(checkpoint.path)
+    encoder = load_encoder(checkpoint)
     name = options.name or options.checkpoint.absolute().name.removesuffix(options.checkpoint.suffix)
     results = [evaluation(path) for path in options.evaluation]
     shape = encoder.model.encoder_config
@@ -147,20 +147,15 @@ def training(run: Path) -> str:
     if not rows or not all({"epoch", "step", loss, "seconds"} <= row.keys() for row in rows):
         raise ValueError(f"{run / 'metrics.jsonl'}: does not tell the course of a run")
     kind = PretrainOptions if "mask_ratio" in given else FinetuneOptions
-    usual = {item.name: item.default for item in fields(kind)}
+    usual = yaml.safe_load(recipe_text(kind()))
     lines = [
         f"| {key} | {spell(value) if isinstance(value, list) else value} |"
         for key, value in given.items()
-        if key not in PLACES and (key in ("model", "epochs", "batch_size", "seed") or plain(usual.get(key)) != value)
+        if key not in PLACES and (key in ("model", "epochs", "batch_size", "seed") or usual.get(key) != value)
     ]
     course = f"{rows[-1]['epoch']} epochs, {rows[-1]['step']:,} steps, {sum(row['seconds'] for row in rows) / 60:.0f} "
     course += f"minutes of training; loss {rows[0][loss]:.3f} after the first epoch, {rows[-1][loss]:.3f} at the end."
     return "\n".join(["## Training", "", course, "", "| option | value |", "|---|---|", *lines])
-
-
-def plain(value: Any) -> Any:
-    """As a recipe holds it."""
-    return list(value) if isinstance(value, tuple) else value
 
 
 def table(results: list[dict[str, Any]]) -> str:
@@ -184,8 +179,7 @@ def use(weights: Path | None) -> str:
         "features = encoder.forward_features(images)  # [B, C, H, W]\n```",
     ]
     if weights is not None:
-        digest = hashlib.sha256(weights.read_bytes()).hexdigest()
-        parts.append(f"`{name}`: {weights.stat().st_size:,} bytes, SHA-256 `{digest}`.")
+        parts.append(f"`{name}`: {weights.stat().st_size:,} bytes, SHA-256 `{sha256(weights)}`.")
     return "\n\n".join(parts)
 
 

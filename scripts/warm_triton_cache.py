@@ -13,6 +13,7 @@ The small C launchers, one for each signature, are built over there.
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import json
 import os
@@ -68,6 +69,7 @@ def identity(arch: int) -> dict[str, Any]:
     }
 
 
+@functools.cache  # stages share kernels
 def resources(cubin: Path) -> dict[str, int]:
     """Registers of a thread, and bytes of it that ptxas keeps in memory for want of registers."""
     import triton

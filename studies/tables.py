@@ -64,19 +64,29 @@ def collect(study: Study, folder: Path, known: Mapping[str, Any] | None = None) 
     }
 
 
-def rows(found: Mapping[str, Any], question: str) -> Iterator[tuple[str, float, str, list[float], float]]:
-    """Arm, share of the labels, measure, accuracies of the seeds, and mean seconds, in the order of the declaration."""
+def _groups(found: Mapping[str, Any], question: str) -> dict[tuple[str, float, str], list[dict[str, Any]]]:
+    """Numbers of a question by arm, share of the labels and measure, in the order of the declaration."""
     groups: dict[tuple[str, float, str], list[dict[str, Any]]] = {}
     for number in found["numbers"]:
         if number["question"] == question:
             groups.setdefault((number["arm"], number["labels"], number["measure"]), []).append(number)
-    for (arm, labels, measure), these in groups.items():
+    return groups
+
+
+def _heading(head: str) -> list[str]:
+    """The first lines of a table."""
+    return [head, "|" + "---|" * head.count(" | ") + "---|"]
+
+
+def rows(found: Mapping[str, Any], question: str) -> Iterator[tuple[str, float, str, list[float], float]]:
+    """Arm, share of the labels, measure, accuracies of the seeds, and mean seconds, in the order of the declaration."""
+    for (arm, labels, measure), these in _groups(found, question).items():
         yield arm, labels, measure, [one["top1"] for one in these], fmean(one["seconds"] for one in these)
 
 
 def markdown(found: Mapping[str, Any], question: str) -> str:
     """The table of a question; sd is the sample's standard deviation over seeds, se that of the mean."""
-    lines = [HEAD, "|" + "---|" * HEAD.count(" | ") + "---|"]
+    lines = _heading(HEAD)
     for arm, labels, measure, values, seconds in rows(found, question):
         sd = stdev(values) if len(values) > 1 else None
         spread = f"{sd:.1f} | {sd / len(values) ** 0.5:.1f}" if sd is not None else "– | –"
@@ -89,15 +99,10 @@ def markdown(found: Mapping[str, Any], question: str) -> str:
 
 def differences(found: Mapping[str, Any], question: str, rival: str) -> str:
     """The table of how far each arm is above ``rival``, of the seeds that both have; ValueError if it is no arm."""
-    lines = [AGAINST_HEAD.format(rival), "|" + "---|" * AGAINST_HEAD.count(" | ") + "---|"]
-    groups: dict[tuple[str, float, str], dict[int, float]] = {}
-    for number in found["numbers"]:
-        if number["question"] == question:
-            group = groups.setdefault((number["arm"], number["labels"], number["measure"]), {})
-            group[number["seed"]] = number["top1"]
+    lines, groups = _heading(AGAINST_HEAD.format(rival)), _groups(found, question)
     for (arm, labels, measure), own in groups.items():
-        theirs = groups.get((rival, labels, measure), {})
-        values = [own[seed] - theirs[seed] for seed in own if seed in theirs]
+        theirs = {one["seed"]: one["top1"] for one in groups.get((rival, labels, measure), ())}
+        values = [one["top1"] - theirs[one["seed"]] for one in own if one["seed"] in theirs]
         if arm != rival and values:
             se = f"{stdev(values) / len(values) ** 0.5:.1f}" if len(values) > 1 else "–"
             lines.append(f"| {arm} | {100 * labels:g}% | {measure} | {fmean(values):+.1f} | {se} | {len(values)} |")

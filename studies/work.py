@@ -15,12 +15,10 @@ import torch
 
 from benchmarks.common import hardware
 from convnextv2.data.build import build_finetune_datasets
+from convnextv2.evaluation import load_encoder
 from convnextv2.models.encoder import Encoder
-from convnextv2.models.fcmae import FCMAE
 from convnextv2.training import FinetuneResult, PretrainResult, finetune, run_task
 from convnextv2.training.saved_state import find_state
-from convnextv2.weights.checkpoint import load_checkpoint
-from convnextv2.weights.loading import complete_model
 from studies.frozen import accuracy, extract
 from studies.parts import FROZEN, Part
 from studies.variants import NoGRNClassifier, StudyPretrain
@@ -110,11 +108,8 @@ def _frozen(part: Part, options: Any, device: torch.device) -> dict[str, Any]:
         torch.manual_seed(part.seed)
         encoder = Encoder(shape)
     else:
-        checkpoint = load_checkpoint(options.init)
-        network = complete_model(checkpoint)
-        assert isinstance(network, FCMAE)  # it is what a pre-training writes
-        encoder = network.encoder
-        statistics = dict(zip(("mean", "std"), checkpoint.preprocessing(in_chans), strict=False))
+        frozen = load_encoder(options.init)
+        encoder, statistics = frozen.model, {"mean": frozen.mean, "std": frozen.std}
     wanted = options.wanted
     train, val = build_finetune_datasets(options.data, options.size, in_chans, **statistics, wanted=wanted)
     encoder.to(device)

@@ -12,7 +12,7 @@ from convnextv2.data.build import build_finetune_datasets
 from convnextv2.data.datasets import ImageDataset
 from convnextv2.models.config import FCMAEConfig, check_image_size
 from convnextv2.models.encoder import Encoder
-from convnextv2.weights.checkpoint import load_checkpoint
+from convnextv2.weights.checkpoint import Checkpoint, as_checkpoint
 from convnextv2.weights.loading import load_strict
 from convnextv2.weights.reading import read_checkpoint, weights_config
 
@@ -34,7 +34,7 @@ class FrozenEncoder:
 
 
 def load_encoder(
-    path: str | Path,
+    checkpoint: Checkpoint | str | Path,
     *,
     device: str | torch.device = "cpu",
     img_size: tuple[int, int] | None = None,
@@ -43,7 +43,7 @@ def load_encoder(
     """The encoder of a checkpoint of any layout, whether or not it has a decoder or a head.
 
     Args:
-        path: checkpoint, or run folder.
+        checkpoint: one that is loaded, or its path, or a run folder.
         img_size: (H, W) in pixels; None takes the checkpoint's.
         untrained: seed of random weights to take instead of the checkpoint's, all else being equal: what training has
             to beat.
@@ -52,7 +52,7 @@ def load_encoder(
         CheckpointError: if the checkpoint cannot be read.
         ValueError: if its metadata is malformed, or the size is below the patch size.
     """
-    checkpoint = load_checkpoint(path)
+    checkpoint = as_checkpoint(checkpoint)
     weights = read_checkpoint(checkpoint)
     config = checkpoint.config or weights_config(weights)
     default = config.img_size if isinstance(config, FCMAEConfig) else (224, 224)

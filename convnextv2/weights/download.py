@@ -56,7 +56,7 @@ def cached(url: str, target: Path, progress: bool = True, notice: str = "") -> P
                 f"cannot download {url} ({reason}); check the connection, or fetch the file elsewhere and put it at "
                 f"{target}"
             ) from error
-        digest = _sha256(temporary)
+        digest = sha256(temporary)
         _record(target).unlink(missing_ok=True)  # else it would be another file's for a moment
     _write_record(target, digest)
     return target
@@ -91,7 +91,8 @@ def _write_record(target: Path, digest: str) -> None:
         temporary.write_text(f"{digest}  {target.name}\n", encoding="utf-8")
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """Of a file, in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(CHUNK):
@@ -104,11 +105,11 @@ def _damage(target: Path) -> str | None:
     record = _record(target)
     if record.is_file():
         known = record.read_text(encoding="utf-8", errors="replace").partition(" ")[0]
-        return None if known == _sha256(target) else f"is not the file whose sha256 is in {record.name}"
+        return None if known == sha256(target) else f"is not the file whose sha256 is in {record.name}"
     try:
         load_checkpoint(target)
     except CheckpointError as error:
         return str(error).removeprefix(f"{target}: ")
     if os.access(target.parent, os.W_OK):  # a cache that others share may be for reading alone
-        _write_record(target, _sha256(target))
+        _write_record(target, sha256(target))
     return None
