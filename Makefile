@@ -6,7 +6,7 @@ DATA ?= digits
 DEMO ?= demo
 CONSTRAINTS ?= -c constraints.txt
 PIP_ARGS = $(CONSTRAINTS) -e .
-# Options of scripts/install_minkowski.py; MINKOWSKI=skip tests without MinkowskiEngine.
+# Options of fcmae minkowski; MINKOWSKI=skip tests without MinkowskiEngine.
 MINKOWSKI ?= --cpu
 # Of make fuzz.
 MINUTES ?= 20
@@ -17,7 +17,7 @@ STUDY ?= digits
 SCALE ?= smoke
 
 BIN = $(VENV)/bin
-MINKOWSKI_SOURCES = scripts/install_minkowski.py $(wildcard scripts/_minkowski_*.py)
+MINKOWSKI_SOURCES = $(wildcard convnextv2/commands/*minkowski*.py)
 SOURCES = setup.py pyproject.toml requirements.txt constraints.txt $(wildcard sparse_ops/backends/cpu/csrc/*)
 
 ifeq ($(MINKOWSKI),skip)
@@ -30,8 +30,9 @@ test: export REQUIRE_BACKENDS = $(if $(filter skip,$(MINKOWSKI)),cpu,cpu minkows
 SANITIZED = build/sanitized/sparse_ops/backends/cpu/_cpu.so
 ARM = build/arm/sparse_ops/backends/cpu/_cpu.so
 ARM_TOOLS = aarch64-linux-gnu-g++ qemu-aarch64
+BROWSERS = chromium chromium-browser google-chrome-stable google-chrome
 
-.PHONY: help demo study test sanitize arm lint fuzz format bench minkowski clean
+.PHONY: help demo study test sanitize arm site browser lint hooks fuzz format bench minkowski dist clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -53,11 +54,11 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	@touch $@
 
 $(VENV)/.installed-minkowski: $(VENV)/.installed-test $(MINKOWSKI_SOURCES)
-	$(BIN)/python scripts/install_minkowski.py $(MINKOWSKI)
+	$(BIN)/python -m convnextv2 minkowski $(MINKOWSKI)
 	@touch $@
 
 demo: $(VENV)/.installed ## pre-train, convert, fine-tune, predict; DATA=<folder of class folders> for your own images
-	$(BIN)/python scripts/demo.py --data "$(DATA)" --output "$(DEMO)"
+	$(BIN)/python -m convnextv2 demo --data "$(DATA)" --output "$(DEMO)"
 
 study: $(VENV)/.installed ## a declared experiment, its tables and plots; STUDY=flowers SCALE=laptop DATA=<folder>
 	$(BIN)/python -m studies run "$(STUDY)" --scale "$(SCALE)" --data "$(DATA)"; done=$$?; \
@@ -85,11 +86,28 @@ $(ARM): $(VENV)/.installed-test tests/ops/emulated.cpp
 arm: $(ARM) ## the C++ kernels on Arm, in QEMU, through the conformance cases; needs a cross compiler
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests/ops/arm.py
 
-lint: $(VENV)/.installed-test ## ruff, mypy, and which package may import which
+$(VENV)/.installed-docs: $(VENV)/.installed-test
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS)[docs]
+	@touch $@
+
+site: $(VENV)/.installed-docs ## the documents as a site, in build/site, with every link checked; no network is needed
+	PATH="$(abspath $(BIN)):$$PATH" NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	$(BIN)/python -m pytest tests/site/built_site.py -k links
+
+browser: site ## the report of runs and the site in a real browser, without a network; needs Chromium
+	@for name in $(BROWSERS); do command -v $$name > /dev/null && exit 0; done; \
+		echo "make browser needs Chromium; Debian: apt install chromium" >&2; exit 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/report/browser.py tests/site/built_site.py
+
+lint: $(VENV)/.installed-test ## ruff, mypy, which package may import which, and the Dockerfile
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+	$(BIN)/hadolint Dockerfile
+
+hooks: $(VENV)/.installed-test ## git runs before each commit what make lint runs, on the files that change
+	$(BIN)/pre-commit install
 
 fuzz: $(VENV)/.installed-test ## damaged checkpoints, images, recipes, masks, command lines for MINUTES; goes on where the last one ended
 	$(BIN)/python tests/fuzz/fuzz_run.py --minutes $(MINUTES)
@@ -102,8 +120,19 @@ bench: $(VENV)/.installed ## speed and memory against dense masked, on this mach
 	$(BIN)/python benchmarks/encoder.py --models atto pico tiny --batch-size 16 --json benchmarks/results/local.json
 
 minkowski: $(VENV)/.installed-test ## build and install MinkowskiEngine; MINKOWSKI=--cuda for GPUs as well
-	$(BIN)/python scripts/install_minkowski.py $(MINKOWSKI)
+	$(BIN)/python -m convnextv2 minkowski $(MINKOWSKI)
 	@touch $(VENV)/.installed-minkowski
 
+$(VENV)/.installed-release: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS)[release]
+	@touch $@
+
+dist: $(VENV)/.installed-release ## the sdist, and a wheel for this platform that is built from it, in dist/; both checked
+	rm -rf dist
+	$(BIN)/python -m build
+	@if [ "$$(uname)" = Linux ]; then \
+		PATH="$(abspath $(BIN)):$$PATH" auditwheel repair --wheel-dir dist dist/*-linux_*.whl && rm dist/*-linux_*.whl; fi
+	$(BIN)/twine check --strict dist/*
+
 clean: ## remove what the demo and the build made; the environment stays
-	rm -rf $(DEMO) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage*
+	rm -rf $(DEMO) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage*

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import report
+import gather
 import torch
 from common import DTYPES, write_report
 from torch._library.custom_ops import OPDEFS
@@ -343,7 +343,7 @@ def main(argv: list[str] | None = None) -> int:
                     rows += rows_of(found, of_stage)
                     write_report({"triton": importlib.import_module("triton").__version__}, args, rows)
                     if args.markdown is not None:
-                        report.write_text(args.markdown, markdown(rows))
+                        gather.write_text(args.markdown, markdown(rows))
                     print(markdown([r for r in rows if (r.model, r.stage) == (name, stage)]), flush=True)
                 active = active.down() if active.side > 1 else active
     return 0

@@ -95,6 +95,7 @@ def epoch(args: argparse.Namespace, name: str, way: str, folder: Path) -> tuple[
         device=args.device,
         workers=args.workers,
         reconstruct_every=0,
+        probe="none",
         overwrite=True,
         **given,
     )

@@ -33,7 +33,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import report
+import gather
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTHON = os.environ.get("PYTHON") or sys.executable
@@ -342,7 +342,7 @@ class Check:
             "minutes": self.minutes,
             "parts": [asdict(o) for o in self.outcomes.values()],
         }
-        report.write_text(self.out / STATE, json.dumps(state, indent=1) + "\n")
+        gather.write_text(self.out / STATE, json.dumps(state, indent=1) + "\n")
         rebuild(self.out)
 
 
@@ -379,7 +379,7 @@ def rebuild(out: Path) -> list[str]:
             except ValueError as error:
                 notes.append(f"- {name}.json cannot be read: {error}")
     within = "" if state["minutes"] is None else f", {state['minutes']:g} minutes"
-    report.write(reports, f"GPU check, {state['date']}{within}", notes, out / f"{REPORT}.md", out / f"{REPORT}.json")
+    gather.write(reports, f"GPU check, {state['date']}{within}", notes, out / f"{REPORT}.md", out / f"{REPORT}.json")
     return [outcome.name for outcome in outcomes]
 
 

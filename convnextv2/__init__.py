@@ -1,23 +1,16 @@
 """ConvNeXt V2 and its sparse masked pre-training, FCMAE."""
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from convnextv2.deferred import deferred
+from convnextv2.models.config import VARIANTS
+from convnextv2.version import __version__ as __version__
 
-from convnextv2.models.classifier import FACTORIES, ConvNeXtV2, create_model
-from convnextv2.models.config import VARIANTS, ClassifierConfig, EncoderConfig, FCMAEConfig
-from convnextv2.models.encoder import Block, Encoder
-from convnextv2.models.fcmae import FCMAE, FCMAEOutput, create_fcmae
-
-__version__ = "0.1.0"
-
-# The formatter would give every name a line of its own.
-__all__ = [
-    "FCMAE", "VARIANTS", "Block", "ClassifierConfig", "ConvNeXtV2", "Encoder", "EncoderConfig", "FCMAEConfig",
-    "FCMAEOutput", "create_fcmae", "create_model", *VARIANTS,
-]  # fmt: skip
-
-globals().update(FACTORIES)
-
-if TYPE_CHECKING:
-
-    def __getattr__(name: str) -> Callable[..., ConvNeXtV2]: ...  # convnextv2_atto and so on
+__getattr__, __dir__, __all__ = deferred(
+    __name__,
+    {
+        "models.classifier": "ConvNeXtV2",
+        "models.config": "VARIANTS ClassifierConfig EncoderConfig FCMAEConfig",
+        "models.encoder": "Block Encoder",
+        "models.fcmae": "FCMAE FCMAEOutput create_fcmae",
+        "weights.pretrained": f"create_model {' '.join(VARIANTS)}",
+    },
+)

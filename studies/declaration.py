@@ -11,8 +11,10 @@ from typing import Any, TypeVar
 import yaml  # type: ignore[import-untyped]  # its stubs are a package of their own
 
 from convnextv2.messages import one_line
+from convnextv2.recipes import find_recipe
 from convnextv2.training import FinetuneOptions, PretrainOptions
 from convnextv2.training.option_types import check_types
+from convnextv2.training.recipe_files import read_recipe
 from studies.parts import FROZEN, RESERVED, Part
 from studies.variants import VARIANTS
 
@@ -35,7 +37,7 @@ BOUNDS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
-    """Options of all runs, of pre-training and of fine-tuning; ``recipe`` among the latter two names a file of them."""
+    """Options of all runs, of pre-training and of fine-tuning; ``recipe`` among the latter two names one of them."""
 
     options: dict = field(default_factory=dict)
     pretrain: dict | None = field(default_factory=dict)
@@ -255,8 +257,7 @@ class _Reader:
         values: Any = {}
         for layer in layers:
             if recipe := (getattr(layer, kind) or {}).get("recipe"):
-                values = _read(self.path.parent / recipe)
-                _check_names(recipe, values, NAMES[kind])
+                values = read_recipe(find_recipe(recipe, kind, self.path.parent), NAMES[kind])
         for layer in layers:
             where, own = type(layer).__name__.lower(), getattr(layer, kind) or {}
             _check_names(f"{where}: options", layer.options, NAMES["pretrain"] | NAMES["finetune"])

@@ -14,7 +14,7 @@ from typing import Any
 from urllib.parse import parse_qsl, urlencode
 
 from convnextv2.data.decoding import Size, Wanted
-from convnextv2.data.folders import walk_files
+from convnextv2.data.listings import walk_files
 from convnextv2.data.opening import open_source, register_kind, why_unknown
 from convnextv2.data.sources import OpenedSource, Part, Subset, stratified_split
 from convnextv2.data.subsets import label_subset
@@ -64,7 +64,9 @@ def fingerprint(data: str) -> str:
         return f"{root.name} {root.stat().st_size}"
     if not root.is_dir():
         return data
-    listing = "\n".join(f"{path.relative_to(root).as_posix()} {size}" for path, size in walk_files(root, []))
+    listing = "\n".join(
+        f"{path.relative_to(root).as_posix()} {status.st_size}" for path, status in walk_files(root, [])
+    )
     return hashlib.sha256(listing.encode(errors="surrogateescape")).hexdigest()[:16]
 
 

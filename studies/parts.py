@@ -15,7 +15,18 @@ from studies.images import fingerprint, spec_of
 
 FREE = ("workers", "device", "tracker", "max_bad", "reconstruct_every")
 """Options that leave the numbers as they are, to rounding."""
-RESERVED = ("data", "output", "init", "resume", "overwrite", "seed", "val_fraction", "linear_probe")
+RESERVED = (
+    "data",
+    "output",
+    "init",
+    "resume",
+    "overwrite",
+    "seed",
+    "val_fraction",
+    "linear_probe",
+    "probe",
+    "probe_every",
+)
 """Options that the study itself sets."""
 ENCODER = ("model", "depths", "dims", "patch_size", "in_chans", "img_size")
 FROZEN = ("knn", "linear")
@@ -49,6 +60,7 @@ class Part:
         if folder is not None:
             places |= {"output": self.run(folder), "init": self.needs and self.needs.run(folder)}
         kind = FinetuneOptions if self.kind == "finetune" else PretrainOptions
+        free |= {"probe": "none"} if kind is PretrainOptions else {}  # a study has probes of its own
         options = kind(**{**self.given, **free, **places, "seed": self.seed})
         options.check()
         return options

@@ -18,7 +18,7 @@ from convnextv2.data.build import build_finetune_datasets
 from convnextv2.evaluation import load_encoder
 from convnextv2.models.encoder import Encoder
 from convnextv2.training import FinetuneResult, PretrainResult, finetune, run_task
-from convnextv2.training.saved_state import find_state
+from convnextv2.training.states import find_state, state_folders
 from studies.frozen import accuracy, extract
 from studies.parts import FROZEN, Part
 from studies.variants import NoGRNClassifier, StudyPretrain
@@ -64,7 +64,8 @@ def do(part: Part, folder: Path, probes: int, **free: Any) -> dict[str, Any]:
 def tidy(part: Part, folder: Path) -> None:
     """Delete what of a part that is done no other needs: the state to resume from, and weights that were fine-tuned."""
     kept = part.run(folder) / "checkpoints"
-    shutil.rmtree(kept / "state" if part.kind == "pretrain" else kept, ignore_errors=True)
+    for folder in state_folders(kept) if part.kind == "pretrain" else [kept]:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @functools.cache

@@ -6,32 +6,41 @@ import importlib
 import os
 import random
 import re
+import runpy
 import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+import setuptools
 import torch
+from blank_pictures import blank, render
+from matplotlib.figure import Figure
 from PIL import Image
 
 from convnextv2 import EncoderConfig
 from sparse_ops import registry
 
-SCRIPTS = Path(__file__).parent.parent / "scripts"
+ROOT = Path(__file__).parents[1]
+SCRIPTS = ROOT / "scripts"
 INTERPRETING = Path(__file__).with_name("interpreting.py")
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> Iterator[None]:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Iterator[None]:
     """Cases of a test that run on a CUDA device are part of the suite that ``-m cuda`` selects; slow tests come first.
 
+    What slow tests cover is not measured: measuring takes half as long again, and the others cover nearly as much.
     ``TEST_SHARD=2/8`` leaves every eighth of the tests selected, beginning with the second.
     """
+    measured = config.pluginmanager.hasplugin("_cov")
     for item in items:
+        if measured and item.get_closest_marker("slow"):
+            item.add_marker("no_cover")
         parameters = getattr(getattr(item, "callspec", None), "params", {}).values()
         if any(isinstance(value, str) and value == "cuda" for value in parameters):
             item.add_marker("cuda")
@@ -106,6 +115,23 @@ def seeded() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def not_rendered() -> Iterator[None]:
+    """Pictures are blank, but for those of other processes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", blank)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def rendered(request: pytest.FixtureRequest) -> Iterator[None]:
+    """But for those of tests that are marked ``pictures``, too."""
+    with pytest.MonkeyPatch.context() as patch:  # of its own: the test's is taken back in the test's order
+        if request.node.get_closest_marker("pictures"):
+            patch.setattr(Figure, "savefig", render)
+        yield
+
+
 @pytest.fixture
 def tiny_encoder() -> EncoderConfig:
     return EncoderConfig(depths=(1, 1, 1, 1), dims=(8, 16, 16, 24), patch_size=16)
@@ -133,6 +159,16 @@ def image_folder(tmp_path: Path) -> Callable[..., Path]:
     return make
 
 
+@pytest.fixture
+def setup_arguments(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What setup.py hands to setuptools."""
+    found: dict[str, Any] = {}
+    monkeypatch.setattr(setuptools, "setup", lambda **said: found.update(said))
+    monkeypatch.chdir(ROOT)
+    runpy.run_path("setup.py")
+    return found
+
+
 class ScriptResult(NamedTuple):
     status: int
     out: str
@@ -146,7 +182,7 @@ def script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
     monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
 
     def run(name: str, *arguments: object) -> ScriptResult:
-        cli = importlib.import_module("_cli")
+        cli = importlib.import_module("convnextv2.commands._cli")
         main = importlib.import_module(name).main
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
         capsys.readouterr()

@@ -1,7 +1,7 @@
 """Programs in processes forked off one that has imported torch and its company, so that they start at once.
 
 A program runs as by ``python FILE ARGUMENTS``, but for the end of the interpreter: handlers of ``atexit`` are not
-called. Results look like those of :mod:`subprocess`.
+called. Its pictures are blank. Results look like those of :mod:`subprocess`.
 """
 
 from __future__ import annotations
@@ -16,9 +16,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from blank_pictures import blank
+from matplotlib.figure import Figure
+
 PRELOADED = (
-    "accelerate", "jsonargparse", "matplotlib.pyplot", "timm.data", "timm.optim", "timm.scheduler", "torchvision",
-    "convnextv2.training", "convnextv2.evaluation", "sparse_ops.conformance_block",
+    "accelerate", "blank_pictures", "jsonargparse", "matplotlib.pyplot", "timm.data", "timm.optim", "timm.scheduler",
+    "torchvision", "convnextv2.training.pretraining", "convnextv2.training.finetuning",
+    "convnextv2.evaluation.prediction", "convnextv2.segmentation.training", "convnextv2.commands.demo",
+    "sparse_ops.conformance_block",
     "sparse_ops.backends.cpu", "sparse_ops.backends.reference",
 )  # fmt: skip
 _server = multiprocessing.get_context("forkserver")
@@ -89,6 +94,8 @@ def _run(
     os.environ.clear()
     os.environ.update(variables)
     os.chdir(place)
+    multiprocessing.set_start_method(None, force=True)  # the platform's own, as in any program
+    Figure.savefig = blank  # type: ignore[method-assign]
     if before is not None:
         before()
     sys.argv = command

@@ -3,13 +3,11 @@
 import ast
 import os
 import re
-import runpy
 import subprocess
 import sys
-import types
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import yaml
@@ -20,10 +18,17 @@ PACKAGES = ("convnextv2", "sparse_ops", "studies")
 OPTIONAL = {
     "MinkowskiEngine",  # built by a script of its own
     "triton",  # brought by torch where there is CUDA
+    "pydicom",  # of the extra ``science``, as are tifffile and imagecodecs
+    "tifffile",
+    "segmentation_models_pytorch",  # decoders, of the extra segment
     "transformers",  # a rival of the benchmark of the dense network
+    "onnxruntime",  # runs what was exported
+    "pyarrow",  # writes features as tables, reads images from them
+    "shtab",  # completion in shells
+    "umap-learn",  # one of the maps of features
 }
 """Imported only where what needs it is asked for, or where it is there."""
-DISTRIBUTION_OF = {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml"}
+DISTRIBUTION_OF = {"umap": "umap-learn", "PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml"}
 
 
 def text_of(name: str) -> str:
@@ -51,7 +56,8 @@ def test_conda_and_make_install_the_same() -> None:
     environment = yaml.safe_load(text_of("environment.yml"))
     (pip,) = [entry["pip"] for entry in environment["dependencies"] if isinstance(entry, dict)]
     by_conda = " ".join(pip)
-    assert by_make == {by_conda, by_conda.removesuffix("[test]")}
+    own = by_conda.removesuffix("[test]")
+    assert by_make == {by_conda, own, f"{own}[release]", f"{own}[docs]"}
     assert by_conda.endswith("[test]")
 
 
@@ -60,42 +66,16 @@ def test_environment_has_the_name_that_the_readme_activates() -> None:
     assert f"conda activate {name}\n" in text_of("README.md")
 
 
-def setup_arguments(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What setup.py hands to setuptools, which need not be installed."""
-    found: dict[str, Any] = {}
-
-    def extension(name: str, **options: Any) -> dict[str, Any]:
-        return {"name": name, **options}
-
-    class BuildExt:
-        user_options: ClassVar[list[tuple[str, str | None, str]]] = []
-        boolean_options: ClassVar[list[str]] = []
-
-    fakes = {
-        "setuptools": {"Extension": extension, "find_packages": lambda **_: [], "setup": lambda **kw: found.update(kw)},
-        "setuptools.command": {},
-        "setuptools.command.build_ext": {"build_ext": BuildExt},
-        "setuptools.errors": {"CompileError": Exception},
-    }
-    for name, attributes in fakes.items():
-        module = types.ModuleType(name)
-        vars(module).update(attributes)
-        monkeypatch.setitem(sys.modules, name, module)
-
-    runpy.run_path(str(ROOT / "setup.py"))
-    return found
-
-
-def test_setup_installs_requirements_txt(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = setup_arguments(monkeypatch)
+def test_setup_installs_requirements_txt(setup_arguments: dict[str, Any]) -> None:
+    found = setup_arguments
     assert [str(Requirement(line)) for line in found["install_requires"]] == [
         str(line) for line in requirements("requirements.txt")
     ]
     (extension,) = found["ext_modules"]
-    assert extension["optional"]
-    for source in extension["sources"]:
+    assert extension.optional
+    for source in extension.sources:
         assert (ROOT / source).is_file(), source
-    assert {ROOT / name for name in extension["depends"]} == set((ROOT / "sparse_ops/backends/cpu/csrc").iterdir())
+    assert {ROOT / name for name in extension.depends} == set((ROOT / "sparse_ops/backends/cpu/csrc").iterdir())
 
 
 def test_constraints_allow_what_is_required() -> None:
@@ -116,7 +96,8 @@ def imports_of(file: Path) -> Iterator[str]:
 
 def third_party(*folders: str) -> dict[str, str]:
     """Distribution to a file that imports it."""
-    own = {*PACKAGES, *folders, *(file.stem for folder in folders for file in (ROOT / folder).glob("*.py"))}
+    beside = [folder for folder in folders if folder not in PACKAGES]  # whose files import each other by name
+    own = {*PACKAGES, *folders, *(file.stem for folder in beside for file in (ROOT / folder).glob("*.py"))}
     return {
         DISTRIBUTION_OF.get(name, name): file.relative_to(ROOT).as_posix()
         for folder in folders
@@ -175,7 +156,7 @@ def tracked_files() -> list[Path]:
     try:
         listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):  # an unpacked archive
-        folders = (*PACKAGES, "scripts", "benchmarks", "configs", "docs", "tests")
+        folders = (*PACKAGES, "scripts", "benchmarks", "docs", "tests")
         return [*ROOT.glob("*.*"), *(file for folder in folders for file in (ROOT / folder).rglob("*.*"))]
     return [ROOT / name for name in listed.split("\0") if name]
 
@@ -215,7 +196,8 @@ def skip_in_a_suite(folder: Path, *arguments: str, required: str) -> subprocess.
     (folder / "conftest.py").write_text(text_of("tests/conftest.py"))
     (folder / "test_some.py").write_text(SKIPPING)
     (folder / "test_import.py").write_text("import pytest\npytest.importorskip('nothing_of_this_name')\n")
-    environment = {**os.environ, "REQUIRE_BACKENDS": required, "PYTHONPATH": str(ROOT), "PYTEST_ADDOPTS": ""}
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    environment = {**os.environ, "REQUIRE_BACKENDS": required, "PYTHONPATH": paths, "PYTEST_ADDOPTS": ""}
     command = [sys.executable, "-m", "pytest", "-q", "-rA", "-p", "no:cacheprovider", "-p", "no:cov", *arguments]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
 

@@ -9,16 +9,39 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("convnextv2", "sparse_ops")
-MOST_LINES = 10_800
+MOST_LINES = 10_767
 """Of the rooms that were there when the house was built, to be lowered only. They had 10,804 before it, and
 10,569 when it stood: with runs from Python, kinds of sources, layouts as objects and prediction in the package."""
 NEW = (
-    "data/bands data/batches data/cache data/crops data/decoding data/metadata data/names data/plain "
-    "data/resampling data/subsets evaluation/features evaluation/frozen evaluation/inference evaluation/knn "
-    "evaluation/linear evaluation/scores messages models/modes models/pooling outputs training/bad_data "
-    "training/claim training/compiling training/feeding training/head_start training/option_types "
-    "training/processes training/saved_state weights/download weights/guard weights/loaders weights/old_format "
-    "weights/stated "
+    "__main__ commands/__init__ commands/_cli commands/_minkowski_check commands/_minkowski_source "
+    "commands/_minkowski_toolchain commands/backends commands/check commands/completion commands/convert "
+    "commands/demo commands/download_data commands/download_weights commands/embed commands/evaluate "
+    "commands/finetune commands/info commands/minkowski commands/model_card commands/predict commands/pretrain "
+    "commands/recipes commands/report commands/segment commands/shards commands/stats commands/visualize "
+    "data/augmentation data/bands data/batches data/cache data/checking data/crops data/decoding data/dicom "
+    "data/encoded data/encoded_sources data/hub_datasets data/listings data/lists data/metadata data/names "
+    "data/native data/native_transforms data/now_reading data/parquet data/paths data/piped data/plain data/rasters "
+    "data/reading data/remote data/resampling data/scene_tiff data/scenes data/shard_writing data/shards data/spool "
+    "data/statistics data/stored data/subsets data/tables data/tar_index data/tiff data/whole data/windows "
+    "data/worker_signals data/writing deferred evaluation/answers evaluation/calibration evaluation/choices "
+    "evaluation/embedding evaluation/feature_files evaluation/features evaluation/frozen evaluation/imagenet "
+    "evaluation/inference evaluation/knn evaluation/linear evaluation/neighbours evaluation/onnx_network "
+    "evaluation/projection evaluation/scores export/__init__ export/folders export/onnx export/target "
+    "export/torch_export export/transformers export/writing messages models/interface models/modes models/no_data "
+    "models/pooling models/recomputing models/spent outputs recipes/__init__ report/__init__ report/curves "
+    "report/embedding report/page report/pictures report/runs segmentation/__init__ segmentation/config "
+    "segmentation/datasets segmentation/loading segmentation/masks segmentation/network segmentation/options "
+    "segmentation/pairs segmentation/predicting segmentation/scores segmentation/training segmentation/transforms "
+    "segmentation/windows timm training/bad_data training/budget training/claim training/compiling "
+    "training/components training/cooldown training/diverged training/draws training/environment training/epoch_pass "
+    "training/exchange training/feeding training/feeding_options training/handlers training/hardware "
+    "training/head_start training/keeping training/measures training/neighbours training/option_types "
+    "training/patience training/pixel_options training/probe_options training/probing training/processes "
+    "training/recipe_files training/reliability training/saved_state training/sharding training/so_far "
+    "training/starting training/states training/watching version weights/adapting weights/addresses weights/beside "
+    "weights/download weights/figures weights/guard weights/hub weights/layouts/mmpretrain weights/loaders "
+    "weights/names weights/old_format weights/pretrained weights/stated weights/transfer weights/unwrapping "
+    "weights/whole "
 )
 TRITON = "block depthwise_sum_kernels gelu_kernels mlp_backward products rows_kernels sums_kernels"
 NEW_BELOW = [

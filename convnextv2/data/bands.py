@@ -7,10 +7,8 @@ mapped: one that is cut meanwhile would end the process.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from convnextv2.data.decoding import UnreadableImageError, Wanted, reasons
+from convnextv2.data.encoded import Stored
 
 BAND = 2**20
 """Values in a band of rows, about."""
@@ -84,7 +83,7 @@ class ArrayFile:
         planes: whether the channels are stored one after the other.
     """
 
-    path: Path
+    path: Stored
     shape: tuple[int, int, int]
     dtype: np.dtype[Any]
     offset: int
@@ -99,7 +98,8 @@ class ArrayFile:
         with self.path.open("rb") as file:
             for start in starts:
                 file.seek(self.offset + start * inner * self.dtype.itemsize)
-                read.append(np.fromfile(file, self.dtype, length * width * inner))
+                content = file.read(length * width * inner * self.dtype.itemsize)
+                read.append(np.frombuffer(content, self.dtype, len(content) // self.dtype.itemsize))
         if any(len(values) < length * width * inner for values in read):
             raise UnreadableImageError("not a readable .npy array: it was cut while it was read")
         return np.concatenate([values.reshape(length, width, inner) for values in read], axis=-1)
@@ -109,7 +109,7 @@ class ArrayFile:
         return values.swapaxes(0, 1) if self.turned else values
 
 
-def open_array(path: Path, in_chans: int, wanted: Wanted) -> ArrayFile:
+def open_array(path: Stored, in_chans: int, wanted: Wanted) -> ArrayFile:
     """The header of a ``.npy`` file with an array ``[H, W]``, ``[H, W, C]`` or ``[C, H, W]``.
 
     One channel stands in for three. Raises UnreadableImageError if it is another array, too large, or truncated.
@@ -117,7 +117,7 @@ def open_array(path: Path, in_chans: int, wanted: Wanted) -> ArrayFile:
     with reasons("not a readable .npy array: ", path), path.open("rb") as file:
         old = np.lib.format.read_magic(file) == (1, 0)
         header = np.lib.format.read_array_header_1_0(file) if old else np.lib.format.read_array_header_2_0(file)
-        offset, there = file.tell(), os.fstat(file.fileno()).st_size
+        offset, there = file.tell(), path.stat().st_size
     stored, by_columns, dtype = header
     if dtype.kind not in "biuf" or len(stored) not in (2, 3) or min(stored) < 1:
         raise UnreadableImageError("expected a .npy array of numbers [H, W], [H, W, C] or [C, H, W]")

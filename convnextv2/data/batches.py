@@ -1,4 +1,5 @@
 """Images travel from the loader as bytes and become normalised floats in the batch, where that is: on the device.
+Those of other types travel in their own where no value was changed, else as float32 in their units.
 
 A transform is taken apart where it ends in to-float and normalise; one that goes on with floats (noise erasing, images
 of other than 1 or 3 channels) stays whole, and its tensors travel as they are.
@@ -58,10 +59,51 @@ class Taken:
                 return self._stepped(image)
         return self._stepped(image)
 
+    def normalised(self, pixels: Tensor, mean: Tensor, std: Tensor, memory_format: torch.memory_format) -> Tensor:
+        """Floats of a batch of such pixels: :func:`normalised`."""
+        return normalised(pixels, mean, std, memory_format)
+
     def _stepped(self, image: Any) -> Tensor:
         for step in self.steps:
             image = step(image)
         return pixels_of(image, self.channels)
+
+
+class NativeTaken:
+    """A :class:`~.native_transforms.NativeTransform` as loaders use it: its images travel in their own units."""
+
+    crop = None
+
+    def __init__(self, transform: Any) -> None:
+        self._transform, self.statistics = transform, transform.statistics
+
+    @property
+    def channels(self) -> int:
+        return len(self.statistics[0])
+
+    def pixels(self, image: Any, place: Places, resizer: str = "pillow") -> Tensor:
+        """``[H, W, C]`` in the units of the image, by :meth:`~.native_transforms.NativeTransform.travelling`."""
+        with sample_seed(*place):
+            return self._transform.travelling(image)
+
+    def normalised(self, pixels: Tensor, mean: Tensor, std: Tensor, memory_format: torch.memory_format) -> Tensor:
+        """float32 ``[B, C, H, W]``; NaN where there is no data if the transform keeps it, else 0."""
+        values = pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=memory_format, copy=True)
+        values = values.sub_(mean).div_(std)
+        return values if self._transform.keeps_no_data else values.nan_to_num_(0.0, 0.0, 0.0)
+
+
+def stacked(samples: Sequence[Tensor]) -> Tensor:
+    """Samples of one type as they are, of several as float32."""
+    same = len({sample.dtype for sample in samples}) == 1
+    return torch.stack(list(samples) if same else [sample.float() for sample in samples])
+
+
+def native_collate(samples: list[Any]) -> Any:
+    """A batch of samples, with labels or without, :func:`stacked`."""
+    if isinstance(samples[0], Tensor):
+        return stacked(samples)
+    return stacked([sample for sample, _ in samples]), torch.tensor([label for _, label in samples])
 
 
 def size_of(image: Image.Image | NDArray[np.uint8]) -> tuple[int, int]:
@@ -119,7 +161,7 @@ class Samples(Dataset[Any]):
         images: the data set.
         views: crops of each decoded image; a batch has as many times the images that were decoded.
         passes: how often an epoch has each image; every time it is augmented anew.
-        resizer: one of :data:`~.crops.RESIZERS`.
+        resizer: one of :data:`~.decoding.RESIZERS`.
         on_device: let :meth:`finish` resize and flip the crops; the same crops are drawn.
         memory_format: of the batches.
     """
@@ -137,7 +179,8 @@ class Samples(Dataset[Any]):
         self.images, self.views, self.resizer, self.memory_format = images, views, resizer, memory_format
         self.passes = passes
         own = type(images).__getitem__ is not ImageDataset.__getitem__  # of a data set that makes its samples itself
-        self.taken = None if own else take_apart(images.transform)
+        native = not own and hasattr(images.transform, "travelling")
+        self.taken = None if own else NativeTaken(images.transform) if native else take_apart(images.transform)
         crop = None if self.taken is None else self.taken.crop
         self._device_crop = crop if on_device else None
         if crop is None and (on_device or resizer != "pillow"):
@@ -145,7 +188,8 @@ class Samples(Dataset[Any]):
         if own and (views > 1 or passes > 1):
             raise ValueError("expected images that make no samples of their own")
         self._read = getattr(images.source, "array", None) if crop is not None else None
-        self.collate = self._collate if self._device_crop is not None else default_collate
+        usual = native_collate if native else getattr(images, "collate", default_collate)
+        self.collate = self._collate if self._device_crop is not None else usual
         self._constants: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def __len__(self) -> int:
@@ -155,10 +199,10 @@ class Samples(Dataset[Any]):
         index = range(len(self))[index]
         if self.taken is None and self.views == self.passes == 1:
             return self.images[index]
-        found, decoded = self.images.load(index % len(self.images), self._read)
+        found, decoded = self.images.load(index, self._read)
         epoch = int(self.images._epoch)
         views = [self._view(decoded, (self.images.seed, epoch, index, view)) for view in range(self.views)]
-        sample = views[0] if self.views == 1 else views if self._device_crop else torch.stack(views)
+        sample = views[0] if self.views == 1 else views if self._device_crop else stacked(views)
         return sample if self.images.labels is None else (sample, self.images.labels[found])
 
     def _view(self, decoded: Any, place: Places) -> Any:
@@ -187,7 +231,7 @@ class Samples(Dataset[Any]):
         elif self.views > 1:
             images = images.flatten(0, 1)
         if self.taken is not None:
-            images = normalised(images, *self._on(images.device), self.memory_format)
+            images = self.taken.normalised(images, *self._on(images.device), self.memory_format)
         if labels is None:
             return images
         return images, labels.repeat_interleave(self.views) if self.views > 1 else labels

@@ -6,20 +6,17 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-import torch
-
 from convnextv2.data.datasets import ImageDataset, PredictDataset
-from convnextv2.data.decoding import USUAL, Size, Wanted
-from convnextv2.data.folders import walk_files
+from convnextv2.data.decoding import USUAL, Size, Wanted, is_zarr
 from convnextv2.data.images import has_image_suffix, why_unusable
+from convnextv2.data.listings import walk_files
 from convnextv2.data.opening import open_source
-from convnextv2.data.sources import DataError, OpenedSource, Part
-from convnextv2.data.transforms import DEFAULT_STATISTICS, Augmentation, Statistics, check_statistics, image_transform
+from convnextv2.data.reading import plain_transform, prepared_by, with_statistics
+from convnextv2.data.sources import DataError
+from convnextv2.data.transforms import Augmentation, check_statistics
+from convnextv2.data.windows import predict_dataset, training_set
 
 Numbers = Sequence[float]
-STATISTICS_SAMPLE = 256
-"""Images from which mean and standard deviation are computed where there is no default."""
 
 
 def build_pretrain_dataset(
@@ -52,14 +49,15 @@ def build_pretrain_dataset(
         wanted: what else is wanted of image files, such as a bound on their size.
     """
     img_size = _check_size(img_size)
-    opened = open_source(data, in_chans=in_chans, img_size=img_size, wanted=wanted)
+    opened = open_source(data, in_chans=in_chans, img_size=img_size, wanted=with_statistics(wanted, mean))
     part, about = opened.train, opened.description
     if opened.hold_out:
         part, about = opened.split(val_fraction, seed)[0], f"{about}, training part"
-    statistics, bad = _statistics(opened, part, in_chans, mean, std)
-    augmenting = image_transform(img_size, *statistics, opened.augmentation("pretrain", augmentation))
-    plain = image_transform(img_size, *statistics)
-    return ImageDataset(replace(part, labels=None), augmenting, plain, statistics, seed=seed, what=about, bad=bad)
+    statistics, bad, transform = prepared_by(data, opened, part, in_chans, mean, std)
+    augmenting = transform(img_size, *statistics, opened.augmentation("pretrain", augmentation))
+    plain = transform(img_size, *statistics)
+    part = replace(part, labels=None)
+    return training_set(part)(part, augmenting, plain, statistics, seed=seed, what=about, bad=bad)
 
 
 def build_finetune_datasets(
@@ -88,6 +86,7 @@ def build_finetune_datasets(
         DataError: if there is no usable image, fewer than two classes, or a class to validate that is not trained.
     """
     img_size = _check_size(img_size)
+    wanted = with_statistics(wanted, mean)
     opened = open_source(data, in_chans=in_chans, img_size=img_size, labelled=True, wanted=wanted)
     train, val = opened.split(val_fraction, seed)
     classes = list(opened.classes)
@@ -96,12 +95,12 @@ def build_finetune_datasets(
         raise DataError(f"{data}: a classifier needs at least two classes (one subfolder each), found {found}")
     if not len(val.by_number):
         raise DataError(f"{data}: no class has a second image to validate on; expected at least two images a class")
-    statistics, bad = _statistics(opened, train, in_chans, mean, std)
-    augmenting = image_transform(img_size, *statistics, opened.augmentation("finetune", augmentation))
-    plain = image_transform(img_size, *statistics)
+    statistics, bad, transform = prepared_by(data, opened, train, in_chans, mean, std)
+    augmenting = transform(img_size, *statistics, opened.augmentation("finetune", augmentation))
+    plain = transform(img_size, *statistics)
     rest, about = (plain, statistics, classes), opened.description
     return (
-        ImageDataset(train, augmenting, *rest, seed=seed, what=f"{about}, training part", bad=bad),
+        training_set(train)(train, augmenting, *rest, seed=seed, what=f"{about}, training part", bad=bad),
         ImageDataset(val, plain, *rest, seed=seed, what=f"{about}, validation part"),
     )
 
@@ -123,56 +122,24 @@ def build_predict_dataset(
     check_statistics(mean, std, in_chans)
     files, skipped = set[Path](), list[tuple[Path, str]]()
     for given in map(Path, inputs):
-        if given.is_dir():
+        if given.is_dir() and not is_zarr(given):
             for path, _ in walk_files(given, skipped):
                 reason = None if has_image_suffix(path) else why_unusable(path, in_chans, False, wanted)
                 if reason is None:
                     files.add(path)
                 else:
                     skipped.append((path, reason))
-        elif given.is_file():
+        elif given.is_file() or is_zarr(given):
             files.add(given)
         else:
             raise DataError(f"{given}: {'not a regular file' if given.exists() else 'no such file or folder'}")
     if not files:
         raise DataError(f"{', '.join(map(str, inputs)) or 'no input given'}: looked for image files and found none")
-    transform = image_transform(img_size, mean, std)
-    return PredictDataset(sorted(files), transform, (in_chans, *img_size), skipped, wanted)
+    transform, shape = plain_transform(wanted, img_size, mean, std), (in_chans, *img_size)
+    return predict_dataset(sorted(files), transform, shape, skipped, wanted)
 
 
 def _check_size(img_size: tuple[int, int]) -> tuple[int, int]:
     if len(img_size) != 2 or any(side < 1 for side in img_size):
         raise ValueError(f"img_size must be (height, width) in pixels, got {img_size}")
     return int(img_size[0]), int(img_size[1])
-
-
-def _statistics(
-    opened: OpenedSource, part: Part, in_chans: int, mean: Numbers | None, std: Numbers | None
-) -> tuple[Statistics, list[int]]:
-    if (mean is None) != (std is None):
-        raise ValueError("give both mean and std, or neither")
-    if mean is not None and std is not None:
-        check_statistics(mean, std, in_chans)
-    elif known := opened.statistics or DEFAULT_STATISTICS.get(in_chans):
-        mean, std = known
-    else:
-        return _measure(ImageDataset(part, torch.as_tensor, torch.as_tensor, ((), ()), what=opened.description))
-    return (tuple(mean), tuple(std)), []
-
-
-def _measure(images: ImageDataset) -> tuple[Statistics, list[int]]:
-    """Of each channel over up to :data:`STATISTICS_SAMPLE` images, spread evenly; one that stands in counts once."""
-    chosen = np.unique(np.linspace(0, len(images) - 1, STATISTICS_SAMPLE).round().astype(int))
-    count, total, squares, seen = 0, 0.0, 0.0, set[int]()
-    for index in chosen:
-        found, decoded = images.load(int(index))
-        if found in seen:
-            continue
-        seen.add(found)
-        pixels = np.asarray(decoded, dtype=np.float64).reshape(-1, np.shape(decoded)[-1])
-        count += len(pixels)
-        total += pixels.sum(0)
-        squares += np.square(pixels).sum(0)
-    mean = np.asarray(total) / count
-    std = np.sqrt(np.maximum(np.asarray(squares) / count - mean**2, 0))
-    return (tuple(mean.tolist()), tuple(np.where(std > 1e-6, std, 1.0).tolist())), images.replaced

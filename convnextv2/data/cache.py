@@ -17,7 +17,6 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -101,10 +100,12 @@ def cached(source: Source, directory: str | Path, side: int, say: Callable[[str]
         numbers, inner = [inner.numbers[number] for number in numbers], inner.source
     if not isinstance(inner, FileSource) or inner.in_chans not in (1, 3):
         raise ValueError("`cache` is for images in files, of 1 or 3 channels; leave it out")
+    if inner.wanted.native:
+        raise ValueError("`cache` keeps 8 bits a value, fewer than `pixels` native reads; leave it out")
     folder = Path(directory) / _key(inner, side)
     if _about(folder) is None:
         try:
-            with _alone(folder):
+            with alone(folder):
                 if _about(folder) is None:
                     say(f"caching {len(inner)} images in {folder}")
                     _build(inner, folder, side)
@@ -118,7 +119,8 @@ def cached(source: Source, directory: str | Path, side: int, say: Callable[[str]
 
 
 def _key(source: FileSource, side: int) -> str:
-    digest = hashlib.sha256(json.dumps([FORMAT, side, source.in_chans, asdict(source.wanted)]).encode())
+    wanted = {name: getattr(source.wanted, name) for name in ("max_pixels", "least_side")}  # all that photographs have
+    digest = hashlib.sha256(json.dumps([FORMAT, side, source.in_chans, wanted]).encode())
     for path in source.paths:
         try:
             status = path.stat()
@@ -143,7 +145,8 @@ def _sizes(folder: Path) -> list[int]:
 
 
 @contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def alone(folder: Path) -> Iterator[None]:
+    """No other process has ``folder``, which need not be there, until the block ends; OSError if it cannot be."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with (folder.parent / f"{folder.name}.lock").open("w") as lock:
         if fcntl is not None:

@@ -14,9 +14,6 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-RESIZERS = ("pillow", "torchvision")
-"""``torchvision`` is faster and keeps weights in 16 bits: one value in some hundreds differs, by 1 or 2 of 255."""
-
 
 class Box(NamedTuple):
     """A part of an image, in pixels, and whether it is turned left to right."""

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from convnextv2.data.decoding import USUAL, UnreadableImageError, Wanted
 from convnextv2.data.images import load_image
 from convnextv2.data.names import name_of
+from convnextv2.data.now_reading import NowReading
 from convnextv2.data.sources import DataError, Part, SequentialSource
 from convnextv2.data.transforms import Statistics, Transform, sample_seed
 
@@ -73,6 +74,7 @@ class ImageDataset(_Epochs, Dataset[Any]):
         self.description = f"{self.what}: {len(self)} images{of}"
         self.damaged = torch.zeros(len(self), dtype=torch.bool).share_memory_()
         self.damaged[list(self.bad)] = True
+        self.now_reading = NowReading()
 
     @property
     def replaced(self) -> list[int]:
@@ -94,11 +96,14 @@ class ImageDataset(_Epochs, Dataset[Any]):
         reason = ""
         for step in range(len(self)):
             candidate = (index + step) % len(self)
+            self.now_reading.begin(candidate)
             try:
                 return candidate, (read or self.source.load)(candidate)
             except UnreadableImageError as error:
                 self.damaged[candidate] = True
                 reason = reason or f"{name_of(self.source, candidate)}: {error}"
+            finally:
+                self.now_reading.begin(-1)
         raise DataError(f"{self.what}: none of the {len(self)} images can be read: {reason}")
 
     def examples(self, count: int) -> Tensor:
@@ -168,15 +173,21 @@ class PredictDataset(Dataset[Any]):
         except UnreadableImageError as error:
             return torch.zeros(self.shape), index, str(error)
 
-    def examples(self, count: int) -> tuple[list[Tensor], list[tuple[Path, str]]]:
-        """Up to ``count`` readable images ``[C, H, W]``, spread evenly; and the unreadable files met, with reasons."""
-        images, unreadable = list[Tensor](), list[tuple[Path, str]]()
+    def numbered_examples(self, count: int) -> tuple[list[int], list[Tensor], list[tuple[Path, str]]]:
+        """Numbers of up to ``count`` readable images, spread evenly; these images, ``[C, H, W]``; and the unreadable
+        files met, with reasons."""
+        chosen, images, unreadable = list[int](), list[Tensor](), list[tuple[Path, str]]()
         for number in spread(len(self), count):
             image, _, reason = self[number]
             if reason:
                 unreadable.append((self.files[number], reason))
                 continue
+            chosen.append(number)
             images.append(image)
             if len(images) == count:
                 break
-        return images, unreadable
+        return chosen, images, unreadable
+
+    def examples(self, count: int) -> tuple[list[Tensor], list[tuple[Path, str]]]:
+        """The same without the numbers."""
+        return self.numbered_examples(count)[1:]

@@ -11,18 +11,27 @@ import os
 import struct
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageFile, JpegImagePlugin
 
+from convnextv2.data.encoded import Stored, openable
 from convnextv2.messages import one_line
 
 Size = tuple[int, int]
 """(H, W) in pixels."""
 MAX_PIXELS = 2**26
 """Width × height of an image file that is decoded, unless more is asked for: with it a process takes about 1.5 GB."""
+
+PIXELS, CROPS = ("auto", "photo", "native"), ("area", "native")
+RESIZERS = ("pillow", "torchvision")
+"""``torchvision`` is faster and keeps weights in 16 bits: one value in some hundreds differs, by 1 or 2 of 255."""
+NATIVE = ("bands", "no_data", "crop", "value_range")
+"""What is wanted of native images only."""
+VALUES_A_PIXEL = 16
+"""A file of more bands is read up to as many values as ``max_pixels`` pixels with this many would have."""
 
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 """Formats that are read; JPEG includes MPO. Those that run a program (EPS) or have no signature (TGA, PCD) are not."""
@@ -44,14 +53,54 @@ class Wanted:
             sizes (a half, a quarter, …) that keeps to it, where that takes little memory; all others are unreadable.
         least_side: JPEG files are decoded at the smallest of their reduced sizes (to an eighth) whose shorter side has
             this many pixels; None for never.
+        pixels: one of :data:`PIXELS`: ``photo`` reads 8 bits a value, ``native`` the type and the units of the file,
+            and ``auto`` is ``native`` for a set of images of which most have more than 8 bits.
+        bands: numbers, from 1, of the bands of a file that are the channels, in this order; None for all.
+        no_data: the value that stands for no data, beside what a file itself says.
+        crop: of native images, one of :data:`CROPS`: ``area`` brings them to the size of the network, ``native`` cuts
+            them to it, at the scale of their pixels.
+        value_range: least and greatest value that native images can have, in their units; None for what is measured.
+        ranges: the same of each band, as it was measured before.
+        window: (H, W) in pixels of the parts that images are read in, never whole; None for whole images.
     """
 
     max_pixels: int = MAX_PIXELS
     least_side: int | None = None
+    pixels: str = "auto"
+    bands: tuple[int, ...] | None = None
+    no_data: float | None = None
+    crop: str = "area"
+    value_range: tuple[float, float] | None = None
+    ranges: tuple[tuple[float, float], ...] | None = None
+    window: Size | None = None
 
     def __post_init__(self) -> None:
         if self.max_pixels < 1:
             raise ValueError(f"max_pixels must be at least 1, got {self.max_pixels}")
+        if self.pixels not in PIXELS:
+            raise ValueError(f"`pixels` must be one of {', '.join(PIXELS)}, got {self.pixels!r}")
+        if self.crop not in CROPS:
+            raise ValueError(f"`crop` must be one of {', '.join(CROPS)}, got {self.crop!r}")
+        if self.value_range is not None and not -math.inf < self.value_range[0] < self.value_range[1] < math.inf:
+            raise ValueError(f"`value_range` must be two numbers, the lower one first, got {self.value_range}")
+        if self.window is not None and not (len(self.window) == 2 and min(self.window) >= 1):
+            raise ValueError(f"`window` must be a height and a width in pixels, got {self.window}")
+        if self.bands is not None and not (self.bands and all(band >= 1 for band in self.bands)):
+            raise ValueError(f"`bands` are numbers from 1 on, as in 4,3,2, got {self.shown_bands!r}")
+        if self.pixels == "photo" and (
+            set_ := [name for name in NATIVE if getattr(self, name) != getattr(USUAL, name)]
+        ):
+            raise ValueError(f"`{set_[0]}` is of `pixels` native; leave it out with `pixels` photo")
+
+    @property
+    def native(self) -> bool:
+        """Whether images are read in the type and the units of their file."""
+        return self.pixels == "native"
+
+    @property
+    def shown_bands(self) -> str:
+        """``4,3,2``."""
+        return ",".join(map(str, self.bands or ()))
 
     def __str__(self) -> str:
         unusual = [item.name for item in fields(self) if getattr(self, item.name) != item.default]
@@ -62,17 +111,24 @@ class Wanted:
         if width * height > self.max_pixels:
             raise self.too_large(f"{width}×{height} pixels")
 
+    def check_values(self, width: int, height: int, bands: int) -> None:
+        """Raise UnreadableImageError for an image that is too large, or has too many bands for its size."""
+        self.check(width, height)
+        if width * height * bands > VALUES_A_PIXEL * self.max_pixels:
+            raise self.too_large(f"{width}×{height} pixels of {bands} bands")
+
     def too_large(self, size: str) -> UnreadableImageError:
         """The reason why an image of that size is not read."""
         bound = f"`max_pixels` {self.max_pixels} (width × height)"
-        return UnreadableImageError(f"{size}, more than {bound}: a decompression bomb, or to be asked for")
+        parts = "" if self.window else "; `window` reads a TIFF, .npy or .zarr in parts"
+        return UnreadableImageError(f"{size}, more than {bound}: a decompression bomb, or to be asked for{parts}")
 
     def taken_by(self, function: Callable[..., Any]) -> dict[str, Wanted]:
         """This as the argument ``wanted`` of a function, which it may lack where nothing unusual is wanted."""
         taken = inspect.signature(function).parameters.values()
         if any(one.name == "wanted" or one.kind is one.VAR_KEYWORD for one in taken):
             return {"wanted": self}
-        if self != USUAL:
+        if self != USUAL and self != replace(USUAL, pixels="photo"):
             name = getattr(function, "__qualname__", function)
             raise ValueError(f"{self} cannot be told to {name}, which takes no 'wanted': see docs/data.md")
         return {}
@@ -89,7 +145,7 @@ class UnreadableImageError(ValueError):
 
 
 @contextlib.contextmanager
-def reasons(problem: str = "", path: Path | None = None) -> Iterator[None]:
+def reasons(problem: str = "", path: Stored | None = None) -> Iterator[None]:
     """Any error as an UnreadableImageError: damaged files make the decoders raise nearly anything."""
     try:
         if path is not None and path.stat().st_size == 0:
@@ -104,9 +160,20 @@ def reasons(problem: str = "", path: Path | None = None) -> Iterator[None]:
         raise UnreadableImageError(f"{problem}{reason:.200}") from error
 
 
-def open_image(path: Path, wanted: Wanted) -> ImageFile.ImageFile:
+def is_zarr(path: Stored) -> bool:
+    """Whether a folder is a zarr array, or a group of them, by its name and what lies in it."""
+    if not isinstance(path, Path):
+        return False
+    names = ("zarr.json", ".zarray", ".zgroup")
+    inside = path.suffix.lower() == ".zarr" or path.parent.suffix.lower() == ".zarr"
+    return inside and any((path / name).is_file() for name in names)
+
+
+def open_image(path: Stored, wanted: Wanted) -> ImageFile.ImageFile:
     """The file, its header read, to be decoded at a size that is not too large."""
     with reasons(path=path):
+        if is_zarr(path):
+            raise UnreadableImageError("is a zarr array, which is read in parts: say `window`")
         if Image.MAX_IMAGE_PIXELS is not None and wanted.max_pixels > Image.MAX_IMAGE_PIXELS:
             Image.MAX_IMAGE_PIXELS = wanted.max_pixels  # else Pillow refuses what was asked for
         image = _identify(path, wanted)
@@ -121,7 +188,7 @@ def open_image(path: Path, wanted: Wanted) -> ImageFile.ImageFile:
     return image
 
 
-def _identify(path: Path, wanted: Wanted) -> ImageFile.ImageFile:
+def _identify(path: Stored, wanted: Wanted) -> ImageFile.ImageFile:
     """As ``Image.open``, which would not open a JPEG file that is large, but can be decoded at another size."""
     Image.init()
     with path.open("rb") as file:
@@ -131,7 +198,7 @@ def _identify(path: Path, wanted: Wanted) -> ImageFile.ImageFile:
         if factory is None or accept is None or accept(start) is not True:
             continue
         try:
-            return factory(path, "")  # type: ignore[arg-type]  # it opens and closes the file itself
+            return factory(openable(path), "")  # type: ignore[arg-type]  # it opens and closes a path itself
         except (SyntaxError, IndexError, TypeError, struct.error):
             continue  # another format's
         except Image.DecompressionBombError as error:
@@ -139,7 +206,7 @@ def _identify(path: Path, wanted: Wanted) -> ImageFile.ImageFile:
     raise UnreadableImageError("not an image, or a format that is not read")
 
 
-def _reduce(image: ImageFile.ImageFile, path: Path, wanted: Wanted) -> None:
+def _reduce(image: ImageFile.ImageFile, path: Stored, wanted: Wanted) -> None:
     """Let an image that is too large be decoded at the largest of its reduced sizes that is not, if it has one."""
     width, height = image.size
     for halvings in range(1, (0 if width * height <= wanted.max_pixels else _halvings(image, path, wanted)) + 1):
@@ -157,7 +224,7 @@ def _reduce(image: ImageFile.ImageFile, path: Path, wanted: Wanted) -> None:
         image.draft(None, (width // scale, height // scale))
 
 
-def _halvings(image: ImageFile.ImageFile, path: Path, wanted: Wanted) -> int:
+def _halvings(image: ImageFile.ImageFile, path: Stored, wanted: Wanted) -> int:
     """How often the sides of an image can be halved before it is decoded, without much memory for the whole."""
     pixels = image.width * image.height
     if isinstance(image, JpegImagePlugin.JpegImageFile) and image.fp is not None:

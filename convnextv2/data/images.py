@@ -25,6 +25,10 @@ from PIL import ExifTags, Image, ImageOps
 
 from convnextv2.data.bands import Pixels, Values, bands, on_white, open_array, value_range
 from convnextv2.data.decoding import FORMATS, USUAL, UnreadableImageError, Wanted, open_image, reasons
+from convnextv2.data.encoded import Stored
+from convnextv2.data.native import load_native, native_pixels
+from convnextv2.data.rasters import Decoded
+from convnextv2.data.scenes import scene_pixels
 
 LARGE = 2**22
 """Pixels of an image that is not decoded beside others when a folder is scanned."""
@@ -33,22 +37,25 @@ LARGE = 2**22
 def has_image_suffix(path: Path) -> bool:
     """Whether the name ends like that of an image that can be read."""
     Image.init()
-    return path.suffix.lower() == ".npy" or Image.EXTENSION.get(path.suffix.lower()) in FORMATS
+    suffix = path.suffix.lower()
+    return suffix in (".npy", ".npz", ".dcm") or Image.EXTENSION.get(suffix) in FORMATS
 
 
-def why_unusable(path: Path, in_chans: int, full: bool, wanted: Wanted = USUAL, alone: Any = None) -> str | None:
+def why_unusable(path: Stored, in_chans: int, full: bool, wanted: Wanted = USUAL, alone: Any = None) -> str | None:
     """The reason why a file is no usable image, or None.
 
     What comes before the pixels is read, in about a tenth of a millisecond; ``full`` decodes it too, the large ones
     under the lock ``alone``, where there is one: threads would otherwise hold one each.
     """
     try:
-        if path.suffix.lower() == ".npy":
+        if wanted.native or wanted.window:
+            pixels = (scene_pixels if wanted.window else native_pixels)(path, in_chans, wanted)  # type: ignore[arg-type]  # windows are of files
+        elif path.suffix.lower() == ".npy":
             pixels = math.prod(open_array(path, in_chans, wanted).shape)
         else:
             with open_image(path, wanted) as image:
                 pixels = image.width * image.height
-        if full:
+        if full and not wanted.window:
             with alone if alone and pixels > LARGE else contextlib.nullcontext():
                 load_image(path, in_chans, wanted)
     except UnreadableImageError as error:
@@ -56,7 +63,7 @@ def why_unusable(path: Path, in_chans: int, full: bool, wanted: Wanted = USUAL, 
     return None
 
 
-def load_image(path: Path, in_chans: int, wanted: Wanted = USUAL) -> Image.Image | NDArray[np.float32]:
+def load_image(path: Stored, in_chans: int, wanted: Wanted = USUAL) -> Decoded:
     """Decode an image file; UnreadableImageError, with the reason, if that is not possible.
 
     Args:
@@ -69,6 +76,8 @@ def load_image(path: Path, in_chans: int, wanted: Wanted = USUAL) -> Image.Image
         ``[H, W, in_chans]``, float32, integers scaled to [0, 1] by the largest value of their type and floats as
         stored; it comes from a ``.npy`` file, a TIFF of ``in_chans`` gray pages, or an image of as many bands.
     """
+    if wanted.native:
+        return load_native(path, in_chans, wanted)
     with reasons():
         if path.suffix.lower() == ".npy":
             array = open_array(path, in_chans, wanted)
@@ -123,7 +132,7 @@ def _unit_range(values: Values) -> NDArray[np.float32]:
     return result
 
 
-def _rgb(path: Path, wanted: Wanted) -> tuple[Image.Image, bytes]:
+def _rgb(path: Stored, wanted: Wanted) -> tuple[Image.Image, bytes]:
     """The image as it is stored, and the orientation that it is to be shown in."""
     with open_image(path, wanted) as image:
         image.load()
@@ -146,7 +155,7 @@ def _orientation(image: Image.Image) -> bytes:
         return b""
 
 
-def _many_channels(path: Path, in_chans: int, wanted: Wanted) -> NDArray[np.float32]:
+def _many_channels(path: Stored, in_chans: int, wanted: Wanted) -> NDArray[np.float32]:
     with open_image(path, wanted) as image:
         bands, mode, pages = len(image.getbands()), image.mode, 1
         if bands == 1:

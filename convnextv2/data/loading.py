@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
-import signal
+import contextlib
+import multiprocessing
 from collections.abc import Iterator
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
+
+from convnextv2.data.worker_signals import leave_signals_to_main
+
+
+@contextlib.contextmanager
+def process_pool(processes: int) -> Iterator[ProcessPoolExecutor]:
+    """Processes that are forked where the system can; OSError if one of them is ended from outside."""
+    context = multiprocessing.get_context("fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn")
+    try:
+        with ProcessPoolExecutor(processes, context) as pool:
+            yield pool
+    except BrokenExecutor as error:
+        raise OSError(
+            "a process was ended from outside, as happens where memory is short; use fewer `processes`"
+        ) from error
 
 
 def derived_seed(*words: int) -> int:
@@ -17,21 +34,28 @@ def derived_seed(*words: int) -> int:
 
 
 class EpochSampler(Sampler[int]):
-    """A permutation that depends on (seed, epoch) alone, the same in every process."""
+    """A permutation that depends on (seed, epoch) alone, the same in every process.
 
-    def __init__(self, length: int, seed: int) -> None:
-        self.length, self.seed, self.epoch = length, seed, 0
+    Args:
+        length: of the data set.
+        seed: of the run.
+        multiple: an epoch takes as many numbers of the permutation as this divides.
+    """
+
+    def __init__(self, length: int, seed: int, multiple: int = 1) -> None:
+        self.length, self.seed, self.multiple = length, seed, multiple
+        self.epoch, self.start = 0, 0  # the number of the permutation, from 0, that comes first
 
     def __len__(self) -> int:
-        return self.length
+        return max(0, (self.length - self.start) // self.multiple * self.multiple)
+
+    def order(self) -> list[int]:
+        """The permutation of the epoch, whole."""
+        generator = torch.Generator().manual_seed(derived_seed(self.seed, self.epoch))
+        return torch.randperm(self.length, generator=generator).tolist()
 
     def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(derived_seed(self.seed, self.epoch))
-        yield from torch.randperm(self.length, generator=generator).tolist()
-
-
-def _start_worker(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the main process ends its workers
+        yield from self.order()[self.start : self.start + len(self)]
 
 
 def make_loader(dataset: Dataset[Any], batch_size: int, workers: int, sampler: Sampler[int] | None = None) -> Any:
@@ -44,6 +68,6 @@ def make_loader(dataset: Dataset[Any], batch_size: int, workers: int, sampler: S
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_start_worker,
+        worker_init_fn=leave_signals_to_main,
         collate_fn=getattr(dataset, "collate", None),
     )

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from convnextv2.data.decoding import USUAL, Size, Wanted
 from convnextv2.data.folders import FolderKind
+from convnextv2.data.reading import settled_source
 from convnextv2.data.sources import DataError, OpenedSource
 
 
@@ -76,5 +77,6 @@ def open_source(
     for kind in source_kinds():
         if kind.claims(str(spec)):
             options: dict[str, Any] = {"in_chans": in_chans, "img_size": img_size, "labelled": labelled}
-            return kind.open(str(spec), **(options | wanted.taken_by(kind.open)))
+            opened = kind.open(str(spec), **(options | wanted.taken_by(kind.open)))
+            return settled_source(opened, wanted)
     raise DataError(why_unknown(spec))

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-from numpy.typing import NDArray
-from PIL import Image
 
+from convnextv2.data.augmentation import Augmentation, Statistics
 from convnextv2.data.decoding import USUAL, Wanted
 from convnextv2.data.images import load_image
-from convnextv2.data.transforms import Augmentation, Statistics
+from convnextv2.data.rasters import Decoded
 from convnextv2.messages import one_line
 
 CROP_SCALES: Mapping[str, tuple[float, float]] = {"pretrain": (0.2, 1.0), "finetune": (0.08, 1.0)}
@@ -60,16 +59,15 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
-    def load(self, index: int) -> Image.Image | NDArray[np.float32]:
-        """An RGB image, or an array ``[H, W, C]`` where C is neither 1 nor 3; UnreadableImageError if it cannot be
-        decoded."""
+    def load(self, index: int) -> Decoded:
+        """The image; UnreadableImageError if it cannot be decoded."""
 
 
 @runtime_checkable
 class SequentialSource(Protocol):
     """Decoded images in an order of their own: for files that are read from beginning to end, such as tar shards."""
 
-    def read(self, share: int, shares: int) -> Iterator[tuple[int, Image.Image | NDArray[np.float32], int | None]]:
+    def read(self, share: int, shares: int) -> Iterator[tuple[int, Decoded, int | None]]:
         """The images of share number ``share``, from 0, of ``shares``: (number, image, label or None).
 
         The shares together are every readable image once; a share may be empty. An image, as :meth:`Source.load` gives
@@ -89,7 +87,7 @@ class FileSource:
     def __len__(self) -> int:
         return len(self.paths)
 
-    def load(self, index: int) -> Image.Image | NDArray[np.float32]:
+    def load(self, index: int) -> Decoded:
         return load_image(self.paths[index], self.in_chans, self.wanted)
 
 
@@ -103,7 +101,7 @@ class Subset:
     def __len__(self) -> int:
         return len(self.numbers)
 
-    def load(self, index: int) -> Image.Image | NDArray[np.float32]:
+    def load(self, index: int) -> Decoded:
         return self.source.load(self.numbers[index])
 
 

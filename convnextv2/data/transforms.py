@@ -8,7 +8,6 @@ import itertools
 import operator
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,11 +15,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from convnextv2.data.augmentation import Augmentation, Statistics
 from convnextv2.data.crops import sample_words
 from convnextv2.data.metadata import IMAGE_METADATA, numbers_of
 
 Transform = Callable[[Any], Tensor]
-Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 Preprocessing = tuple[tuple[float, ...], tuple[float, ...], tuple[int, int]]
 """Mean, standard deviation, (height, width)."""
 
@@ -30,38 +29,6 @@ DEFAULT_STATISTICS: Mapping[int, Statistics] = {1: ((0.5,), (0.5,)), 3: ((0.485,
 WIDEST_ASPECT = 8
 """Longer sides are cut to this multiple of the shorter one before the evaluation's resize, which scales the shorter
 side: the centre crop throws the rest away anyhow, but a 1×20000 image would first become gigabytes."""
-
-
-@dataclass(frozen=True)
-class Augmentation:
-    """Random changes of training images. None leaves the choice to the task and the data set.
-
-    Args:
-        crop_scale: smallest and largest share of the image's area that a random crop takes.
-        hflip: probability of a horizontal flip.
-        color_jitter: strength of the colour jitter; ignored with ``auto_augment``, as timm does.
-        auto_augment: timm's policy string, such as ``rand-m9-mstd0.5-inc1``; None for none.
-        random_erasing: probability that a rectangle is replaced by noise.
-    """
-
-    crop_scale: tuple[float, float] | None = None
-    hflip: float | None = None
-    color_jitter: float = 0.0
-    auto_augment: str | None = None
-    random_erasing: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.crop_scale is not None:
-            scale = tuple(self.crop_scale)
-            object.__setattr__(self, "crop_scale", scale)
-            if len(scale) != 2 or not 0 < scale[0] <= scale[1] <= 1:
-                raise ValueError(f"crop_scale must be two numbers, 0 < smallest ≤ largest ≤ 1, got {scale}")
-        for name in ("hflip", "random_erasing"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value <= 1:
-                raise ValueError(f"{name} must be a probability in [0, 1], got {value}")
-        if not self.color_jitter >= 0:
-            raise ValueError(f"color_jitter must not be negative, got {self.color_jitter}")
 
 
 def check_statistics(mean: Sequence[float], std: Sequence[float], in_chans: int) -> None:
@@ -178,10 +145,13 @@ def _limit_aspect(image: Image.Image) -> Image.Image:
     return image.crop((left, top, left + min(width, limit), top + min(height, limit)))
 
 
+def cut_to_aspect(size: tuple[int, ...], aspect: float) -> tuple[int, int]:
+    """The largest (height, width) within ``size`` of the aspect ratio (width / height) wanted."""
+    return max(1, min(size[0], round(size[1] / aspect))), max(1, min(size[1], round(size[0] * aspect)))
+
+
 def _cut_to_aspect(image: Tensor, aspect: float) -> Tensor:
     """Cut ``[C, H, W]`` around its centre to the aspect ratio (width / height) wanted."""
-    height, width = image.shape[1:]
-    new_width = max(1, min(width, round(height * aspect)))
-    new_height = max(1, min(height, round(width / aspect)))
-    top, left = (height - new_height) // 2, (width - new_width) // 2
-    return image[:, top : top + new_height, left : left + new_width]
+    (height, width), (high, wide) = image.shape[1:], cut_to_aspect(image.shape[1:], aspect)
+    top, left = (height - high) // 2, (width - wide) // 2
+    return image[:, top : top + high, left : left + wide]

@@ -1,13 +1,14 @@
 """What trained networks make of images, and how good their features are."""
 
-from convnextv2.evaluation.features import Features, extract_features
-from convnextv2.evaluation.frozen import FrozenEncoder, load_encoder
-from convnextv2.evaluation.knn import knn_predict
-from convnextv2.evaluation.linear import fit_linear, linear_predict
-from convnextv2.evaluation.scores import Scores, score
+from convnextv2.deferred import deferred
 
-# The formatter would give every name a line of its own.
-__all__ = [
-    "Features", "FrozenEncoder", "Scores", "extract_features", "fit_linear", "knn_predict", "linear_predict",
-    "load_encoder", "score",
-]  # fmt: skip
+__getattr__, __dir__, __all__ = deferred(
+    __name__,
+    {
+        "features": "Features extract_features",
+        "frozen": "FrozenEncoder load_encoder",
+        "knn": "knn_predict knn_votes",
+        "linear": "fit_linear linear_predict",
+        "scores": "Scores score",
+    },
+)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,7 +93,7 @@ def extract_features(
         pooling_network.to(device)
     with evaluation_mode(pooling_network):
         inference = Inference(pooling_network, dataset, batch_size, precision="no", compile=None)
-        values, readable, unreadable = _pass(inference, dataset, workers, progress)
+        values, readable, unreadable = outputs_of(inference, dataset, workers, progress)
     files = tuple(dataset.files[number] for number in readable)
     if bad := [file for file, good in zip(files, torch.isfinite(values).all(1).tolist(), strict=True) if not good]:
         raise ValueError(
@@ -105,23 +105,38 @@ def extract_features(
     return Features(values, labels, files, tuple(getattr(dataset, "classes", ())), tuple(unreadable))
 
 
-def _pass(
+def outputs_of(
     inference: Inference,
     dataset: PredictDataset,
     workers: int | None,
     progress: Callable[[Iterable[Any]], Iterable[Any]],
 ) -> tuple[Tensor, list[int], list[tuple[Path, str]]]:
-    """Outputs ``[N, F]`` and numbers of the readable images, and the others with reasons."""
+    """Outputs ``[N, F]`` and numbers of the readable images, and the others with reasons; arguments and DataError as
+    :func:`extract_features`."""
     values, readable, unreadable = torch.empty(0, 0), list[int](), list[tuple[Path, str]]()
+    for found, numbers, others in outputs_by_batch(inference, dataset, workers, progress):
+        if not values.numel():
+            values = torch.empty(len(dataset), found.shape[1])
+        values[len(readable) : len(readable) + len(numbers)] = found
+        readable += numbers
+        unreadable += others
+    return values[: len(readable)], readable, unreadable
+
+
+def outputs_by_batch(
+    inference: Inference,
+    dataset: PredictDataset,
+    workers: int | None,
+    progress: Callable[[Iterable[Any]], Iterable[Any]],
+) -> Iterator[tuple[Tensor, list[int], list[tuple[Path, str]]]]:
+    """The same as they come, batch by batch: outputs ``[n, …]`` on the processor, numbers, and the others."""
+    readable, first = 0, ""
     for images, numbers, reasons in progress(inference.batches(workers)):
         with torch.inference_mode():
             found = inference.outputs(images)
-        if not values.numel():
-            values = torch.empty(len(dataset), found.shape[1])
         good = [place for place, reason in enumerate(reasons) if not reason]
-        values[len(readable) : len(readable) + len(good)] = found[good].cpu()
-        readable += numbers[good].tolist()
-        unreadable += [(dataset.files[int(n)], reason) for n, reason in zip(numbers, reasons, strict=True) if reason]
+        others = [(dataset.files[int(n)], reason) for n, reason in zip(numbers, reasons, strict=True) if reason]
+        readable, first = readable + len(good), first or next((f"{file}: {reason}" for file, reason in others), "")
+        yield found[good].cpu(), numbers[good].tolist(), others
     if not readable:
-        raise DataError(f"none of the {len(dataset)} images can be read: {unreadable[0][0]}: {unreadable[0][1]}")
-    return values[: len(readable)], readable, unreadable
+        raise DataError(f"none of the {len(dataset)} images can be read: {first}")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 
 from convnextv2.data.build import build_finetune_datasets
 from convnextv2.data.datasets import ImageDataset
+from convnextv2.data.decoding import USUAL
+from convnextv2.data.reading import as_trained
 from convnextv2.models.config import FCMAEConfig, check_image_size
 from convnextv2.models.encoder import Encoder
 from convnextv2.weights.checkpoint import Checkpoint, as_checkpoint
@@ -19,17 +22,20 @@ from convnextv2.weights.reading import read_checkpoint, weights_config
 
 @dataclass(frozen=True)
 class FrozenEncoder:
-    """An encoder in evaluation mode, and how its images are prepared: mean, std, (H, W)."""
+    """An encoder in evaluation mode, and how its images are prepared: mean, std, (H, W), and what its checkpoint says
+    about how they are read."""
 
     model: Encoder
     mean: tuple[float, ...]
     std: tuple[float, ...]
     img_size: tuple[int, int]
+    reading: Mapping[str, Any] = field(default_factory=dict)
 
     def datasets(self, data: str | Path, **options: Any) -> tuple[ImageDataset, ImageDataset]:
         """Training and validation part of labelled images; ``options`` and errors as
         :func:`~convnextv2.data.build.build_finetune_datasets`, so a fine-tuning with the same has the same parts."""
         prepared = self.img_size, self.model.encoder_config.in_chans
+        options["wanted"] = as_trained(options.get("wanted", USUAL), self.reading)
         return build_finetune_datasets(data, *prepared, mean=self.mean, std=self.std, **options)
 
 
@@ -63,4 +69,4 @@ def load_encoder(
         model = Encoder(weights.config)
     if untrained is None:
         load_strict(model, weights.encoder, checkpoint.path)
-    return FrozenEncoder(model.to(device).eval(), mean, std, img_size or own_size)
+    return FrozenEncoder(model.to(device).eval(), mean, std, img_size or own_size, checkpoint.metadata)

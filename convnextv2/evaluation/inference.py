@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from convnextv2.data.batches import PredictBytes, constants, memory_format, normalised, take_apart
 from convnextv2.data.datasets import PredictDataset
 from convnextv2.data.loading import make_loader
-
-PRECISIONS = ("auto", "no", "bf16", "fp16")
+from convnextv2.evaluation.choices import PRECISIONS
 
 
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:

@@ -53,3 +53,12 @@ def fit_linear(train: Features, *, seed: int = 0) -> Pipeline:
 def linear_predict(pipeline: Pipeline, values: Tensor) -> Tensor:
     """Classes int64 ``[M]`` of features ``[M, F]``."""
     return torch.from_numpy(pipeline.predict(values.double().numpy()))
+
+
+def linear_probabilities(pipeline: Pipeline, values: Tensor, classes: int) -> Tensor:
+    """Probabilities float32 ``[M, classes]`` of features ``[M, F]``; 0 for a class that there was no image of."""
+    found = torch.zeros(len(values), classes)
+    found[:, torch.from_numpy(pipeline.classes_)] = torch.from_numpy(
+        pipeline.predict_proba(values.double().numpy())
+    ).float()
+    return found

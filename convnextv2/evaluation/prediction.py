@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,12 @@ import torch
 from convnextv2.data import PredictDataset, build_predict_dataset
 from convnextv2.data.decoding import USUAL, Wanted
 from convnextv2.data.names import shown
+from convnextv2.data.reading import as_trained
+from convnextv2.evaluation.imagenet import IMAGENET, imagenet_classes
 from convnextv2.evaluation.inference import Inference
 from convnextv2.models.classifier import ConvNeXtV2
 from convnextv2.models.config import check_image_size
+from convnextv2.weights.beside import class_names_of, names_beside
 from convnextv2.weights.checkpoint import Checkpoint, CheckpointError, load_checkpoint
 from convnextv2.weights.loading import complete_model
 
@@ -32,17 +34,21 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Classifier:
-    """A network for prediction, the names of its classes, and how its images are prepared: mean, std, (H, W)."""
+    """A network for prediction, the names of its classes, how its images are prepared: mean, std, (H, W), what its
+    checkpoint says about how they are read, and what classes are in words where their names do not say."""
 
     model: ConvNeXtV2
     classes: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
     img_size: tuple[int, int]
+    reading: Mapping[str, Any] = field(default_factory=dict)
+    words: Mapping[str, str] = field(default_factory=dict)
 
     def dataset(self, inputs: Sequence[str | Path], wanted: Wanted = USUAL) -> PredictDataset:
         """Image files, and those in folders, as :func:`~convnextv2.data.build.build_predict_dataset` finds them."""
         channels = self.model.encoder_config.in_chans
+        wanted = as_trained(wanted, self.reading)
         return build_predict_dataset(inputs, self.img_size, channels, self.mean, self.std, wanted=wanted)
 
 
@@ -62,31 +68,24 @@ def load_classifier(
     checkpoint = load_checkpoint(path)
     model = complete_model(checkpoint).to(device).eval()
     if not isinstance(model, ConvNeXtV2) or model.config.num_classes == 0:
-        raise CheckpointError(f"{checkpoint.path}: has no classifier; fine-tune it first (scripts/finetune.py)")
+        raise CheckpointError(f"{checkpoint.path}: has no classifier; fine-tune it first (fcmae finetune)")
     classes = class_names(checkpoint, model)
     mean, std, own_size = checkpoint.preprocessing(model.encoder_config.in_chans)
     check_image_size(img_size or own_size, model.encoder_config.patch_size, dense=True)
-    return Classifier(model, classes, mean, std, img_size or own_size)
+    words = imagenet_classes() if checkpoint.metadata.get("classes") == IMAGENET else {}
+    return Classifier(model, classes, mean, std, img_size or own_size, checkpoint.metadata, words)
 
 
 def class_names(checkpoint: Checkpoint, model: ConvNeXtV2) -> tuple[str, ...]:
-    """Names from the checkpoint, else from class_indices.json beside it or in its run folder (CheckpointError if that
-    does not name every class), else numbers."""
-    if model.config.class_names:
-        return tuple(model.config.class_names)
-    numbers = [str(index) for index in range(model.config.num_classes)]
-    files = (folder / "class_indices.json" for folder in checkpoint.path.parents[:2])
-    file = next(filter(Path.is_file, files), None)
-    if file is None:
-        return tuple(numbers)
-    try:
-        indices = json.loads(file.read_text(encoding="utf-8"))
-        return tuple(str(indices[index]) for index in numbers)
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f'{file}: expected {{"0": "name", ...}} for {len(numbers)} classes, which {checkpoint.path} has; '
-            f"repair or remove it ({type(error).__name__}: {error})"
-        ) from error
+    """Names from the checkpoint, or the synsets of a published one, else those that
+    :func:`~.weights.beside.names_beside` finds, else numbers."""
+    stated = model.config.class_names or class_names_of(checkpoint.metadata)
+    count = model.config.num_classes
+    if len(stated) == count:
+        return tuple(stated)
+    if checkpoint.metadata.get("classes") == IMAGENET and count == len(imagenet_classes()):
+        return tuple(imagenet_classes())
+    return names_beside(checkpoint.path, count) or tuple(map(str, range(count)))
 
 
 @torch.inference_mode()

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from convnextv2.evaluation.calibration import Calibration, calibration
+
 
 @dataclass(frozen=True, eq=False)
 class Scores:
@@ -20,6 +22,7 @@ class Scores:
         recall: of each class; NaN for one of which there is no image.
         confusion: int64 ``[K, K]``; rows are true classes, columns predicted ones.
         classes: their names.
+        calibration: of the probabilities, where there are any.
     """
 
     top1: float
@@ -27,6 +30,7 @@ class Scores:
     recall: tuple[float, ...]
     confusion: Tensor
     classes: tuple[str, ...]
+    calibration: Calibration | None = None
 
     @property
     def images(self) -> int:
@@ -34,7 +38,9 @@ class Scores:
         return int(self.confusion.sum())
 
     def __str__(self) -> str:
-        return f"top-1 {self.top1:.2f} %, macro F1 {self.macro_f1:.2f} %, {self.images} images"
+        known = self.calibration
+        trusted = "" if known is None else f"AUROC {known.auroc:.2f} %, calibration error {known.error:.2f} %, "
+        return f"top-1 {self.top1:.2f} %, macro F1 {self.macro_f1:.2f} %, {trusted}{self.images} images"
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON: of every class its recall, its number of images, and how many of them were taken for which."""
@@ -47,11 +53,13 @@ class Scores:
             }
             for name, recall, row in zip(self.classes, self.recall, self.confusion.tolist(), strict=True)
         ]
-        return {"top1": self.top1, "macro_f1": self.macro_f1, "images": self.images, "classes": classes}
+        known = {} if self.calibration is None else self.calibration.as_dict()
+        return {"top1": self.top1, "macro_f1": self.macro_f1, "images": self.images, **known, "classes": classes}
 
 
-def score(predicted: Tensor, labels: Tensor, classes: Sequence[str]) -> Scores:
-    """Scores of predicted classes ``[N]`` against labels ``[N]``, both below K, of K named classes.
+def score(predicted: Tensor, labels: Tensor, classes: Sequence[str], probabilities: Tensor | None = None) -> Scores:
+    """Scores of predicted classes ``[N]`` against labels ``[N]``, both below K, of K named classes; with probabilities
+    ``[N, K]``, their calibration too.
 
     Raises ValueError if there is no image, fewer than two classes, or the numbers do not fit.
     """
@@ -69,4 +77,8 @@ def score(predicted: Tensor, labels: Tensor, classes: Sequence[str]) -> Scores:
     top1 = metrics.multiclass_accuracy(predicted, labels, count, average="micro")
     macro_f1 = metrics.multiclass_f1_score(predicted, labels, count, average="macro")
     percent = (float(100 * top1), float(100 * macro_f1), tuple((100 * recall).tolist()))
-    return Scores(*percent, confusion, tuple(classes))
+    if probabilities is None:
+        return Scores(*percent, confusion, tuple(classes))
+    if probabilities.shape != (len(labels), count):
+        raise ValueError(f"expected probabilities [{len(labels)}, {count}], got {list(probabilities.shape)}")
+    return Scores(*percent, confusion, tuple(classes), calibration(probabilities, labels))

@@ -5,12 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from convnextv2.models.pooling import POOLINGS
-from sparse_ops.grid import GRN_SCOPES, GRNScope
+if TYPE_CHECKING:
+    from sparse_ops.grid import GRNScope
 
 PATCH_SIZES = (32, 16, 8)
+GRN_SCOPES = ("image", "batch")  # as sparse_ops has them, which is not imported without torch
+POOLINGS = {"mean": 1, "mean_std": 2}
+"""Ways to pool, and how many numbers each takes from a channel.
+
+``mean`` is the published network's. ``mean_std`` adds the standard deviation over the cells, with which frozen features
+of a masked autoencoder are classified better than by their mean alone (docs/few_labels.md).
+"""
 NUM_STAGES = 4
 
 
@@ -104,7 +111,7 @@ class ClassifierConfig:
     Args:
         num_classes: outputs of the head; 0 leaves the head out, the network then returns pooled features.
         head_init_scale: factor on the head's initial weights.
-        pooling: one of :data:`~convnextv2.models.pooling.POOLINGS`.
+        pooling: one of :data:`POOLINGS`.
     """
 
     encoder: EncoderConfig
@@ -183,6 +190,10 @@ def variant_name(config: EncoderConfig) -> str | None:
     return next((name for name, shape in VARIANTS.items() if shape == (config.depths, config.dims)), None)
 
 
+KINDS: dict[str, Any] = {cls.__name__: cls for cls in (EncoderConfig, FCMAEConfig, ClassifierConfig)}
+"""What :func:`config_from_dict` makes; packages above add their own."""
+
+
 def config_to_dict(config: EncoderConfig | FCMAEConfig | ClassifierConfig) -> dict[str, Any]:
     """What JSON can hold of a configuration, all but the published ``pooling``; :func:`config_from_dict` reads it."""
     return {"kind": type(config).__name__} | {k: v for k, v in asdict(config).items() if (k, v) != ("pooling", "mean")}
@@ -191,12 +202,11 @@ def config_to_dict(config: EncoderConfig | FCMAEConfig | ClassifierConfig) -> di
 def config_from_dict(data: Mapping[str, Any]) -> EncoderConfig | FCMAEConfig | ClassifierConfig:
     """Inverse of :func:`config_to_dict`; ValueError if the kind is unknown, or a field missing, unknown or of a wrong
     type."""
-    kinds = {cls.__name__: cls for cls in (EncoderConfig, FCMAEConfig, ClassifierConfig)}
     values = dict(data)
     kind = values.pop("kind", None)
-    if not isinstance(kind, str) or kind not in kinds:
-        raise ValueError(f"unknown configuration kind {kind!r}; expected one of {', '.join(kinds)}")
-    cls = kinds[kind]
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise ValueError(f"unknown configuration kind {kind!r}; expected one of {', '.join(KINDS)}")
+    cls = KINDS[kind]
     if unknown := set(values) - {f.name for f in fields(cls)}:
         raise ValueError(f"{kind} has no field {', '.join(sorted(unknown))}; written by a newer version?")
     try:

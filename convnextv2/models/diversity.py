@@ -11,13 +11,12 @@ from sparse_ops.grid import DenseGrid
 
 
 @torch.no_grad()
-def feature_diversity(encoder: Encoder, images: Tensor) -> float:
-    """Mean pairwise cosine distance between channels, ``mean over i, j of (1 - cos(x_i, x_j)) / 2``, in [0, 1].
+def feature_diversity(encoder: Encoder, images: Tensor) -> tuple[float, ...]:
+    """Mean pairwise cosine distance between channels, ``mean over i, j of (1 - cos(x_i, x_j)) / 2``, of each stage.
 
-    The measure of feature collapse of ConvNeXt V2, section 3.2, where 0 means that all channels are alike. A channel
-    is the vector of its values at every cell of all ``images`` ``[B, C, H, W]`` (unmasked, on a dense grid), and the
-    result is the mean over the outputs of the four stages. The encoder is measured in evaluation mode, without drop
-    path, and every module of it gets its own mode back.
+    In [0, 1]; 0 means that all channels are alike, feature collapse. The mean over the four stages is the measure of
+    ConvNeXt V2, section 3.2. A channel is the vector of its values at every cell of all ``images`` ``[B, C, H, W]``
+    (unmasked, on a dense grid). The encoder is in evaluation mode meanwhile, and every module gets its own mode back.
     """
     distances = []
     with evaluation_mode(encoder):
@@ -25,4 +24,4 @@ def feature_diversity(encoder: Encoder, images: Tensor) -> float:
             channels = nn.functional.normalize(grid.cells(x).flatten(0, -2).float().T, dim=1)
             # The mean over all pairs of unit vectors is the squared length of their mean.
             distances.append((1 - channels.mean(0).square().sum()) / 2)
-    return float(torch.stack(distances).mean())
+    return tuple(torch.stack(distances).tolist())

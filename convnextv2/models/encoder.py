@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from convnextv2.models.config import EncoderConfig, check_image_size
 from convnextv2.models.layers import EPS, DropPath, init_weights
+from convnextv2.models.recomputing import Recomputing, recomputed
 from sparse_ops.grid import MLP, Grid
 from sparse_ops.layers import GRN
 from sparse_ops.map_grid import MapGrid, runs_on
@@ -52,9 +53,11 @@ class Block(nn.Module):
 class Stage(nn.Sequential):
     """Blocks one after the other."""
 
+    grad_checkpointing = False
+
     def forward(self, x: Tensor, grid: Grid) -> Tensor:  # type: ignore[override]  # blocks take the grid
         for block in self:
-            x = block(x, grid)
+            x = recomputed(block, x, grid) if self.grad_checkpointing else block(x, grid)
         return x
 
 
@@ -92,7 +95,7 @@ def check_images(images: Tensor, in_chans: int, patch_size: int, *, dense: bool 
 torch.fx.wrap("check_images")  # a symbolic trace knows no shapes
 
 
-class Encoder(nn.Module):
+class Encoder(Recomputing):
     """Stem and four stages. Returns features, without final norm and head."""
 
     backend: str = "auto"

@@ -12,6 +12,8 @@ from convnextv2.models.config import EncoderConfig, FCMAEConfig, encoder_config
 from convnextv2.models.encoder import Block, Encoder, check_images
 from convnextv2.models.layers import init_weights
 from convnextv2.models.masking import keep_count, random_mask
+from convnextv2.models.no_data import valid_loss
+from convnextv2.models.recomputing import Recomputing, tracing_tables
 from sparse_ops.active_set import ActiveSet
 from sparse_ops.backend import Backend
 from sparse_ops.grid import DenseGrid, GRNScope
@@ -34,7 +36,7 @@ class FCMAEOutput(NamedTuple):
     """``[B, L]``: 1 = masked, 0 = visible."""
 
 
-class FCMAE(nn.Module):
+class FCMAE(Recomputing):
     """Sparse ConvNeXt V2 encoder, light dense decoder, reconstruction loss on the masked patches.
 
     ``backend`` is the name of the backend of the sparse depthwise convolution; ``auto`` takes the best available.
@@ -62,7 +64,9 @@ class FCMAE(nn.Module):
         mask_ratio: float | None = None,
         *,
         generator: torch.Generator | None = None,
+        noise: Tensor | None = None,
         return_pred: bool = True,
+        valid: Tensor | None = None,
     ) -> FCMAEOutput:
         """Reconstruct masked images.
 
@@ -71,8 +75,10 @@ class FCMAE(nn.Module):
             mask: ``[B, L]`` or ``[B, gh, gw]``, 1 = masked; any number of visible patches per image. Drawn if None.
             mask_ratio: share to mask where ``mask`` is drawn; the configuration's if None.
             generator: source of randomness of the mask.
+            noise: ``[B, L]``, instead of what it would draw: see :func:`~.masking.random_mask`.
             return_pred: False computes the decoder's last layers for the masked patches only and returns None for
                 the prediction; the loss is the same to rounding.
+            valid: bool, of the images' shape: pixels without data weigh nothing in the loss. None where all is data.
 
         Returns:
             ``(loss, pred, mask)``. The loss is the mean over the masked patches of the mean squared error of a
@@ -87,7 +93,7 @@ class FCMAE(nn.Module):
         if mask is None:
             ratio = self.config.mask_ratio if mask_ratio is None else mask_ratio
             keep = keep_count(gh * gw, ratio)  # in every image: known without a look at the mask
-            mask = random_mask(batch, gh * gw, ratio, generator=generator, device=images.device)
+            mask = random_mask(batch, gh * gw, ratio, generator=generator, noise=noise, device=images.device)
         elif mask_ratio is not None:
             raise ValueError("give a mask or a mask_ratio, not both")
         elif tuple(mask.shape) not in ((batch, gh, gw), (batch, gh * gw)):
@@ -99,7 +105,7 @@ class FCMAE(nn.Module):
                 raise ValueError("a mask holds 1 (masked) and 0 (visible) only")
             mask = mask.float()
         backends = self._backends(images.device)
-        loss, pred = (self._compiled or self._masked)(images, mask, keep, backends, return_pred)
+        loss, pred = (self._compiled or self._masked)(images, mask, keep, backends, return_pred, valid)
         return FCMAEOutput(loss, pred, mask)
 
     def _backends(self, device: torch.device) -> tuple[Backend, Backend]:
@@ -119,22 +125,26 @@ class FCMAE(nn.Module):
         Parameters and their names stay as they are. ``mode="reduce-overhead"`` runs it as CUDA graphs: then the masks
         must be drawn here, or all have the same number of visible patches, and shapes must not change.
         """
-        self._compiled = torch.compile(self._masked, fullgraph=True, **options)
+        self._compiled = tracing_tables(torch.compile(self._masked, fullgraph=True, **options))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_compiled": None}  # copies are not compiled
 
     def _masked(
-        self, images: Tensor, mask: Tensor, keep: int | None, backends: tuple[Backend, Backend], return_pred: bool
+        self, images: Tensor, mask: Tensor, keep: int | None, backends: Any, return_pred: bool, valid: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Loss and prediction."""
+        """Loss and prediction, with the backends of the encoder and the decoder."""
         grid_size = self._grid_size(images)
         visible = ActiveSet.from_mask(mask, grid_size, keep=keep)
         hidden = ActiveSet.from_mask(1 - mask, grid_size, side=1, keep=None if keep is None else mask.shape[1] - keep)
         features, grid = self.encode(images, visible, backends[0])
         rows = None if return_pred else hidden.patch_index
         pred = pointwise_conv(self.pred, self.decode(features, grid, rows, backends[1]))
-        loss = self.loss(hidden.gather(pred) if return_pred else pred, self.targets(images, hidden))
+        found = hidden.gather(pred) if return_pred else pred
+        if valid is None:
+            loss = self.loss(found, self.targets(images, hidden))
+        else:
+            loss = valid_loss(found, images, valid, hidden, TARGET_EPS if self.config.norm_pix_loss else None)
         return loss, pred.permute(0, 3, 1, 2) if return_pred else None
 
     def _grid_size(self, images: Tensor) -> tuple[int, int]:

@@ -13,12 +13,14 @@ EPS = 1e-6
 class DropPath(nn.Module):
     """Stochastic depth: in training the branch of an image is dropped with probability ``rate``.
 
-    Drawn per image from torch's generator and scaled so that the expectation is kept.
+    Scaled so that the expectation is kept. Drawn per image from torch's generator, or by ``noise`` where that is set:
+    numbers ``[B]`` in [0, 1) for the images of the next batch, of which those below ``rate`` are dropped.
     """
 
     def __init__(self, rate: float = 0.0) -> None:
         super().__init__()
         self.rate = rate
+        self.noise: Tensor | None = None
 
     @property
     def idle(self) -> bool:
@@ -28,10 +30,14 @@ class DropPath(nn.Module):
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
         if self.idle:
             return x
-        keep = 1 - self.rate
+        keep, noise = 1 - self.rate, self.noise
 
         def drop(cells: Tensor) -> Tensor:
-            return grid.image_scale(cells, cells.new_empty(grid.batch_size, 1).bernoulli_(keep).div_(keep))
+            if noise is None:
+                kept = cells.new_empty(grid.batch_size, 1).bernoulli_(keep)
+            else:
+                kept = (noise >= self.rate).to(cells.dtype)[:, None]
+            return grid.image_scale(cells, kept.div_(keep))
 
         return grid.pointwise(drop, x)
 

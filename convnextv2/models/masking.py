@@ -26,16 +26,27 @@ def keep_count(num_patches: int, mask_ratio: float) -> int:
 
 
 def random_mask(
-    batch_size: int, num_patches: int, mask_ratio: float, *, generator: Generator | None = None, device: Device = None
+    batch_size: int,
+    num_patches: int,
+    mask_ratio: float,
+    *,
+    generator: Generator | None = None,
+    device: Device = None,
+    noise: Tensor | None = None,
 ) -> Tensor:
     """Mask with the same number of visible patches in every image, uniformly drawn.
 
-    The device of ``generator`` decides where the numbers are drawn; ``device`` is where the mask goes. Returns
+    The device of ``generator`` decides where the numbers are drawn, unless they are given as ``noise``
+    ``[batch_size, num_patches]``: the patches with the lowest stay visible. ``device`` is where the mask goes. Returns
     ``[batch_size, num_patches]`` float32: 1 = masked, 0 = visible. Raises ValueError as :func:`keep_count`.
     """
     keep = keep_count(num_patches, mask_ratio)
-    noise = torch.rand(batch_size, num_patches, generator=generator, device=generator.device if generator else device)
-    visible = noise.argsort(dim=1)[:, :keep]
+    if noise is None:
+        where = generator.device if generator else device
+        noise = torch.rand(batch_size, num_patches, generator=generator, device=where)
+    elif noise.shape != (batch_size, num_patches):
+        raise ValueError(f"expected noise [{batch_size}, {num_patches}], got {list(noise.shape)}")
+    visible = noise.argsort(dim=1, stable=True)[:, :keep]
     return torch.ones_like(noise).scatter_(1, visible, 0.0).to(device)
 
 

@@ -7,12 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-POOLINGS = {"mean": 1, "mean_std": 2}
-"""Ways to pool, and how many numbers each takes from a channel.
+from convnextv2.models.config import POOLINGS
 
-``mean`` is the published network's. ``mean_std`` adds the standard deviation over the cells, with which frozen features
-of a masked autoencoder are classified better than by their mean alone (docs/few_labels.md).
-"""
 EPS = 1e-6
 """Of the variance, so that the gradient of its root is finite where all cells are alike."""
 

@@ -1,14 +1,16 @@
 """Runs: pre-training, fine-tuning, linear probes, and the skeleton for other tasks."""
 
-from convnextv2.training.finetuning import FinetuneOptions, FinetuneResult, finetune, linear_probe
-from convnextv2.training.pretraining import PretrainOptions, PretrainResult, pretrain
-from convnextv2.training.result import Metrics, RunResult
-from convnextv2.training.run import run_task
-from convnextv2.training.signals import RunStoppedError
-from convnextv2.training.task import Outcome, Task
+from convnextv2.deferred import deferred
 
-# The formatter would give every name a line of its own.
-__all__ = [
-    "FinetuneOptions", "FinetuneResult", "Metrics", "Outcome", "PretrainOptions", "PretrainResult", "RunResult",
-    "RunStoppedError", "Task", "finetune", "linear_probe", "pretrain", "run_task",
-]  # fmt: skip
+__getattr__, __dir__, __all__ = deferred(
+    __name__,
+    {
+        "finetuning": "FinetuneResult finetune linear_probe",
+        "pretraining": "PretrainResult pretrain",
+        "result": "Metrics RunResult",
+        "run": "run_task",
+        "signals": "RunStoppedError",
+        "task": "Outcome Task",
+        "task_options": "FinetuneOptions PretrainOptions",
+    },
+)

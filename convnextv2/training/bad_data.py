@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from convnextv2.data.datasets import ImageDataset
 from convnextv2.data.decoding import UnreadableImageError
+from convnextv2.data.listings import ListingCheck
 from convnextv2.data.names import name_of
 from convnextv2.data.sources import DataError
 from convnextv2.training.device import Accelerator
@@ -32,6 +35,10 @@ class BadData:
     most: float
     accelerator: Accelerator
     say: Callable[[str], None]
+    listings: ListingCheck = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "listings", ListingCheck([part.source for part in self.parts]))
 
     def tell(self, done: int, when: str = "") -> None:
         """A line for each part that has unreadable images; then as :meth:`check`. For all processes at once."""
@@ -47,6 +54,8 @@ class BadData:
 
     def watch(self, loader: Any, done: int) -> Any:
         """``loader``, which is then looked after between its batches."""
+        for line in self.listings.end():  # a loader may start processes, which is no moment for a thread at work
+            self.say(line)
         return _Watched(loader, self, done)
 
     def _found(self) -> list[tuple[ImageDataset, list[int]]]:
@@ -81,6 +90,24 @@ def _why(part: ImageDataset, number: int) -> str:
     return f"{name}: can be read again"
 
 
+@contextlib.contextmanager
+def told_if_worker_dies(parts: Sequence[ImageDataset]) -> Iterator[None]:
+    """Turn what torch raises where a process that loads images dies into DataError, with the image it was at."""
+    try:
+        yield
+    except RuntimeError as error:
+        died = re.search(r"DataLoader worker \(pid\(?s?\)? (\d+)[^)]*\)(.*)", str(error))
+        if died is None:
+            raise
+        at = [(part, number) for part in parts if (number := part.now_reading.of(int(died[1]))) is not None]
+        how = died[2].strip().removesuffix(".") or "ended"
+        where = f"while it read {name_of(at[0][0].source, at[0][1])}" if at else "between two images"
+        raise DataError(
+            f"a process that loads images {how} {where}; take such a file out, or try fewer `workers`, which share the "
+            "memory; `workers` 0 loads in the process that trains"
+        ) from error
+
+
 @dataclass(frozen=True)
 class _Watched:
     loader: Any
@@ -96,5 +123,7 @@ class _Watched:
     def __iter__(self) -> Iterator[Any]:
         for number, batch in enumerate(self.loader, 1):
             yield batch
+            if number == 1 and self.bad.accelerator.is_main_process:
+                self.bad.listings.begin()
             if number % CHECK_EVERY == 0:
                 self.bad.check(self.done)

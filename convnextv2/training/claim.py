@@ -10,18 +10,23 @@ from typing import Any
 from convnextv2.data.digits import DIGITS
 from convnextv2.files import is_leftover
 from convnextv2.outputs import OutputError
-from convnextv2.training.saved_state import find_state, read_rows, read_state
+from convnextv2.training.saved_state import read_rows
+from convnextv2.training.states import find_state, newest_whole
 from convnextv2.weights.checkpoint import CheckpointError, resolve_path
 
 _WEIGHTS = ("checkpoints/best.safetensors", "checkpoints/last.safetensors")
 _OURS = (
     *_WEIGHTS,
-    *(f"checkpoints/{name}" for name in ("state", "state.tmp", "state.old")),
+    *(f"checkpoints/{name}" for name in ("state", "state.tmp", "state.old", "state.[0-9]*")),
     "reconstructions/epoch_*.png",
     "metrics.jsonl",
     "loss.png",
+    "neighbours.png",
     "class_indices.json",
     "confusion_matrix.png",
+    *(f"{name}/events.out.tfevents.*" for name in ("pretrain", "finetune", "segment")),
+    "environment.json",
+    "diverged.json",
 )
 
 
@@ -31,7 +36,12 @@ def own_files(run: Path) -> list[Path]:
 
 
 def claim(
-    run: Path, resume: bool | str, overwrite: bool, data: str | Path = "", init: str | Path | None = None
+    run: Path,
+    resume: bool | str,
+    overwrite: bool,
+    data: str | Path = "",
+    init: str | Path | None = None,
+    probe: str | Path = "",
 ) -> dict[str, Any] | None:
     """Progress of the run to be resumed in a folder, or None for a new one. Nothing is changed.
 
@@ -40,7 +50,7 @@ def claim(
         resume: True, False, or ``auto``: where there is something to resume. What a run left that was ended before it
             had saved a state is nothing.
         overwrite: let a new run take the place of one that is there.
-        data, init: what the new run reads; it is not to be written into, nor deleted.
+        data, init, probe: what the new run reads; it is not to be written into, nor deleted.
 
     Raises:
         ValueError: if the folder is in use and neither flag is given, holds no run of ours, or an input, or lies in
@@ -53,16 +63,17 @@ def claim(
     if resume is True or (resume and state is not None):
         if state is None:
             raise ValueError(
-                f"{run} holds no state to resume from: no run there, or none that finished an epoch; start one "
+                f"{run} holds no state to resume from: no run there, or none that had saved any; start one "
                 "without `resume` (`overwrite` replaces what is there)"
             )
         read_rows(run / "metrics.jsonl")
-        progress = read_state(state)
+        progress = newest_whole(run)
+        assert progress is not None
         kept = run / _WEIGHTS["best" not in progress]
-        if not kept.is_file():
+        if progress["epoch"] and not kept.is_file():
             raise CheckpointError(f"{kept}: is missing beside the state; start anew with `overwrite`")
         return progress
-    read = _check_outside(run, data)
+    read = [*_check_outside(run, data, "data"), *_check_outside(run, probe, "probe")]
     if run.is_dir() and any(not is_leftover(entry) for entry in run.iterdir()):
         if resume and not _was_begun(run):
             raise OutputError(
@@ -95,7 +106,7 @@ def _check_place(run: Path) -> None:
         raise PermissionError(errno.EACCES, "is a folder that you may not write to; name another `output`", str(here))
 
 
-def _check_outside(run: Path, data: str | Path) -> list[Path]:
+def _check_outside(run: Path, data: str | Path, option: str) -> list[Path]:
     """The folders that images are read from, none of which a run is to be written into."""
     folder = Path(data)
     parts = [folder / name for name in ("train", "val")]
@@ -105,7 +116,7 @@ def _check_outside(run: Path, data: str | Path) -> list[Path]:
         works_there = Path.cwd().is_relative_to(given.resolve())
         if run.resolve() == given.resolve() or (run.resolve().is_relative_to(given.resolve()) and not works_there):
             raise OutputError(
-                f"{run} lies in the `data` {given}, and pictures of the run would be read as images; name another "
+                f"{run} lies in the `{option}` {given}, and pictures of the run would be read as images; name another "
                 "`output`"
             )
     return read

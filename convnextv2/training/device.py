@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from convnextv2.training.options import RunOptions
-from convnextv2.training.processes import after_a_restart
+from convnextv2.training.processes import after_a_restart, tracker_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -41,9 +41,9 @@ def make_accelerator(options: RunOptions) -> Accelerator:
         "cpu": kind == "cpu" or not torch.accelerator.is_available(),
         "mixed_precision": mixed_precision(options),
         "gradient_accumulation_steps": options.accum,
-        "log_with": options.tracker,
+        "log_with": tracker_of(options.tracker),
         "project_dir": options.output,
-        "kwargs_handlers": after_a_restart(),
+        "kwargs_handlers": after_a_restart(options.timeout_minutes),
         "dataloader_config": DataLoaderConfiguration(non_blocking=True),  # from pinned memory
     }
     try:

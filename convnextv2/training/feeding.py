@@ -1,4 +1,4 @@
-"""How the images of a run get to its device: what the options of loading mean, and how long the loop waits."""
+"""How the images of a run get to its device, and how long the loop waits for them."""
 
 from __future__ import annotations
 
@@ -6,56 +6,15 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from convnextv2.data.batches import Samples, take_apart
 from convnextv2.data.cache import cached
-from convnextv2.data.crops import RESIZERS
 from convnextv2.data.datasets import ImageDataset
 from convnextv2.data.loading import make_loader
-from convnextv2.data.sources import CROP_SCALES
-
-PLACES = ("loader", "device")
-CENTRE_CROP = 0.875
-"""Share of a side that validation keeps."""
-
-
-def check_feeding(options: Any) -> None:
-    """Raise ValueError on options of loading that are out of range or exclude each other."""
-    options.require("must be at least 1", lambda value: value >= 1, "views", "cache_side")
-    options.require(f"must be one of {', '.join(RESIZERS)}", RESIZERS.__contains__, "resize")
-    options.require(f"must be one of {', '.join(PLACES)}", PLACES.__contains__, "augment_on")
-    if options.batch_size % options.views:
-        raise ValueError(f"`batch_size` {options.batch_size} counts crops, so `views` {options.views} must divide it")
-    if options.cache is not None and Path(options.cache).resolve().is_relative_to(Path(options.data).resolve()):
-        raise ValueError(
-            f"`cache` {options.cache} lies in `data`, where its files would be read as images; move it out"
-        )
-    if options.cache_side is not None and options.cache is None:
-        raise ValueError("`cache_side` is of the images in `cache`; name its folder too")
-    if options.augment_on == "device" and options.resize != "pillow":
-        raise ValueError("`resize` is of the loader, and with `augment_on` device it resizes nothing; leave it out")
-
-
-def needed_side(size: tuple[int, int], smallest: float) -> int:
-    """Pixels that the shorter side of an image must have so that nothing is enlarged that need not be.
-
-    The smallest square crop, a share ``smallest`` of the area, is then as large as ``size`` (H, W), and so is what
-    validation leaves of a side.
-    """
-    return math.ceil(max(size) * max(1 / math.sqrt(smallest), 1 / CENTRE_CROP))
-
-
-def least_side(options: Any) -> int | None:
-    """The shorter side that JPEG files may be reduced to while they are decoded; None for not at all."""
-    if not options.reduce_jpeg or options.img_size is None:
-        return None
-    task = "finetune" if hasattr(options, "crop_scale") else "pretrain"
-    scale = getattr(options, "crop_scale", None) or CROP_SCALES[task]
-    return needed_side(options.size, scale[0])
+from convnextv2.training.feeding_options import needed_side
 
 
 @dataclass
@@ -88,9 +47,10 @@ class Feed:
                 return
             yield self.finish(batch)
 
-    def share(self, seconds: float) -> float:
-        """Of an epoch of so many seconds that was waited for the loader."""
-        return round(self.waited / max(seconds, self.waited, 1e-9), 4)
+    def share(self, seconds: float, before: float = 0.0) -> float:
+        """Of an epoch of so many seconds that was waited for the loader, ``before`` this pass and in it."""
+        waited = before + self.waited
+        return round(waited / max(seconds, waited, 1e-9), 4)
 
 
 def passes_for(saved: dict[str, Any] | None, min_steps: int, images: int, options: Any, processes: int) -> int:
@@ -104,6 +64,11 @@ def passes_for(saved: dict[str, Any] | None, min_steps: int, images: int, option
         return int(saved.get("passes", 1))
     batches = math.ceil(min_steps / options.epochs) * options.accum * processes
     return max(1, math.ceil(batches * (options.batch_size // options.views) / images))
+
+
+def fitting_accum(options: Any, images: int, processes: int) -> int:
+    """``accum``, lowered to what an epoch of so many images has batches for: at least one update."""
+    return min(options.accum, images // (options.batch_size // options.views * processes))
 
 
 def make_samples(
@@ -150,6 +115,8 @@ def fitting_batch(size: int, views: int, fit: Callable[[int], int]) -> int:
 def make_feeds(accelerator: Any, samples: Sequence[Samples], options: Any, sampler: Any) -> list[Feed]:
     """Loaders of a run, prepared; the one to train with first. ``batch_size`` counts crops."""
     first, *others = samples
+    for one in samples if options.workers else ():
+        one.images.now_reading.share()
     loaders = [make_loader(first, options.batch_size // options.views, options.workers, sampler)]
     loaders += [make_loader(other, options.batch_size, options.workers) for other in others]
     return [Feed(accelerator.prepare(loader), one.finish) for loader, one in zip(loaders, samples, strict=True)]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-LAYER_DECAY_TYPES = ("single", "group")
+from convnextv2.training.components import LAYER_DECAY_TYPES
 
 
 def num_layers(depths: Sequence[int], layer_decay_type: str = "single") -> int:

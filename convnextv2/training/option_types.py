@@ -18,11 +18,11 @@ def plain_value(name: str, value: Any) -> Any:
         ValueError: if it is a size, and none in pixels.
     """
     value = value.tolist() if hasattr(value, "tolist") else value
-    if name == "img_size" and value is not None:
+    if name in ("img_size", "window") and value is not None:
         try:
             return image_size(value)
         except ValueError as error:
-            raise ValueError(f"`img_size`: {error}") from error
+            raise ValueError(f"`{name}`: {error}") from error
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     return tuple(value) if isinstance(value, list) else value

@@ -11,22 +11,21 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from convnextv2.data.crops import RESIZERS
-from convnextv2.data.decoding import MAX_PIXELS, Wanted
-from convnextv2.data.opening import why_unknown
+from convnextv2.data.decoding import MAX_PIXELS, RESIZERS, Wanted
+from convnextv2.evaluation.choices import PRECISIONS
 from convnextv2.models.config import EncoderConfig, encoder_config
-from convnextv2.training.feeding import PLACES, check_feeding, least_side
+from convnextv2.training.cooldown import SCHEDULES, check_schedule
+from convnextv2.training.feeding_options import PLACES, check_feeding, least_side
+from convnextv2.training.hardware import COMPILE_CHOICES, SHARDINGS, check_hardware
 from convnextv2.training.option_types import check_types, plain_value
+from convnextv2.training.pixel_options import PixelOptions
 from convnextv2.training.recipe import option
 
-PRECISIONS = ("auto", "no", "bf16", "fp16")
-COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
-COMPILE_CHOICES = ("auto", "none", *COMPILE_MODES)  # None is none, as in recipes of before
-TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")  # named as their packages
+TRACKERS = ("auto", "none", "tensorboard", "wandb", "mlflow", "trackio")  # named as their packages
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunOptions:
+class RunOptions(PixelOptions):
     """Options of every run; paths may be given as such, and a size in pixels as one number for a square."""
 
     data: str | Path = option("", "folder of images, or 'digits' for the embedded handwritten digits")
@@ -61,9 +60,12 @@ class RunOptions:
         "with the backend triton, without accumulation, nothing elsewhere",
         COMPILE_CHOICES,
     )
+    sharding: str = option("none", "full: each process keeps a part of weights, gradients and moments", SHARDINGS)
     accum: int = option(1, "batches whose gradients are added up before an update")
     lr: float | None = option(None, "peak learning rate; overrides --blr")
-    min_lr: float = option(0.0, "learning rate at the end of the cosine")
+    min_lr: float = option(0.0, "learning rate at the end of the schedule")
+    schedule: str = option("cosine", "after the warm-up: cosine, or constant up to --cooldown-epochs", SCHEDULES)
+    cooldown_epochs: float = option(0.0, "last epochs of a constant --schedule, that end it at --min-lr")
     warmup_epochs: float = option(2.0, "epochs over which the learning rate rises; at most half of the run")
     weight_decay: float = option(0.05, "AdamW's; never on biases and norms")
     betas: tuple[float, float] = option((0.9, 0.999), "AdamW's two betas")
@@ -73,15 +75,21 @@ class RunOptions:
     depths: tuple[int, int, int, int] | None = option(None, "blocks of the four stages, for a custom size; with --dims")
     dims: tuple[int, int, int, int] | None = option(None, "channels of the four stages, for a custom size")
     init: str | Path | None = option(
-        None, "checkpoint (file or run folder) to take first weights from; see also --resume"
+        None, "first weights: file, run folder, published name, address or hf-hub:org/name; see also --resume"
     )
     resume: bool | Literal["auto"] = option(
         False,
         "continue the run in --output, with its own recipe but for what is given; auto: or start one if there is none",
         ("auto",),
     )
+    save_minutes: float = option(10.0, "minutes between two states to resume from, beside those after every epoch")
+    save_steps: int | None = option(None, "also save one whenever so many updates have been made")
+    keep_states: int = option(2, "last states to keep: where the newest is damaged, --resume takes the one before")
+    skip_steps: int = option(0, "updates that may be left out because the gradient is not finite; then the run ends")
+    timeout_minutes: float = option(30.0, "end the run when one of its processes has not answered for so long")
     overwrite: bool = option(False, "delete the run in --output and start anew")
-    tracker: str | None = option(None, "also log the metrics to: tensorboard, wandb, mlflow or trackio, if installed")
+    patience: int | None = option(None, "end after this many epochs without a better evaluation")
+    tracker: str | None = option("auto", "log to tensorboard, wandb, mlflow, trackio, none; auto: tensorboard if there")
 
     def __post_init__(self) -> None:
         for item in fields(self):
@@ -97,10 +105,12 @@ class RunOptions:
     @property
     def wanted(self) -> Wanted:
         """What is wanted of image files."""
-        return Wanted(self.max_pixels, least_side(self))
+        return self.wanted_pixels(self.max_pixels, least_side(self))
 
     def check(self) -> None:
         """Raise ValueError on options out of range, TypeError on those of a wrong type."""
+        from convnextv2.data.opening import why_unknown  # with torch: not for --help
+
         check_types(self)
         if not self.data:
             raise ValueError("`data` is missing: a folder of images, or 'digits'")
@@ -108,23 +118,22 @@ class RunOptions:
             raise ValueError("`output` is missing: the folder to write the run to")
         if problem := why_unknown(self.data):
             raise ValueError(f"`data` {problem}")
-        self.require("must be at least 1", lambda value: value >= 1, "epochs", "batch_size", "accum", "max_pixels")
-        not_negative = "workers", "seed", "warmup_epochs", "weight_decay", "min_lr"
+        counts = "epochs", "batch_size", "accum", "max_pixels", "save_steps", "keep_states", "patience"
+        self.require("must be at least 1", lambda value: value >= 1, *counts)
+        not_negative = "workers", "seed", "warmup_epochs", "cooldown_epochs", "weight_decay", "min_lr", "skip_steps"
         self.require("must be a finite number, not negative", lambda value: 0 <= value < math.inf, *not_negative)
-        self.require("must be positive", lambda value: 0 < value < math.inf, "lr", "blr", "clip_grad")
+        positive = "lr", "blr", "clip_grad", "save_minutes", "timeout_minutes"
+        self.require("must be positive", lambda value: 0 < value < math.inf, *positive)
         self.require("must be in [0, 1]", lambda value: 0 <= value <= 1, "max_bad")
         self.require("must be in [0, 1)", lambda value: all(0 <= beta < 1 for beta in value), "betas")
         check_feeding(self)
+        self.check_pixels()
+        check_schedule(self)
         if self.resume and self.overwrite:
             raise ValueError("`resume` and `overwrite` exclude each other")
-        self.require(f"must be one of {', '.join(COMPILE_CHOICES)}", COMPILE_CHOICES.__contains__, "compile")
-        if self.compile in COMPILE_MODES[1:] and self.accum > 1:
-            raise ValueError(
-                f"`compile` {self.compile} and `accum` exclude each other: a CUDA graph overwrites the gradients of "
-                "the batch before; use `compile` default"
-            )
+        check_hardware(self)
         self.require(f"must be one of {', '.join(TRACKERS)}", TRACKERS.__contains__, "tracker")
-        if self.tracker is not None and importlib.util.find_spec(self.tracker) is None:
+        if self.tracker in TRACKERS[2:] and importlib.util.find_spec(self.tracker) is None:
             raise ValueError(f"`tracker` {self.tracker} is not installed: pip install {self.tracker}")
 
     def require(self, rule: str, holds: Callable[[Any], bool], *names: str) -> None:

@@ -28,16 +28,17 @@ if TYPE_CHECKING:
 MASKED_COLOUR = (0.47, 0.52, 0.62)
 """Slate: told apart from the grays of a gray image."""
 
-_DPI, _GAP, _HEADING, _LEAST_CELL = 100, 8, 34, 200
+DPI, _GAP, HEADING, _LEAST_CELL = 100, 8, 34, 200
 _MARK = b"convnextv2 pictures"
 
 
-def _is_ours(path: Path) -> bool:
+def is_ours(path: Path) -> bool:
+    """Whether a PNG file was drawn here."""
     with path.open("rb") as file:
         return b"Software\0" + _MARK in file.read(4096)
 
 
-PICTURE = Kind("a picture", (".png",), _is_ours, is_input=True)
+PICTURE = Kind("a picture", (".png",), is_ours, is_input=True)
 
 
 @torch.no_grad()
@@ -75,14 +76,14 @@ def reconstruction_panels(
     patch = model.config.encoder.patch_size
     grid_size = images.shape[2] // patch, images.shape[3] // patch
     hidden = pixel_mask(output.mask.cpu(), grid_size, patch)
-    original, prediction = (_true_colours(x, mean, std) for x in (images, predicted))
+    original, prediction = (true_colours(x, mean, std) for x in (images, predicted))
     slate = torch.tensor(MASKED_COLOUR).view(1, 3, 1, 1)
     masked = original * (1 - hidden) + slate * hidden
     pasted = original * (1 - hidden) + prediction * hidden
     return torch.stack((original, masked, prediction, pasted), dim=1), output.mask.cpu()
 
 
-def _true_colours(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+def true_colours(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """``[B, C, H, W]`` normalised to ``[B, 3, H, W]`` in [0, 1]; values beyond are clamped, never wrapped."""
     shape = (1, -1, 1, 1)
     values = images.detach().cpu().float() * torch.tensor(std).view(shape) + torch.tensor(mean).view(shape)
@@ -102,12 +103,12 @@ def save_reconstructions(path: str | os.PathLike[str], panels: Tensor, mask: Ten
     scale = max(1, math.ceil(_LEAST_CELL / panels.shape[-1]))
     cells = panels.repeat_interleave(scale, -1).repeat_interleave(scale, -2)
     grid = make_grid(cells.flatten(0, 1), len(titles), _GAP, pad_value=1.0).permute(1, 2, 0).numpy()
-    total_h, total_w = grid.shape[0] - _GAP + _HEADING, grid.shape[1]
-    with picture(path, total_w / _DPI, total_h / _DPI) as figure:
+    total_h, total_w = grid.shape[0] - _GAP + HEADING, grid.shape[1]
+    with picture(path, total_w / DPI, total_h / DPI) as figure:
         figure.figimage(grid)
         for column, title in enumerate(titles):
             centre = _GAP / 2 + (column + 0.5) * (cells.shape[-1] + _GAP)
-            figure.text(centre / total_w, 1 - _HEADING / 2 / total_h, title, ha="center", va="center", size=11)
+            figure.text(centre / total_w, 1 - HEADING / 2 / total_h, title, ha="center", va="center", size=11)
 
 
 def save_loss_curve(path: str | os.PathLike[str], metrics: Sequence[Mapping[str, Any]]) -> None:
@@ -152,14 +153,12 @@ def save_confusion_matrix(
     Colours are shares of the true class, numbers (up to 20 classes) are images. Raises ValueError if the matrix does
     not fit the names, OSError if the file cannot be written.
     """
-    counts = np.asarray(matrix)
-    k = len(classes)
+    counts, k = np.asarray(matrix), len(classes)
     if counts.shape != (k, k) or k == 0:
         raise ValueError(f"expected a matrix [{k}, {k}] for {k} classes, got {counts.shape}")
     totals = counts.sum(1, keepdims=True)
     shares = np.divide(counts, totals, out=np.zeros((k, k)), where=totals > 0)
-    side = min(16.0, max(4.5, 2.5 + 0.45 * k))
-    ticks = range(0, k, math.ceil(k / 40))
+    side, ticks = min(16.0, max(4.5, 2.5 + 0.45 * k)), range(0, k, math.ceil(k / 40))
     names = [name if len(name) <= 24 else f"{name[:23]}…" for name in (str(classes[i]) for i in ticks)]
     correct, images = int(np.trace(counts)), int(counts.sum())
     title = f"{correct} of {images} right ({correct / max(1, images):.1%})"
@@ -181,7 +180,7 @@ def picture(path: str | os.PathLike[str], width: float, height: float, layout: A
     """A white figure of that size in inches, to be drawn in; written when the block ends well."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), dpi=_DPI, facecolor="white", layout=layout)
+    figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white", layout=layout)
     yield figure
     with output_file(Path(path)) as temporary, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # a box for letters that the font lacks will do

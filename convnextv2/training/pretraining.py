@@ -12,55 +12,23 @@ from torch import Tensor, nn
 
 from convnextv2.data.build import build_pretrain_dataset
 from convnextv2.data.datasets import ImageDataset
-from convnextv2.data.loading import derived_seed
+from convnextv2.data.reading import keep_no_data, progress_of, shown_statistics
 from convnextv2.models.fcmae import FCMAE, create_fcmae
-from convnextv2.training.device import Accelerator
-from convnextv2.training.loop import OnLoss
-from convnextv2.training.options import COMPILE_MODES, RunOptions
+from convnextv2.models.no_data import parted
+from convnextv2.training.draws import MASKS
 from convnextv2.training.pictures import reconstruction_panels, save_reconstructions
-from convnextv2.training.recipe import option
+from convnextv2.training.probing import ProbedTask
 from convnextv2.training.reporting import Log, Progress
 from convnextv2.training.result import RunResult
 from convnextv2.training.run import run_task
 from convnextv2.training.run_folder import RunFolder
-from convnextv2.training.task import Outcome, Task
+from convnextv2.training.starting import from_init
+from convnextv2.training.task import Outcome
+from convnextv2.training.task_options import PretrainOptions
+from convnextv2.training.watching import OnLoss
 from convnextv2.weights.loading import init_fcmae
-from sparse_ops.grid import GRN_SCOPES
-from sparse_ops.registry import registry
 
-MASK_STREAM, PICTURE_SEED = 1, 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class PretrainOptions(RunOptions):
-    """Options of a pre-training run."""
-
-    blr: float = option(
-        1.5e-3,
-        "base learning rate: the peak is blr * batch / 256, with accumulation and processes counted in the batch. "
-        "1.5e-3 suits batches of up to some hundreds on small data; published for a batch of 4096: 1.5e-4",
-    )
-    betas: tuple[float, float] = option((0.9, 0.95), "AdamW's two betas")
-    mask_ratio: float = option(0.6, "share of the patches that is removed")
-    backend: str = option("auto", "of the sparse convolution; python -m sparse_ops lists them")
-    grn_scope: str = option(
-        "image", "GRN norms over each image, as fine-tuning will, or over the batch as officially", GRN_SCOPES
-    )
-    decoder_depth: int = option(1, "blocks of the decoder")
-    decoder_dim: int = option(512, "channels of the decoder")
-    norm_pix_loss: bool = option(True, "normalise target patches by their own mean and variance")
-    official_weight_decay: bool = option(False, "decay GRN's parameters and the mask token too, as officially")
-    val_fraction: float = option(0.2, "of the digits: the part kept out, which fine-tuning with this seed validates on")
-    reconstruct_every: int | None = option(None, "epochs between pictures; about five in a run by default, 0 for none")
-
-    def check(self) -> None:
-        super().check()
-        self.require("must not be negative", lambda value: value >= 0, "reconstruct_every")
-        backend = registry().get(self.backend)
-        if self.compile in COMPILE_MODES and backend is not None and not backend.traceable:
-            raise ValueError(
-                f"`compile`: the backend {backend.name} cannot be traced; use another `backend`, or leave it out"
-            )
+PICTURE_SEED = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,13 +55,16 @@ def pretrain(
     return run_task(PretrainTask(options), PretrainResult, log=log, progress=progress, on_loss=on_loss)
 
 
-class PretrainTask(Task[PretrainOptions]):
+class PretrainTask(ProbedTask[PretrainOptions]):
     """A masked autoencoder, unlabelled images, and the reconstruction loss of masked patches."""
 
     name = "pretrain"
     steep_lr = 1e-2, "published for large batches: `blr` 1.5e-4"
 
     def resolve(self, saved: dict[str, Any] | None) -> None:
+        self.options, self._checkpoint = from_init(self.options, saved is not None)
+        super().resolve(saved)
+        self._read = self.options.reading(saved)
         with torch.device("meta"):  # wrong options are to be told before a large folder is read
             self.model()
         self.metadata = {"epochs": self.options.epochs, "seed": self.options.seed}
@@ -105,37 +76,33 @@ class PretrainTask(Task[PretrainOptions]):
 
     def data(self) -> Sequence[ImageDataset]:
         o = self.options
-        self._data = build_pretrain_dataset(
-            o.data, o.size, o.encoder().in_chans, seed=o.seed, val_fraction=o.val_fraction, wanted=o.wanted
-        )
-        return [self._data]
+        drawn: dict[str, Any] = {"seed": o.seed, "val_fraction": o.val_fraction, "augmentation": o.augmentation()}
+        self._data = build_pretrain_dataset(o.data, o.size, o.encoder().in_chans, **drawn, **self._read)
+        self.progress, self._no_data = progress_of(self._data), keep_no_data(self._data)
+        return self.probed(self._data)
 
     def model(self) -> FCMAE:
         o = self.options
         shared = ("backend", "grn_scope", "mask_ratio", "decoder_depth", "decoder_dim", "norm_pix_loss")
-        return create_fcmae(o.encoder(), img_size=o.size, **{name: getattr(o, name) for name in shared})
+        return o.recomputing(create_fcmae(o.encoder(), img_size=o.size, **{name: getattr(o, name) for name in shared}))
 
     def initialise(self, model: FCMAE, resumed: bool) -> str:
-        return "" if resumed or self.options.init is None else init_fcmae(model, str(self.options.init))
+        first, self._checkpoint = self._checkpoint, None
+        return "" if first is None else init_fcmae(model, first, bands=self.options.init_bands)
 
     def describe(self, model: nn.Module) -> str:
         return f"pre-training {sum(p.numel() for p in model.parameters()):,} parameters"
 
-    def begin_epoch(self, accelerator: Accelerator, model: nn.Module, epoch: int) -> None:
-        seed = derived_seed(self.options.seed, epoch, accelerator.process_index, MASK_STREAM)
-        self._masks = torch.Generator(accelerator.device).manual_seed(seed)
-        model.train()
-
     def loss(self, model: nn.Module, batch: Tensor) -> tuple[Tensor, int]:
-        return model(batch, generator=self._masks, return_pred=False).loss, len(batch)
-
-    def line(self, row: dict[str, Any]) -> str:
-        return f"{super().line(row)}, feature diversity {row['feature_diversity']:.3f}"
+        patches = math.prod(self.options.size) // self.options.encoder().patch_size ** 2
+        noise = self.draws.uniform(MASKS, patches, batch.device)
+        images, valid = parted(batch) if self._no_data else (batch, None)
+        return model(images, noise=noise, return_pred=False, valid=valid).loss, len(batch)
 
     def pictures(self, folder: RunFolder, model: FCMAE, examples: Tensor, epoch: int, best: Outcome | None) -> None:
         if epoch in self.picture_epochs:
             generator = torch.Generator(examples.device).manual_seed(PICTURE_SEED)
-            mean, std = self._data.mean, self._data.std
+            mean, std = shown_statistics(self._data)
             with torch.compiler.set_stance("force_eager"):  # other shapes than those of training
                 panels = reconstruction_panels(model, examples[:8], None, generator, mean=mean, std=std)
             save_reconstructions(folder.path / "reconstructions" / f"epoch_{epoch:04d}.png", *panels)

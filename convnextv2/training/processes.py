@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import importlib.util
 import logging
 import os
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,8 +22,9 @@ R = TypeVar("R")
 _held: set[int] = set()
 
 
-def after_a_restart() -> list[Any]:
-    """Handlers for accelerate that let the processes of one node meet after torchrun has started them again.
+def after_a_restart(minutes: float) -> list[Any]:
+    """Handlers for accelerate that give up a process after so many minutes without an answer, and that let the
+    processes of one node meet after torchrun has started them again.
 
     The store through which they find each other outlives them, with the addresses of those that have ended, so each
     attempt uses names of its own in it. torch has none: it takes the store to be new.
@@ -32,7 +35,7 @@ def after_a_restart() -> list[Any]:
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     one_node = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")  # others may count differently
     if attempt == "0" or not one_node or not distributed.is_available() or distributed.is_initialized():
-        return []
+        return [InitProcessGroupKwargs(timeout=timedelta(minutes=minutes))]
 
     def meet(url: str, **options: Any) -> Iterator[tuple[Any, int, int]]:
         for store, rank, world_size in distributed.rendezvous(url.replace(scheme, "env", 1), **options):
@@ -41,7 +44,7 @@ def after_a_restart() -> list[Any]:
     scheme = "after-restart"
     with contextlib.suppress(RuntimeError):  # it is known from an accelerator that could not be made
         distributed.register_rendezvous_handler(scheme, meet)
-    return [InitProcessGroupKwargs(init_method=f"{scheme}://")]
+    return [InitProcessGroupKwargs(init_method=f"{scheme}://", timeout=timedelta(minutes=minutes))]
 
 
 def leave_at_exit() -> None:
@@ -114,9 +117,16 @@ def take(folder: Path, claim: Callable[[], Any], before: Any, held: contextlib.E
         raise ValueError(f"{folder}: was changed by another run while this one was set up; start it again")
 
 
-def start_tracker(accelerator: Any, project: str, tracker: str | None) -> None:
+def tracker_of(asked: str | None) -> str | None:
+    """The tracker that an option asks for, with auto and none resolved; None for none."""
+    if asked == "auto":
+        return "tensorboard" if importlib.util.find_spec("tensorboard") is not None else None
+    return None if asked == "none" else asked
+
+
+def start_tracker(accelerator: Any, project: str, asked: str | None) -> None:
     """Start the tracker that is asked for; ValueError if it does not."""
-    if tracker is not None:
+    if (tracker := tracker_of(asked)) is not None:
         try:
             accelerator.init_trackers(project)
         except Exception as error:  # each tracker has errors of its own

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import argparse
 import re
+import sys
 import types
 from collections.abc import Sequence
 from dataclasses import asdict, field, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-import yaml  # type: ignore[import-untyped]  # its stubs are a package of their own
-
-from convnextv2.messages import one_line
-from convnextv2.training.saved_state import find_state
+from convnextv2.recipes import find_recipe
+from convnextv2.training.components import COMPONENTS, OTHER, by_component, component_of, plain_flags
+from convnextv2.training.recipe_files import read_recipes, split_arguments, why_refused, write_yaml
 
 T = TypeVar("T")
 NOT_IN_RECIPE = ("resume", "overwrite")
@@ -48,81 +48,74 @@ class ImageSize:
 image_size = ImageSize()
 
 
-def parse_options(cls: type[T], argv: Sequence[str] | None, description: str = "") -> T:
+def parse_options(cls: type[T], argv: Sequence[str] | None, description: str = "", prog: str = "") -> T:
     """Options of the dataclass ``cls`` from the command line.
 
     Args:
         cls: of :class:`~convnextv2.training.options.RunOptions`, with fields made by :func:`option`.
         argv: arguments; None takes those of the process.
         description: head of ``--help``.
+        prog: name of the program in it; that of the process if left out.
 
     Raises:
         ValueError: on an unknown or ill-typed option or recipe key.
         OSError: if a recipe cannot be read.
-        SystemExit: after ``--help``.
+        SystemExit: after ``--help`` and ``--print-config``.
     """
-    recipes = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    recipes.add_argument("--config", action="append", default=[], type=Path)
-    parser = _parser(cls, description)
+    parser, names = _parser(cls, description, prog), [f.name for f in fields(cls)]  # type: ignore[arg-type]
     try:
-        given, rest = recipes.parse_known_args(argv)
-        for path in given.config:
-            _check_recipe(path)
-        # What is parsed later wins, and the command line is to win.
-        arguments = [*(f"--config={path}" for path in given.config), *rest]
-        values = parser.parse_args(arguments)
+        given, rest = split_arguments(argv)
+        recipes = [find_recipe(path, getattr(cls, "task", "")) for path in given.config]
+        arguments = plain_flags(rest, parser._option_string_actions)
+        values = parser.parse_args(arguments, namespace=read_recipes(parser, recipes, names))
         own = Path(values.output or "") / "config.yaml"
-        if values.output and own.is_file() and (values.resume is True or (values.resume and find_state(own.parent))):
-            _check_recipe(own)
-            values = parser.parse_args([f"--config={own}", *arguments])
+        if values.output and own.is_file() and _resumes(values.resume, own.parent):
+            values = parser.parse_args(arguments, namespace=read_recipes(parser, [own, *recipes], names))
     except (argparse.ArgumentError, OverflowError) as error:
-        raise ValueError(one_line(error)) from error
-    return cls(**{f.name: values[f.name] for f in fields(cls)})  # type: ignore[arg-type]
+        raise ValueError(why_refused(error)) from error
+    options = cls(**{name: values[name] for name in names})
+    if given.print_config:
+        sys.stdout.write(recipe_text(options, nested=True))
+        raise SystemExit(0)
+    return options
 
 
-def recipe_text(options: Any) -> str:
-    """Resolved options as a recipe that ``--config`` reads back."""
-    values = {key: _plain(value) for key, value in asdict(options).items() if key not in NOT_IN_RECIPE}
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+def _resumes(resume: Any, run: Path) -> bool:
+    from convnextv2.training.states import find_state  # with torch: not for --help
+
+    return resume is True or bool(resume and find_state(run))
 
 
-def _check_recipe(path: Path) -> None:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no valid YAML: {one_line(error)}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a recipe, lines of 'option: value', got {type(content).__name__}")
-    other = content.get("config", "")
-    if not isinstance(other, str) or re.fullmatch(r"[-+.\d]+e[-+]?\d+", other, re.I):  # a number to jsonargparse
-        raise ValueError(f"{path}: config should name another recipe, got {one_line(other)}")
-    for key, value in content.items():  # a few lines of lists of aliases of lists become gigabytes
-        if any(isinstance(item, list | dict | set) for item in (value if isinstance(value, list) else [value])):
-            raise ValueError(f"{path}: {one_line(key)} should be a value or a list of values")
+def recipe_text(options: Any, nested: bool = False) -> str:
+    """Resolved options as a recipe that ``--config`` reads back; ``nested``: each below its component."""
+    values = {key: value for key, value in asdict(options).items() if key not in NOT_IN_RECIPE}
+    return write_yaml(by_component(values) if nested else values)
 
 
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
-
-
-def _parser(cls: type, description: str) -> Any:
+def _parser(cls: type, description: str, prog: str) -> Any:
     from jsonargparse import ActionYesNo, ArgumentParser
 
-    parser = ArgumentParser(description=description, exit_on_error=False)
-    parser.add_argument("--config", action="config", help="YAML recipe: option names with underscores, and values")
+    parser = ArgumentParser(prog=prog or Path(sys.argv[0]).name, description=description, exit_on_error=False)
+    parser.add_argument(
+        "--config", nargs="+", metavar="RECIPE", help="YAML files, or names (fcmae recipes lists them); later ones win"
+    )
+    parser.add_argument("--print-config", action="store_true", help="print the options as a recipe, and end")
+    groups = {name: parser.add_argument_group(name) for name in (*COMPONENTS, OTHER)}
     hints = get_type_hints(cls)
     for item in fields(cls):
         flag, kind = f"--{item.name.replace('_', '-')}", hints[item.name]
+        group = groups[component_of(item.name)]
         if get_origin(kind) in (Union, types.UnionType):
             kind = get_args(kind)[0]  # the others are for Python: a path, one number for a square, None
-        extra: dict[str, Any] = {"default": _plain(item.default), "help": item.metadata["help"]}
+        default = list(item.default) if isinstance(item.default, tuple) else item.default  # as it is parsed
+        extra: dict[str, Any] = {"default": default, "help": item.metadata["help"]}
         if kind is bool and item.metadata["choices"]:
             extra |= {"type": bool | Literal[tuple(item.metadata["choices"])], "nargs": "?", "const": True}
             no: dict[str, Any] = {"action": "store_const", "const": False, "default": False, "help": "the opposite"}
-            parser.add_argument(f"--no-{flag[2:]}", dest=item.name, **no)
+            group.add_argument(f"--no-{flag[2:]}", dest=item.name, **no)
         elif kind is bool:
             extra["action"] = ActionYesNo(yes_prefix="", no_prefix="no-")
-        elif item.name == "img_size":
+        elif item.name in ("img_size", "window"):
             extra |= {"type": image_size, "metavar": "SIZE", "default": item.default}
         elif get_origin(kind) is tuple:
             extra |= {"type": get_args(kind)[0], "nargs": len(get_args(kind)), "metavar": "N"}
@@ -130,5 +123,5 @@ def _parser(cls: type, description: str) -> Any:
             extra["type"] = Literal[tuple(item.metadata["choices"])]
         else:
             extra |= {"type": kind, "metavar": kind.__name__.upper()}
-        parser.add_argument(flag, **extra)
+        group.add_argument(flag, **extra)
     return parser

@@ -57,3 +57,20 @@ class RunResult:
     best: dict[str, float] | None
     metrics: Metrics = field(repr=False)
     model: nn.Module = field(repr=False)
+
+
+@dataclass(frozen=True, eq=False)
+class ValidatedResult(RunResult):
+    """What a run came to that validates every epoch; ``model`` is the network of the best one."""
+
+    best: dict[str, float]
+
+    @property
+    def best_epoch(self) -> int:
+        """Its epoch, from 1."""
+        return int(self.best["epoch"])
+
+    @property
+    def val_images(self) -> int:
+        """Images validated on."""
+        return self.images[1]

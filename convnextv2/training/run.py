@@ -14,18 +14,26 @@ from torch import Tensor
 
 from convnextv2.data.batches import memory_format
 from convnextv2.data.loading import EpochSampler, derived_seed
+from convnextv2.data.reading import reading_of
 from convnextv2.data.sources import describe_skipped
 from convnextv2.files import append_jsonl, write_json
 from convnextv2.models.config import config_to_dict
-from convnextv2.models.diversity import feature_diversity
-from convnextv2.models.encoder import Encoder
-from convnextv2.training.bad_data import BadData
+from convnextv2.training.bad_data import BadData, told_if_worker_dies
 from convnextv2.training.claim import claim
 from convnextv2.training.compiling import Compiling
+from convnextv2.training.cooldown import schedule_of
 from convnextv2.training.device import make_accelerator
-from convnextv2.training.feeding import fitting_batch, make_feeds, make_samples, passes_for
-from convnextv2.training.loop import Loop, OnLoss
-from convnextv2.training.optim import create_optimizer, create_schedule, scaled_lr
+from convnextv2.training.draws import Draws
+from convnextv2.training.environment import record_session
+from convnextv2.training.epoch_pass import EpochPass
+from convnextv2.training.exchange import Exchange, told_if_lost
+from convnextv2.training.feeding import fitting_accum, fitting_batch, make_feeds, make_samples, passes_for
+from convnextv2.training.handlers import ignored
+from convnextv2.training.keeping import Keeper
+from convnextv2.training.loop import Loop
+from convnextv2.training.measures import measures, pace
+from convnextv2.training.optim import create_optimizer, scaled_lr
+from convnextv2.training.patience import check_patience, epochs_of, out_of_patience
 from convnextv2.training.pictures import save_loss_curve
 from convnextv2.training.processes import in_first_process, leave_at_exit, start_tracker, take
 from convnextv2.training.recipe import recipe_text
@@ -33,9 +41,11 @@ from convnextv2.training.reporting import Log, Progress, logger, reporters
 from convnextv2.training.result import Metrics, RunResult
 from convnextv2.training.run_folder import RunFolder, check_same_model
 from convnextv2.training.saved_state import load_state
+from convnextv2.training.sharding import Sharding
 from convnextv2.training.signals import StopSignals
+from convnextv2.training.so_far import SoFar
 from convnextv2.training.task import Outcome, Task
-from convnextv2.weights.checkpoint import save_checkpoint
+from convnextv2.training.watching import OnLoss, Watch
 from convnextv2.weights.loading import load_strict
 
 R = TypeVar("R", bound=RunResult)
@@ -71,17 +81,17 @@ def run_task(
         RunStoppedError: after SIGINT or SIGTERM.
         OSError: if the output cannot be written.
     """
-    run = Run(task, *reporters(log, progress), on_loss)
-    with contextlib.ExitStack() as held:
+    with contextlib.ExitStack() as held, told_if_lost(task.options), ignored("SIGUSR1"):  # there is nothing to save yet
+        run = Run(task, *reporters(log, progress), on_loss)
         run.open_folder(held)
-        with run.stop:
+        held.callback(run.keeper.close)
+        with run.stop, told_if_worker_dies(run.parts):
             run.begin()
-            for epoch in range(run.start, run.options.epochs):
-                row, better = run.measure(epoch, *run.train(epoch))
+            for epoch in epochs_of(run):
+                row, better = run.measure(epoch, run.train(epoch))
                 run.save(row, better)
                 run.draw(row["epoch"])
-                waited = f"{100 * row['data_wait']:.0f} % waiting for data"
-                run.say(f"epoch {row['epoch']}/{run.options.epochs}: {task.line(row)}, {waited}")
+                run.say(f"epoch {row['epoch']}/{run.options.epochs}: {task.line(row)}, {pace(row, run.options.epochs)}")
                 run.bad.tell(row["epoch"])
         return run.finish(kind)
 
@@ -95,9 +105,10 @@ class Run:
         task.options.check()
         self.task, self._log, self._progress = task, log, progress
         self.folder = RunFolder(task.options.output)
-        self.stop = StopSignals(self.folder.path)
+        self.stop = StopSignals()
         self.accelerator = make_accelerator(task.options)
         self.main = self.accelerator.is_main_process
+        self.sharding = Sharding(task.options, self.accelerator)
         self.saved = in_first_process(self._claim)
         task.resolve(self.saved)
         self.parts = list(task.data())
@@ -120,12 +131,16 @@ class Run:
         self._set_up(on_loss)
         self.bad.tell(0 if self.saved is None else self.saved["epoch"])
         if self.saved is not None:
-            load_state(self.folder.path, self.accelerator, self.model)
+            if "damaged" in self.saved:
+                self.say(f"warning: going back to the state before: {self.saved['damaged']}")
+            load_state(self.folder.checkpoints / self.saved["state"], self.model, self._stateful)
             self.start, self.loop.step, self.best = self.saved["epoch"], self.saved["step"], self.saved.get("best")
+            self.watch.skipped = self.saved.get("skipped", 0)
+            self.epoch_pass.so_far = SoFar(**self.saved.get("inside") or {})
 
     def _claim(self) -> dict[str, Any] | None:
         o = self.task.options
-        return claim(self.folder.path, o.resume, o.overwrite, o.data, o.init)
+        return claim(self.folder.path, o.resume, o.overwrite, o.data, o.init, getattr(o, "probe_data", ""))
 
     def say(self, line: str) -> None:
         """Tell the user, in the first process."""
@@ -136,14 +151,20 @@ class Run:
         from timm.utils import ModelEmaV3
 
         task, training, asked = self.task, self.parts[0], self.task.options.batch_size
+        check_patience(task.options, self.parts)
         images, processes = len(training), self.accelerator.num_processes
         if images < processes:
             raise ValueError(f"{images} images cannot be shared among {processes} processes; run fewer")
         if (size := min(asked, images // processes * task.options.views)) < asked:
             self.say(f"notice: `batch_size` {asked} lowered to {size}: there are {images} images to train on")
         size = fitting_batch(size, task.options.views, task.fit_batch)
-        task.options = self.options = options = replace(task.options, batch_size=size)
-        self._effective_batch = options.batch_size * options.accum * processes
+        options = replace(task.options, batch_size=size)
+        self._passes = passes_for(self.saved, task.min_steps, images, options, processes)
+        if (accum := fitting_accum(options, images * self._passes, processes)) < options.accum:
+            self.say(f"notice: `accum` {options.accum} lowered to {accum}: an epoch has no more batches")
+            self.accelerator.gradient_accumulation_steps = accum
+        task.options = self.options = options = replace(options, accum=accum)
+        self._effective_batch = options.batch_size * accum * processes
         self._lr = scaled_lr(options.blr, self._effective_batch, options.lr)
         steep, advice = task.steep_lr
         if self._lr > steep:
@@ -152,24 +173,35 @@ class Run:
         self.model.to(memory_format=layout)
         fused = self.accelerator.device.type == "cpu"  # accelerate looks after the others
         raw_optimizer = create_optimizer(task.groups(self.model), self._lr, options.betas, options.optimizer, fused)
-        self._passes = passes_for(self.saved, task.min_steps, images, options, processes)
         samples = make_samples(self.parts, options, layout, self.say, self._passes)
         if self.saved is None and (told := task.start(self.accelerator, self.model, training)):
             self.say(told)
-        self._sampler = EpochSampler(len(samples[0]), options.seed)
-        self.wrapped, optimizer = self.accelerator.prepare(self.model, raw_optimizer)
-        self._loader, *self._others = make_feeds(self.accelerator, samples, options, self._sampler)
-        updates = math.ceil(len(self._loader) / options.accum)
-        schedule = create_schedule(raw_optimizer, updates, options.epochs, options.warmup_epochs, options.min_lr)
-        self._compiling = Compiling(self.model, self.wrapped, options, self.accelerator, self.say)
-        stepped = self.accelerator, self.wrapped, optimizer, schedule
-        self.loop = Loop(*stepped, self.stop, options.clip_grad, on_loss if self.main else None)
+        updates = len(samples[0]) * options.views // self._effective_batch
+        sampler = EpochSampler(len(samples[0]), options.seed, self._effective_batch // options.views)
+        task.draws = Draws(options.seed, options.batch_size, self.accelerator.process_index)
+        self.wrapped, optimizer = self.sharding.prepare(self.model, raw_optimizer)
+        self._loader, *self._others = make_feeds(self.accelerator, samples, options, sampler)
+        schedule = schedule_of(options, raw_optimizer, updates)
+        compiling = Compiling(self.model, self.wrapped, options, self.accelerator, self.say)
+        exchange = Exchange(self.accelerator, options.timeout_minutes)
+        trained = [parameter for parameter in self.wrapped.parameters() if parameter.requires_grad]
+        watched = self.accelerator, exchange, optimizer, trained, options.clip_grad, options.skip_steps
+        self.watch = Watch(*watched, on_loss if self.main else None)
+        self.loop = Loop(self.accelerator, self.wrapped, optimizer, schedule, self.watch)
+        self._stateful: dict[str, Any] = {"optimizer.bin": raw_optimizer}
+        if self.accelerator.scaler is not None:
+            self._stateful["scaler.pt"] = self.accelerator.scaler
         self._kept, self._evaluated = self.model, self.wrapped  # with averaging both are the average
         if task.ema_decay:
-            average = ModelEmaV3(self.model, task.ema_decay, use_warmup=task.ema_warmup)
-            self.accelerator.register_for_checkpointing(average)
+            average = ModelEmaV3(self.sharding.whole(self.model), task.ema_decay, use_warmup=task.ema_warmup)
+            self.sharding.shard(average.module)
+            self._stateful["custom_checkpoint_0.pkl"] = average
             self.loop.after_update = partial(average.update, self.model)
             self._kept = self._evaluated = average.module
+        kept = self.stop, self.model, self._stateful
+        self.keeper = Keeper(self.folder, options, self.accelerator, exchange, *kept)
+        parts = self.folder.path, task, self.loop, compiling, self.keeper, training, sampler, self._loader
+        self.epoch_pass = EpochPass(*parts, self._effective_batch // accum, self._progress_of)
         self._examples: Tensor = training.examples(PROBE_IMAGES).to(self.accelerator.device)
 
     def open_folder(self, held: contextlib.ExitStack) -> None:
@@ -185,6 +217,7 @@ class Run:
         self.folder.prepare(self.saved, recipe_text(o))
         for name, content in self.task.files.items():
             write_json(self.folder.path / name, content)
+        record_session(self.folder.path, self.accelerator, self.model, self.loop.step, self.start >= o.epochs)
         if not o.overwrite:
             start()
 
@@ -193,37 +226,33 @@ class Run:
         accelerator = self.accelerator
         if self.saved is not None:
             done = self.start >= self.options.epochs
-            self.say(f"nothing to do: {self.start} epochs are done" if done else f"resuming after epoch {self.start}")
+            here = f", at step {self.loop.step}" if self.epoch_pass.so_far.batches else ""
+            resuming = f"resuming after epoch {self.start}{here}"
+            self.say(f"nothing to do: {self.start} epochs are done" if done else resuming)
         self.say(
             f"{self.task.describe(self.model)} on {accelerator.device}: "
-            f"{len(self._loader)} steps an epoch of batch {self._effective_batch}, "
+            f"{len(self._loader) // self.options.accum} steps an epoch of batch {self._effective_batch}, "
             f"peak learning rate {self._lr:.2e}, mixed precision: {accelerator.mixed_precision}"
         )
 
-    def train(self, epoch: int) -> tuple[float, dict[str, float]]:
-        """One pass over the training part; everything drawn in it follows from the seed, the epoch and the process."""
-        from accelerate.utils import set_seed
-
-        set_seed(derived_seed(self.options.seed, epoch, self.accelerator.process_index))
-        self._sampler.epoch = epoch
-        self.parts[0].set_epoch(epoch)
-        self._loader.set_epoch(epoch)  # accelerate's own count, which it hands to the data set, starts anew on resuming
-        self.task.begin_epoch(self.accelerator, self.wrapped, epoch)
+    def train(self, epoch: int) -> dict[str, float]:
+        """One pass over the training part, or what is left of it, for the row of the epoch."""
+        self.epoch_pass.begin(epoch)
         batches = self.bad.watch(self._loader, epoch)
         if self.main:
             batches = self._progress(batches, len(batches), f"epoch {epoch + 1}/{self.options.epochs}")
-        loss, pace = self.loop.epoch(epoch, batches, partial(self._compiling.loss, self.task.loss))
-        return loss, {**pace, "data_wait": self._loader.share(pace["seconds"])}
+        return self.epoch_pass.train(epoch, batches)
 
-    def measure(self, epoch: int, loss: float, pace: dict[str, float]) -> tuple[dict[str, Any], bool]:
+    def measure(self, epoch: int, pace: dict[str, float]) -> tuple[dict[str, Any], bool]:
         """The row of the epoch, and whether it is the best so far."""
+        self.keeper.wait()  # loaders may start processes, which is no moment for a thread at work
         others = [self.bad.watch(other, epoch) for other in self._others]
-        outcome = self.task.evaluate(self.accelerator, self._evaluated, others)
-        found = {} if outcome is None else outcome.numbers
-        row = {"epoch": epoch + 1, "step": self.loop.step, self.task.loss_name: loss, **found, **pace}
-        encoder = getattr(self._kept, "encoder", self._kept)
-        if isinstance(encoder, Encoder):
-            row["feature_diversity"] = feature_diversity(encoder, self._examples)
+        kept = self.sharding.whole(self._kept)
+        evaluated = self._evaluated if kept is self._kept else kept
+        outcome = self.task.evaluate(self.accelerator, evaluated, others)
+        found = {**({} if outcome is None else outcome.numbers), **measures(kept, self._examples)}
+        row = {"epoch": epoch + 1, "step": self.loop.step, self.task.loss_name: pace.pop("loss"), **found, **pace}
+        row |= self.task.after_epoch(self.accelerator, kept, row, self.say)
         rank = self.task.rank
         if outcome is None or not (self.best is None or rank(outcome.record) > rank(self.best)):
             return row, False
@@ -232,41 +261,45 @@ class Run:
 
     def save(self, row: dict[str, Any], better: bool) -> None:
         """Write the row, the weights, and the state to resume from."""
-        config, training = self.model.config, self.parts[0]
         if self.main:
-            self.folder.begin_saving()
             append_jsonl(self.folder.metrics_path, row)
-            images = {"mean": list(training.mean), "std": list(training.std), "img_size": list(self.options.size)}
-            metadata = {**images, "epoch": row["epoch"], **self.task.metadata}
-            for name in ("last", "best") if better else ("last",):
-                save_checkpoint(self.folder.checkpoint(name), self._kept, config, metadata)
-        if self.options.tracker is not None:
-            self.accelerator.log(row, step=row["epoch"])
-        best = {} if self.best is None else {"best": self.best}
-        state = {"epoch": row["epoch"], "step": row["step"], "passes": self._passes, **best}
-        self.folder.save_state(self.accelerator, {**state, "config": config_to_dict(config), **self.task.progress})
+        self.accelerator.log(row, step=row["epoch"])
+        training = self.parts[0]
+        images = {**reading_of(training), "mean": list(training.mean), "std": list(training.std)}
+        metadata = {**images, "img_size": list(self.options.size), "epoch": row["epoch"], **self.task.metadata}
+        names = ("last", "best") if better else ("last",)
+        self.keeper.save(self._progress_of(row["epoch"], None), names, self._kept, metadata)
+        self.start = row["epoch"]
+
+    def _progress_of(self, epoch: int, inside: dict[str, Any] | None) -> dict[str, Any]:
+        """What a state says beside weights: ``epoch`` epochs are done, and ``inside`` of the next."""
+        found = {"epoch": epoch, "step": self.loop.step, "passes": self._passes, "inside": inside, "best": self.best}
+        found["skipped"], optimizer = self.watch.skipped, type(self._stateful["optimizer.bin"]).__name__
+        kept = {name: value for name, value in found.items() if value is not None}
+        return {**kept, "optimizer": optimizer, "config": config_to_dict(self.model.config), **self.task.progress}
 
     def draw(self, epoch: int) -> None:
         """The loss curve and the pictures of the task, if they are due."""
-        now = time.monotonic()
-        certain = epoch in (*self.task.picture_epochs, self.options.epochs)
+        now, model = time.monotonic(), self.sharding.whole(self.model)
+        certain = epoch in (*self.task.picture_epochs, self.options.epochs) or out_of_patience(self, epoch)
         if self.main and (certain or now - self._drawn >= PICTURE_SECONDS):
             self._drawn = now
             save_loss_curve(self.folder.path / "loss.png", self.folder.metrics())
-            self.task.pictures(self.folder, self.model, self._examples, epoch, self._best_outcome)
+            self.task.pictures(self.folder, model, self._examples, epoch, self._best_outcome)
 
     def finish(self, kind: type[R]) -> R:
         """Close the trackers, and read back what the run stands for."""
+        self.keeper.wait()
         self.bad.tell(self.options.epochs, "in the end ")
         for tracker in self.accelerator.trackers:  # its end_training leaves the group, too
             tracker.finish()
         leave_at_exit()
         path = self.folder.checkpoint("last" if self.best is None else "best")
-        model = self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
+        model = self.sharding.whole(self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False))
         load_strict(model, safetensors.torch.load_file(path), path)
         return kind(
             folder=self.folder.path,
-            epochs=max(self.start, self.options.epochs),
+            epochs=self.start,
             images=tuple(map(len, self.parts)),
             best=self.best,
             metrics=Metrics(self.folder.metrics()),

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import signal
-import threading
 from pathlib import Path
 from types import FrameType
-from typing import Any
+
+from convnextv2.training.handlers import Handlers
+
+SAVE = 1
+"""Asks for a state to be saved; higher numbers, those of a signal and this, for that and to stop."""
 
 
 class RunStoppedError(Exception):
@@ -18,31 +21,31 @@ class RunStoppedError(Exception):
 
 
 class StopSignals:
-    """Turns SIGINT and SIGTERM into a request to stop the run in ``output`` between two steps; a second acts now."""
+    """Turns SIGINT and SIGTERM into a request to save and stop between two steps, of which a second acts now, and
+    SIGUSR1 into one to save and go on: ``asked``, 0 or more than :data:`SAVE`, and ``save``."""
 
-    def __init__(self, output: Path) -> None:
-        self._output = output
-        self._received: int | None = None
-        self._previous: dict[int, Any] = {}
+    def __init__(self) -> None:
+        self.asked, self.save = 0, False
+        self._handlers = Handlers()
 
     def __enter__(self) -> StopSignals:
-        if threading.current_thread() is threading.main_thread():  # others get no signals
-            for signum in (signal.SIGINT, signal.SIGTERM):
-                self._previous[signum] = signal.signal(signum, self._receive)
+        self._handlers.turn(self._receive, "SIGINT", "SIGTERM", "SIGUSR1")
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        for signum, handler in self._previous.items():
-            signal.signal(signum, handler)
+        self._handlers.restore()
 
     def _receive(self, signum: int, frame: FrameType | None) -> None:
-        self._received = signum
-        signal.signal(signum, self._previous[signum])
+        if signum not in (signal.SIGINT, signal.SIGTERM):
+            self.save = True
+        elif self._handlers.is_first(signum):
+            self.asked = signum + SAVE
+        else:
+            self._handlers.act(signum)
 
-    def check(self, epoch: int) -> None:
-        """Raise RunStoppedError if a signal came; ``epoch`` epochs have been saved."""
-        if self._received is None:
-            return
-        name = signal.Signals(self._received).name
-        saved = f"{epoch} epochs are saved, continue with `resume`" if epoch else "no epoch had been finished"
-        raise RunStoppedError(self._received, f"stopped by {name}; {saved}: {self._output}")
+
+def stopped(asked: int, saved: str, output: Path) -> RunStoppedError:
+    """What a run ends with that was asked to stop; ``saved`` says what is, or is empty."""
+    signum = asked - SAVE
+    told = f"{saved}, continue with `resume`" if saved else "nothing had been saved"
+    return RunStoppedError(signum, f"stopped by {signal.Signals(signum).name}; {told}: {output}")

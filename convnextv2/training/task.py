@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from convnextv2.data.datasets import ImageDataset
 from convnextv2.training.device import Accelerator
+from convnextv2.training.draws import Draws
 from convnextv2.training.optim import parameter_groups
 from convnextv2.training.options import RunOptions
 from convnextv2.training.run_folder import RunFolder
@@ -64,6 +65,7 @@ class Task(ABC, Generic[O]):
         self.metadata: dict[str, Any] = {}  # what a checkpoint says beside normalisation, image size and epoch
         self.files: dict[str, Any] = {}  # JSON files that belong into the folder of the run: name and content
         self.progress: dict[str, Any] = {}  # what a resumed run has to know; resolve() gets it back
+        self.draws: Draws  # numbers for the samples of the batch at hand, once the run is set up
         self.grouping: dict[str, Any] = {}  # what parameter_groups() is told beside the weight decay
 
     def resolve(self, saved: dict[str, Any] | None) -> None:
@@ -100,7 +102,7 @@ class Task(ABC, Generic[O]):
         return f"training {trained:,} of {sum(p.numel() for p in model.parameters()):,} parameters"
 
     def begin_epoch(self, accelerator: Accelerator, model: nn.Module, epoch: int) -> None:
-        """Set the network's mode, and seed what the task draws from besides torch's own generator."""
+        """Set the network's mode."""
         model.train()
 
     @abstractmethod
@@ -111,13 +113,17 @@ class Task(ABC, Generic[O]):
         """Measure the network on the other parts of the data; None where there is nothing to measure."""
         return None
 
+    def after_epoch(self, accelerator: Accelerator, model: Any, row: dict[str, Any], say: Any) -> dict[str, float]:
+        """More numbers for the row of an epoch, for all processes at once; ``say`` takes lines for the user."""
+        return {}
+
     def rank(self, record: dict[str, float]) -> Any:
         """What orders the records of evaluations, the best last."""
         return tuple(record.values())
 
     def line(self, row: dict[str, Any]) -> str:
-        """The row of an epoch in words."""
-        return f"{self.loss_name.replace('_', ' ')} {row[self.loss_name]:.4f}, {row['images_per_s']} images/s"
+        """The row of an epoch in words, without its pace."""
+        return f"{self.loss_name.replace('_', ' ')} {row[self.loss_name]:.4f}"
 
     def pictures(self, folder: RunFolder, model: Any, examples: Tensor, epoch: int, best: Outcome | None) -> None:
         """Draw, now and then.

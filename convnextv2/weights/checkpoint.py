@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import itertools
 import json
 import os
 import pickle
@@ -28,13 +27,17 @@ from torch import Tensor, nn
 from convnextv2.data.transforms import Preprocessing, preprocessing_from_metadata
 from convnextv2.files import atomic_path, finite
 from convnextv2.models.config import config_from_dict, config_to_dict
+from convnextv2.weights.beside import about_folder
 from convnextv2.weights.guard import DEEPEST, CheckpointError, check_state, check_zip, plain
+from convnextv2.weights.names import published, resolve_path
 from convnextv2.weights.old_format import check_old_format
 from convnextv2.weights.stated import Config, stated_metadata
+from convnextv2.weights.unwrapping import unwrapped
+from convnextv2.weights.whole import check_start, is_archive, is_safetensors
 
 SUFFIXES = (".safetensors", ".pth", ".pt")
 
-NESTING = ("model_ema", "state_dict_ema", "ema", "model", "state_dict", "model_state_dict", "module")
+NESTING = ("model_ema", "state_dict_ema", "ema", "model", "state_dict", "model_state_dict", "module", "net", "network")
 """Where training scripts put the weights, best first: an averaged copy (EMA) is preferred to the raw weights."""
 
 
@@ -112,23 +115,6 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def resolve_path(path: str | os.PathLike[str]) -> Path:
-    """The checkpoint file that ``path`` means: itself, or the best, else the last one of a run folder; CheckpointError
-    if there is none."""
-    given = Path(path)
-    if given.is_file():
-        return given
-    if not given.is_dir():
-        raise CheckpointError(f"{given}: no such file or folder")
-    for folder, name, suffix in itertools.product((given / "checkpoints", given), ("best", "last"), SUFFIXES):
-        if (folder / f"{name}{suffix}").is_file():
-            return folder / f"{name}{suffix}"
-    raise CheckpointError(
-        f"{given}: no checkpoint in this folder; looked for checkpoints/best.safetensors and "
-        "checkpoints/last.safetensors. Name the file itself"
-    )
-
-
 def _read_safetensors(path: Path) -> dict[str, Any]:
     try:
         with safe_open(path, framework="pt") as file:
@@ -179,22 +165,6 @@ def _read_pickle(path: Path, archive: bool) -> Any:
         ) from error
 
 
-def _check_start(path: Path) -> bytes:
-    """The first bytes of the file, once they do not show that it is something else altogether."""
-    with path.open("rb") as file:
-        start = file.read(64)
-    text = start.lstrip().lower()
-    if not start:
-        raise CheckpointError(f"{path}: the file is empty; copy or download it again")
-    if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
-        raise CheckpointError(
-            f"{path}: this is a web page, not a checkpoint (a download that led to a log-in or error page?)"
-        )
-    if text.startswith(b"version https://git-lfs"):
-        raise CheckpointError(f"{path}: this is a Git LFS pointer, not the file itself; fetch it with `git lfs pull`")
-    return start
-
-
 def _find_state(content: Any, path: Path) -> tuple[Mapping[str, Any], str | None]:
     """The mapping that holds the weights, and the name it was nested under."""
     name, state = None, content if isinstance(content, Mapping) else {}
@@ -224,28 +194,26 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """Read a checkpoint of ours or of any other project, without executing anything in it.
 
     Args:
-        path: a ``.safetensors``, ``.pth`` or ``.pt`` file (told apart by content), a run folder or its ``checkpoints``
-            folder (then ``best``, or ``last`` where there is no best).
+        path: a ``.safetensors``, ``.pth`` or ``.pt`` file (told apart by content), a run folder, the name of a
+            published checkpoint, an address: what :func:`~convnextv2.weights.names.resolve_path` takes.
 
     Raises:
         CheckpointError: if there is no such file, it is damaged, holds no weights, or more than weights.
         OSError: if it cannot be opened.
     """
     file = resolve_path(path)
-    start = _check_start(file)
-    archive = start[:4] == b"PK\x03\x04"
-    safe = not archive and start[8:9] == b"{"
-    content: Any = _read_safetensors(file) if safe else _read_pickle(file, archive)
+    start = check_start(file)
+    content: Any = _read_safetensors(file) if is_safetensors(start) else _read_pickle(file, is_archive(start))
     state, nested = _find_state(content, file)
-    config, metadata = content.get("config"), content.get("metadata")
+    config, metadata = content.get("config"), content.get("metadata", about_folder(file))
     try:
         check_state(state, file.stat().st_size)
         ours = isinstance(config, Mapping) and "kind" in config
         architecture = config_from_dict(plain(config)) if ours else None
-        about = stated_metadata(metadata, architecture)
+        about = {**({} if architecture else published(file)), **stated_metadata(metadata, architecture)}
         if nested is not None and len([key for key in NESTING if isinstance(content.get(key), Mapping)]) > 1:
             about["weights"] = nested
-        return Checkpoint(clean_state_dict(state), architecture, about, file)
+        return Checkpoint(unwrapped(clean_state_dict(state), file), architecture, about, file)
     except ValueError as error:
         raise CheckpointError(f"{file}: {error}") from error
 

@@ -46,6 +46,7 @@ class Layout:
             Verification then runs it in place of our sparse encoder.
         dense_features: features ``[B, C, h, w]`` by the project's own network, from a state dict in this layout, the
             encoder's shape and images ``[B, C, H, W]``.
+        leaves: pattern of names that files may hold beside the network; :func:`re.match` finds what is left out.
         norm: whether the project's network always has a final norm; the converter writes one where there is none.
         loading: lines that tell how a file is loaded there, from what it will hold, the encoder's shape and its path.
             CheckpointError if the project's own network, as its users build it, would not take it; nothing is written.
@@ -62,6 +63,7 @@ class Layout:
     write: Callable[[str, Tensor, EncoderConfig], Tensor] = lambda name, tensor, config: tensor
     sparse_features: Callable[[Mapping[str, Tensor], Tensor, Tensor], Tensor] | None = None
     dense_features: Callable[[Mapping[str, Tensor], EncoderConfig, Tensor], Tensor] | None = None
+    leaves: str = ""
     norm: bool = False
     loading: Callable[[Mapping[str, Tensor], EncoderConfig, str], list[str]] = lambda state_dict, config, path: []
 

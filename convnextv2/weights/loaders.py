@@ -39,7 +39,7 @@ def timm_model(config: EncoderConfig) -> tuple[str, Mapping[str, Any], bool]:
         # Timm then adds a downsampling of its own before the first stage.
         raise CheckpointError(
             "timm has no ConvNeXt with a stem of stride 2 (patch size 16); official-dense and sparse-official "
-            "hold any patch size"
+            "hold any patch size, and timm takes their files as models that `import convnextv2.timm` registers"
         )
     options: dict[str, Any] = {}
     for name in filter(timm.is_model, (variant_name(config) or "", "convnextv2_tiny")):
@@ -59,6 +59,22 @@ def _call(state_dict: Mapping[str, Tensor], config: EncoderConfig) -> tuple[str,
     name, options, _ = timm_model(config)
     classes = state_dict["head.fc.weight"].shape[0] if "head.fc.weight" in state_dict else 0
     return name, {**options, "num_classes": classes}
+
+
+def registered_name(variant: str, patch_size: int = 32) -> str:
+    """A variant's name in timm, of :mod:`convnextv2.timm`: ``fcmae_convnextv2_atto``, ``…_patch16``, ``…_patch8``."""
+    return f"fcmae_{variant}" + (f"_patch{patch_size}" if patch_size != OFFICIAL[0] else "")
+
+
+def registered_call(config: EncoderConfig, classes: int, path: str) -> str:
+    """The call of timm that makes the model that :mod:`convnextv2.timm` registers, from a file of any layout."""
+    variant = variant_name(config)
+    options: dict[str, Any] = {} if variant else {"depths": config.depths, "dims": config.dims}
+    options |= {"in_chans": config.in_chans} if config.in_chans != 3 else {}
+    options |= {"kernel_sizes": config.kernel_size} if config.kernel_size != OFFICIAL[1] else {}
+    name = registered_name(variant or "convnextv2_tiny", config.patch_size)
+    shown = {**options, "num_classes": classes, "checkpoint_path": path}
+    return f"timm.create_model({name!r}, {', '.join(f'{key}={value!r}' for key, value in shown.items())})"
 
 
 def load_timm(state_dict: Mapping[str, Tensor], config: EncoderConfig, **options: Any) -> Any:
@@ -93,7 +109,12 @@ def official_loading(state_dict: Mapping[str, Tensor], config: EncoderConfig, pa
     if pooling_of(state_dict, config.dims[-1]) != "mean":
         return [*lines, "the official networks do not take it: they pool by the mean alone"]
     if (config.patch_size, config.kernel_size) != OFFICIAL:
-        return [*lines, "the official networks do not take it: they have patch size 32 and kernel size 7 alone"]
+        classes = state_dict["head.weight"].shape[0] if "head.weight" in state_dict else 0
+        return [
+            *lines,
+            "the official networks do not take it: they have patch size 32 and kernel size 7 alone; timm's do, with "
+            f"import convnextv2.timm: {registered_call(config, classes, path)}",
+        ]
     pickled = not path.endswith(".safetensors")
     weights = f"torch.load({path!r})['model']" if pickled else f"safetensors.torch.load_file({path!r})"
     strict = f", strict=False), as it is without {absent}" if absent else ")"

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from convnextv2.models.classifier import ConvNeXtV2
 from convnextv2.models.config import EncoderConfig, FCMAEConfig
 from convnextv2.models.fcmae import FCMAE
+from convnextv2.weights.adapting import read_for
+from convnextv2.weights.beside import class_names_of
 from convnextv2.weights.checkpoint import Checkpoint, CheckpointError, as_checkpoint, load_checkpoint
-from convnextv2.weights.layout import DECODER_PARTS, HEAD_PARTS
-from convnextv2.weights.reading import Weights, describe, read_checkpoint, weights_config, write_layout
+from convnextv2.weights.layout import DECODER_PARTS, HEAD_PARTS, part_of
+from convnextv2.weights.reading import read_checkpoint, weights_config, write_layout
 from sparse_ops.registry import get_backend
 
 
@@ -74,60 +76,56 @@ class LoadReport:
         )
 
 
-def _read_for(config: EncoderConfig, checkpoint: Checkpoint) -> Weights:
-    """The weights of a checkpoint that has to be of this encoder; stochastic depth is no matter of weights."""
-    weights, own = read_checkpoint(checkpoint), replace(config, drop_path_rate=0.0)
-    if weights.config != own:
-        raise CheckpointError(
-            f"{checkpoint.path}: holds {describe(weights.config)}, but the network is {describe(own)}; "
-            "choose the model that the checkpoint is of"
-        )
-    return weights
-
-
-def init_classifier(model: ConvNeXtV2, checkpoint: Checkpoint | str | Path) -> LoadReport:
+def init_classifier(model: ConvNeXtV2, checkpoint: Checkpoint | str | Path, *, bands: str | None = None) -> LoadReport:
     """Start a classifier from the weights of a checkpoint of any layout.
 
     The whole encoder must be there. The final norm and the head may be missing and then keep their initial values; a
-    head with another number of classes or with classes of other names, a decoder and a mask token are dropped. Raises
-    CheckpointError if the file cannot be read, or is of another variant: both are named.
+    head with another number of classes or with classes of other names, a decoder and a mask token are dropped. A stem
+    for other channels or another patch size is adapted, as :func:`~convnextv2.weights.adapting.read_for` does, which
+    also takes ``bands``. Raises CheckpointError if the file cannot be read, or is of another variant: both are named.
     """
     checkpoint = as_checkpoint(checkpoint)
-    weights = _read_for(model.encoder_config, checkpoint)
+    weights, adapted = read_for(model.encoder_config, checkpoint, bands)
     target = model.state_dict()
     loaded = {name: own for name, own in weights if name in target and target[name].shape == own.shape}
-    note = ""
+    notes = [adapted] if adapted else []
     if "head.weight" in loaded:
-        there, here = getattr(checkpoint.config, "class_names", ()), model.config.class_names
+        there = getattr(checkpoint.config, "class_names", ()) or class_names_of(checkpoint.metadata)
+        here = model.config.class_names
         if there and here and there != here:
             loaded = {name: own for name, own in loaded.items() if not name.startswith("head.")}
             other = "the same classes in another order" if sorted(there) == sorted(here) else "classes of other names"
-            note = f"the head there is of {other}"
-        elif here and not there:
-            note = f"the head is kept for its {len(here)} outputs; the file does not name its classes"
+            notes.append(f"the head there is of {other}")
+        elif not (here and there):
+            nameless = "the network" if there else "the file"
+            notes.append(
+                f"the head is kept for its {model.config.num_classes} outputs; {nameless} does not name its classes"
+            )
     else:
         loaded.pop("head.bias", None)  # of a head as large that is given other features
     dropped = tuple(name for name, _ in weights if name not in loaded)
     assert all(name.split(".")[0] in (*DECODER_PARTS, *HEAD_PARTS) for name in dropped)
     load_strict(model, {**target, **loaded}, checkpoint.path)
     new = tuple(name for name in target if name not in loaded)
-    return LoadReport(checkpoint.path, tuple(loaded), dropped, new, note)
+    return LoadReport(checkpoint.path, tuple(loaded), dropped, new, "; ".join(notes))
 
 
-def init_fcmae(model: FCMAE, checkpoint: Checkpoint | str | Path) -> str:
+def init_fcmae(model: FCMAE, checkpoint: Checkpoint | str | Path, *, bands: str | None = None) -> str:
     """Start a masked autoencoder from the weights of a checkpoint of any layout; what was loaded and is new, in words.
 
-    The whole encoder must be there. The decoder is taken where there is one of the same shape. Raises as
-    :func:`init_classifier`.
+    The whole encoder must be there. The decoder is taken where there is one of the same shape; where the stem was
+    adapted, without its last layer. Adapts, takes ``bands`` and raises as :func:`init_classifier`.
     """
     checkpoint = as_checkpoint(checkpoint)
-    weights = _read_for(model.config.encoder, checkpoint)
+    weights, adapted = read_for(model.config.encoder, checkpoint, bands)
     state, decoder = model.state_dict(), weights.decoder
-    whole = bool(decoder) and all(name in state and state[name].shape == value.shape for name, value in decoder.items())
-    taken = write_layout(weights if whole else replace(weights, decoder={}), "fcmae")
+    wanted = {name for name in state if part_of(name) == "decoder" and not (adapted and name.startswith("pred."))}
+    fits = decoder.keys() == wanted and all(state[name].shape == value.shape for name, value in decoder.items())
+    taken = write_layout(weights if fits else replace(weights, decoder={}), "fcmae")
     load_strict(model, {**state, **taken}, checkpoint.path)
-    new = "nothing" if whole else "the decoder"
-    return f"{checkpoint.path}: {len(taken)} tensors loaded; {new} is freshly initialised"
+    new = "the decoder" if not fits else "the decoder's last layer" if adapted else "nothing"
+    note = f"; {adapted}" if adapted else ""
+    return f"{checkpoint.path}: {len(taken)} tensors loaded; {new} is freshly initialised{note}"
 
 
 def complete_model(checkpoint: Checkpoint, backend: str = "auto") -> FCMAE | ConvNeXtV2:

@@ -20,6 +20,7 @@ from convnextv2.weights.checkpoint import Checkpoint, CheckpointError, Config, a
 from convnextv2.weights.layout import Layout, known_names, part_of
 from convnextv2.weights.layouts import detect_layout, get_layout
 from convnextv2.weights.stated import classifier_config, compare
+from convnextv2.weights.unwrapping import unwrapped
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 LEAST_A_BLOCK = 5
@@ -139,6 +140,7 @@ def read_weights(state_dict: Mapping[str, Tensor]) -> Weights:
     Weights of 16 bits are widened to float32, which loses nothing; others keep their dtype. Raises CheckpointError if
     they are not a whole ConvNeXt V2: the only parts that may be missing are the decoder, and the final norm and head.
     """
+    state_dict = unwrapped(state_dict)
     layout = detect_layout(state_dict)
     found, names = _translate(state_dict, get_layout(layout))
     for name, tensor in found.items():

@@ -5,6 +5,8 @@ The weights are under CC-BY-NC 4.0: not for commercial use. That licence is thei
 
 from __future__ import annotations
 
+import difflib
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,7 @@ BASE_URL = "https://dl.fbaipublicfiles.com/convnext/convnextv2/"
 LICENCE = "CC-BY-NC 4.0"
 
 Kind = Literal["fcmae", "1k", "22k"]
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -82,26 +85,34 @@ PUBLISHED = {file.name: file for file in sorted(_FILES, key=lambda file: ("fcmae
 
 
 def get(name: str) -> PublishedCheckpoint:
-    """The published checkpoint of that name; ValueError if there is none."""
+    """The published checkpoint of that name; ValueError, with the nearest, if there is none."""
     if name not in PUBLISHED:
-        raise ValueError(f"no published checkpoint {name!r}; choose one of {', '.join(PUBLISHED)}")
+        near = difflib.get_close_matches(name, PUBLISHED, 1)
+        advice = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(PUBLISHED)}"
+        raise ValueError(f"no published checkpoint {name!r}; {advice}")
     return PUBLISHED[name]
 
 
-def fetch(name: str, progress: bool = True) -> Path:
-    """The file of a published checkpoint, downloaded into torch's hub cache unless it is there and whole.
+def place_of(name: str, folder: str | os.PathLike[str] | None = None) -> Path:
+    """Where :func:`fetch` keeps a published checkpoint, whether or not it is there; ValueError as :func:`get`."""
+    return (Path(torch.hub.get_dir()) / "checkpoints" if folder is None else Path(folder)) / Path(get(name).path).name
 
-    The licence of the weights (:data:`LICENCE`) is logged as a warning with each download. ``CONVNEXTV2_MIRROR`` in the
-    environment stands for :data:`BASE_URL`. What counts as whole: :func:`~convnextv2.weights.download.cached`.
+
+def fetch(
+    name: str, progress: bool = True, *, folder: str | os.PathLike[str] | None = None, mirror: str | None = None
+) -> Path:
+    """The file of a published checkpoint, downloaded into torch's hub cache or ``folder`` unless it is there, whole.
+
+    The licence of the weights (:data:`LICENCE`) is logged as a warning with each use. ``mirror``, or else
+    ``CONVNEXTV2_MIRROR`` in the environment, stands for :data:`BASE_URL`. What counts as whole:
+    :func:`~convnextv2.weights.download.cached`.
 
     Raises:
         ValueError: if there is no such checkpoint.
         CheckpointError: if it cannot be downloaded whole.
         OSError: if the cache cannot be read or written.
     """
-    file = get(name)
-    target = Path(torch.hub.get_dir()) / "checkpoints" / Path(file.path).name
-    url = f"{(os.environ.get('CONVNEXTV2_MIRROR') or BASE_URL).rstrip('/')}/{file.path}"
-    return cached(
-        url, target, progress, f"{file.name}: the published weights are under {LICENCE}, not for commercial use"
-    )
+    file, target = get(name), place_of(name, folder)
+    _logger.warning("%s: the published weights are under %s, not for commercial use", file.name, LICENCE)
+    base = mirror or os.environ.get("CONVNEXTV2_MIRROR") or BASE_URL
+    return cached(f"{base.rstrip('/')}/{file.path}", target, progress)

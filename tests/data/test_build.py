@@ -11,12 +11,13 @@ from convnextv2.data import (
     Augmentation,
     DataError,
     ImageDataset,
-    build,
     build_finetune_datasets,
     build_predict_dataset,
     build_pretrain_dataset,
     folders,
+    reading,
 )
+from convnextv2.data.decoding import Wanted
 
 
 def paths(dataset: ImageDataset) -> list[Path]:
@@ -117,15 +118,15 @@ def test_statistics_pass_over_what_cannot_be_read(tmp_path: Path, monkeypatch: p
     for index in range(6):
         np.save(tmp_path / f"{index}.npy", np.full((40, 30, 5), index, np.float32))
     np.save(tmp_path / "0.npy", np.full((40, 30, 5), np.nan, np.float32))  # whole, by its header
-    monkeypatch.setattr(build, "STATISTICS_SAMPLE", 2)  # the first and the last; the second stands in for the first
-    dataset = build_pretrain_dataset(tmp_path, (32, 32), 5)
+    monkeypatch.setattr(reading, "STATISTICS_SAMPLE", 2)  # the first and the last; the second stands in for the first
+    dataset = build_pretrain_dataset(tmp_path, (32, 32), 5, wanted=Wanted(pixels="photo"))
     np.testing.assert_allclose(dataset.mean, 3)
     np.testing.assert_allclose(dataset.std, 2)
     assert dataset.replaced == [0]
     for index in range(6):
         np.save(tmp_path / f"{index}.npy", np.full((40, 30, 5), np.nan, np.float32))
     with pytest.raises(DataError, match=r"none of the 6 images can be read: .*/\d\.npy: pixels"):
-        build_pretrain_dataset(tmp_path, (32, 32), 5)
+        build_pretrain_dataset(tmp_path, (32, 32), 5, wanted=Wanted(pixels="photo"))
 
 
 def test_a_wrong_number_of_channels_is_seen_in_the_header(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

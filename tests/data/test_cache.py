@@ -154,13 +154,13 @@ def test_a_full_disk_is_told_in_a_line(
 
 
 PROGRAM = """
-import sys, time
+import os, sys, time
 from pathlib import Path
 from convnextv2.data import cache
 from convnextv2.data.sources import FileSource
 load = FileSource.load
 def slow(self, index):
-    print("loading", flush=True)
+    os.write(1, b"loading\\n")  # in one piece: several threads load
     time.sleep(60)
 FileSource.load = slow
 cache.cached(FileSource(sorted(Path(sys.argv[1]).rglob("*.png")), 3), sys.argv[2], 99)

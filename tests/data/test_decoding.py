@@ -246,19 +246,17 @@ for name in sys.argv[1:]:
 @pytest.mark.skipif(sys.platform != "linux", reason="counts pages as Linux does")
 def test_memory_of_one_image_at_the_bound(tmp_path: Path) -> None:
     side = 8192
-    for name, mode in (("rgba", "RGBA"), ("la", "LA"), ("16", "I;16"), ("p", "P")):
-        options: dict[str, Any] = {"transparency": 0} if mode == "P" else {}
-        save(Image.new(mode, (side, side)), tmp_path / f"{name}.png", compress_level=1, **options)
+    for name, mode in (("rgba", "RGBA"), ("16", "I;16")):
+        save(Image.new(mode, (side, side)), tmp_path / f"{name}.png", compress_level=1)
     save(Image.new("CMYK", (side, side)), tmp_path / "cmyk.jpg")
     save(Image.new("F", (side, side), 0.5), tmp_path / "f.tif", compression="tiff_deflate")
-    for name, order in (("c", "C"), ("f", "F")):
-        values = np.lib.format.open_memmap(tmp_path / f"{name}.npy", "w+", "<f8", (side, side, 3), order == "F")
-        values[:9, :9] = 0.5
-        del values
+    values = np.lib.format.open_memmap(tmp_path / "f.npy", "w+", "<f8", (side, side, 3), fortran_order=True)
+    values[:9, :9] = 0.5
+    del values
     files = sorted(tmp_path.iterdir())
     command = [sys.executable, "-c", MEASURE, *map(str, files)]
     lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-    assert len(lines) == len(files) == 8
+    assert len(lines) == len(files) == 5
     for path, line in zip(files, lines, strict=True):
         status, megabytes = map(int, line.split())
         assert status == 0, path.name

@@ -180,7 +180,7 @@ def test_a_folder_that_vanishes_between_listing_and_reading(
     scandir = os.scandir
 
     def vanishing(path: Path) -> object:
-        if path == root / "a":
+        if Path(path) == root / "a":
             (root / "b" / "000.png").unlink()
             (root / "b").rmdir()
         return scandir(path)

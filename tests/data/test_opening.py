@@ -43,9 +43,9 @@ def table(image_folder: Folder) -> Path:
     lines = [(f"{path.parent.name}_{path.name}", path.parent.name) for path in sorted(root.glob("*/*.png"))]
     for name, label in lines:
         (root / label / name.removeprefix(f"{label}_")).rename(root / name)
-    with (root / "table.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([("file", "label"), *lines])
-    return root / "table.csv"
+    with (root / "table.tsv").open("w", newline="") as file:
+        csv.writer(file, delimiter="\t").writerows([("file", "label"), *lines])
+    return root / "table.tsv"
 
 
 @pytest.fixture
@@ -75,15 +75,18 @@ def check_table(table: Path) -> None:
 
 def test_the_kind_of_the_guide(table: Path, table_kind: Any) -> None:
     check_table(table)
-    table.write_text("file,label\n")
+    table.write_text("file\tlabel\n")
     with pytest.raises(DataError, match="a line for every image"):
         build_pretrain_dataset(table, (32, 32))
-    with pytest.raises(ValueError, match=r"`data` nowhere\.csv: no such folder; expected a folder .* or a table"):
-        PretrainOptions(data="nowhere.csv", output="x").check()
+    with pytest.raises(ValueError, match=r"`data` nowhere\.tsv: no such folder; expected a folder .* or a table"):
+        PretrainOptions(data="nowhere.tsv", output="x").check()
 
 
 def test_a_kind_is_one_file_in_the_package(table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(DataError, match=r"not a folder; expected a folder of images or 'digits'"):
+    with pytest.raises(
+        DataError,
+        match=r"not a folder; expected a folder of images or one scene .* or shards, .* or a list .* or 'digits'",
+    ):
         open_source(table)
     (tmp_path / "more").mkdir()
     (tmp_path / "more" / "guide_table.py").write_text(example())
@@ -169,7 +172,7 @@ def test_a_kind_from_before_there_was_decoding(table: Path, table_kind: Any) -> 
         def open(self, spec: str, *, in_chans: int, img_size: tuple[int, int], labelled: bool) -> OpenedSource:
             return opened(spec, in_chans=in_chans, img_size=img_size, labelled=labelled, wanted=Wanted())
 
-    assert open_source(table, wanted=Wanted(10_000)).train.images.wanted == Wanted(10_000)
+    assert open_source(table, wanted=Wanted(10_000)).train.images.wanted == Wanted(10_000, pixels="photo")
     register_kind(OldKind())
     assert len(open_source(table).train.by_number) == 15
     with pytest.raises(ValueError, match=r"^Wanted\(max_pixels=10000\) cannot be told to .*OldKind\.open, "):

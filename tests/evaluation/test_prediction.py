@@ -14,6 +14,7 @@ from convnextv2 import ConvNeXtV2, EncoderConfig, create_fcmae
 from convnextv2.evaluation.prediction import Prediction, class_names, load_classifier, predict_images, right_by_folder
 from convnextv2.models.config import ClassifierConfig
 from convnextv2.weights.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from convnextv2.weights.loading import complete_model
 
 PAGE = Path(__file__).parents[2] / "docs" / "data.md"
 METADATA = {"img_size": [32, 48], "mean": [0.1, 0.2, 0.3], "std": [1.0, 1.0, 2.0]}
@@ -93,9 +94,10 @@ def test_another_size_and_what_cannot_predict(checkpoint: Any, tmp_path: Path, t
         load_classifier(tmp_path / "fcmae.pth")
 
 
-def test_class_names(checkpoint: Any) -> None:
+def test_class_names(checkpoint: Any, caplog: pytest.LogCaptureFixture) -> None:
     def names(path: Path) -> tuple[str, ...]:
-        return class_names(load_checkpoint(path), load_classifier(path).model)
+        checkpoint = load_checkpoint(path)
+        return class_names(checkpoint, complete_model(checkpoint))  # type: ignore[arg-type]  # a classifier
 
     path = checkpoint(())
     assert names(path) == ("0", "1", "2")
@@ -104,9 +106,12 @@ def test_class_names(checkpoint: Any) -> None:
     assert names(path) == ("x", "y", "z")
     beside.write_text(json.dumps({"0": 7, "1": 8, "2": 9}))
     assert names(path) == ("7", "8", "9")
-    beside.write_text("[]")
-    with pytest.raises(CheckpointError, match=r"class_indices\.json: expected .* for 3 classes"):
-        names(path)
+    for wrong in ("[]", '{"0": "x", "1": "y"}', '{"0": 1, "1": 2, "3": 3}', "7", "nonsense", "[" * 100_000):
+        caplog.clear()
+        beside.write_text(wrong)
+        assert names(path) == ("x", "y", "z")
+        assert len(caplog.messages) == 1
+        assert re.search(r"class_indices\.json: passed over: expected .* for the 3 classes", caplog.text)
     assert names(checkpoint()) == ("a", "b", "c")  # the checkpoint's own come first
 
 

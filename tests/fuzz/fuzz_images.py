@@ -21,6 +21,7 @@ from PIL import Image, features
 from convnextv2.data.decoding import USUAL, open_image
 from convnextv2.data.folders import scan_images
 from convnextv2.data.images import FORMATS, UnreadableImageError, load_image
+from convnextv2.data.rasters import Raster
 from convnextv2.data.sources import DataError
 from convnextv2.data.transforms import Augmentation, image_transform
 
@@ -312,11 +313,16 @@ class Images:
                     raise BrokenError(f"read, but not found: {found}")
         if 3 not in taken and 1 not in taken:
             try:
-                scan_images(path.parent)
+                found = scan_images(path.parent).train.by_number
             except DataError as error:
                 one_line(str(error), path.name)
-            else:
-                raise BrokenError("found, but not read")
+            else:  # as an image of measurements, which is no photograph
+                try:
+                    raster = found.load(0)
+                except UnreadableImageError as error:
+                    raise BrokenError("found, but not read") from error
+                if not isinstance(raster, Raster) or raster.shape[2] != 3 or 0 in raster.shape:
+                    raise BrokenError(f"no raster of three bands but {raster}")
         return "accepted" if taken else "refused"
 
     def _as_documented(self, image: Any, channels: int) -> None:

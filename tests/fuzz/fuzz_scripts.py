@@ -17,9 +17,11 @@ SCRIPTS = Path(__file__).parents[2] / "scripts"
 NAMES = (
     "convert_sparse_to_dense",
     "demo",
+    "embed",
     "evaluate",
     "finetune",
     "install_minkowski",
+    "model_info",
     "predict",
     "pretrain",
     "summary",
@@ -32,7 +34,8 @@ def load() -> dict[str, Any]:
     if str(SCRIPTS) not in sys.path:
         sys.path.insert(0, str(SCRIPTS))
     logging.basicConfig(level=logging.ERROR)  # before the scripts do, for a stream that stays
-    return {name: importlib.import_module(name) for name in (*NAMES, "_cli")}
+    modules = {name: importlib.import_module(name) for name in NAMES}
+    return modules | {"_cli": importlib.import_module("convnextv2.commands._cli")}
 
 
 def run(main: Any, name: str, *arguments: object) -> tuple[int, str, str]:

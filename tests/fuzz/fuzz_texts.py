@@ -18,11 +18,12 @@ from fuzz_harness import BrokenError, Case, one_line
 from hypothesis import strategies as st
 
 from convnextv2 import EncoderConfig, create_fcmae
+from convnextv2.commands import minkowski
+from convnextv2.commands.visualize import read_mask
 from convnextv2.models.masking import parse_mask
+from convnextv2.recipes import recipes
 from convnextv2.training import FinetuneOptions, PretrainOptions
 from convnextv2.training.recipe import parse_options, recipe_text
-
-CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 def _drawn(strategy: Any, seed: int, count: int, use: Callable[[Any], None]) -> None:
@@ -64,7 +65,7 @@ class Recipes:
     tasks = PretrainOptions, FinetuneOptions
 
     def prepare(self) -> None:
-        self.good = [path.read_text() for path in sorted(CONFIGS.glob("*.yaml"))]
+        self.good = [path.read_text() for path in recipes().values()]
         self.keys = sorted(
             {key for text in self.good for key in yaml.safe_load(text)} | {"depths", "dims", "config", "resume"}
         )
@@ -208,7 +209,6 @@ class Masks:
         return self._tensor(json.loads(path.read_text())) if path.suffix == ".json" else self._text(path)
 
     def _text(self, path: Path) -> str:
-        visualize = fuzz_scripts.load()["visualize"]
         try:
             text = path.read_bytes().decode(errors="surrogatepass")
         except UnicodeDecodeError:
@@ -222,7 +222,7 @@ class Masks:
             if mask.dim() != 2 or mask.dtype != torch.float32 or not mask.numel() or ((mask != 0) & (mask != 1)).any():
                 raise BrokenError(f"a mask {mask}")
         try:
-            read = visualize.read_mask(path, (2, 2))
+            read = read_mask(path, (2, 2))
         except ValueError as error:
             one_line(str(error), str(path))
             return "refused"
@@ -271,10 +271,9 @@ class Commands:
             assert len(self.options[name]) > 3, (name, out, err)
 
     def _main(self, name: str) -> Callable[[], Any]:
-        module = self.scripts[name]
         if name == "install_minkowski":  # it would build for minutes
-            return lambda: module.parse_arguments() and None
-        return module.main
+            return lambda: minkowski.parse_arguments() and None
+        return self.scripts[name].main
 
     def produce(self, seed: int, count: int, sink: Callable[[Case], None]) -> None:
         rng = random.Random(f"commands {seed}")
@@ -304,6 +303,7 @@ class Commands:
     def _case(self, rng: random.Random, name: str, values: Iterator[str]) -> Case:
         arguments: list[str] = []
         first = {"summary": ["convnextv2_atto"], "install_minkowski": [], "demo": [], "pretrain": [], "finetune": []}
+        first["model_info"] = first["summary"]
         first["evaluate"] = [rng.choice(("knn", "linear", "classify")), "nowhere.pth", "nowhere"]
         arguments += first.get(name, ["nowhere.pth", "nowhere"])
         if arguments and rng.random() < 0.3:

@@ -5,7 +5,8 @@ import torch
 
 import convnextv2
 from convnextv2 import VARIANTS, ClassifierConfig, EncoderConfig, FCMAEConfig, create_fcmae, create_model
-from convnextv2.models.config import config_from_dict, config_to_dict, encoder_config, variant_name
+from convnextv2.models.config import GRN_SCOPES, config_from_dict, config_to_dict, encoder_config, variant_name
+from sparse_ops import grid
 
 CLASSIFIER_PARAMETERS = {
     "convnextv2_atto": 3_708_400,
@@ -137,3 +138,8 @@ def test_foreign_configurations_are_refused(change, message):
     del data["dims"]
     with pytest.raises(ValueError, match=r"incomplete EncoderConfig|unknown|no field"):
         config_from_dict(data)
+
+
+def test_scopes_of_grn_are_those_of_the_operations() -> None:
+    """Said twice, for sparse_ops is not to be had without torch."""
+    assert GRN_SCOPES == grid.GRN_SCOPES

@@ -24,7 +24,6 @@ for stage in range(1, 5):
 """
 
 
-@pytest.mark.slow
 def test_a_block_launches_few_kernels(interpreted):
     """tiny, bfloat16 under autocast, both ways: 20 in stage 1 and 19 elsewhere, casts and sums of torch included."""
     path = os.pathsep.join([str(BENCHMARKS), os.environ.get("PYTHONPATH", "")])

@@ -294,8 +294,8 @@ def test_pretraining_conversion_finetuning_and_prediction_do_not_import_it(image
 
 def test_without_it_a_model_names_the_one_command(monkeypatch):
     monkeypatch.setattr(backend_module, "_import_error", lambda: "MinkowskiEngine is not installed")
-    with pytest.raises(BackendUnavailableError, match=r"not installed; python scripts/install_minkowski.py"):
+    with pytest.raises(BackendUnavailableError, match=r"not installed; fcmae minkowski"):
         create_fcmae("convnextv2_atto", backend="minkowski")
     from sparse_ops.__main__ import report
 
-    assert "why: MinkowskiEngine is not installed; python scripts/install_minkowski.py" in report()
+    assert "why: MinkowskiEngine is not installed; fcmae minkowski" in report()

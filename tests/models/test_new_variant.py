@@ -22,7 +22,6 @@ def script(name, *arguments):
         runpy.run_path(f"scripts/{name}.py", run_name="__main__")
     return printed.getvalue()
 
-sys.path.insert(0, "scripts")
 config = EncoderConfig((1, 1, 2, 1), (16, 32, 64, 128))
 assert encoder_config("zepto") == encoder_config("convnextv2_zepto") == config
 assert variant_name(config) == "convnextv2_zepto"

@@ -178,8 +178,9 @@ def told():
 dtype, compiled = getattr(torch, sys.argv[1]), []
 triton.runtime.driver.set_active(Driver())
 triton.knobs.runtime.jit_post_compile_hook = lambda **facts: compiled.append(facts["fn"].name)
-encoder = EncoderConfig(depths=(1, 1, 1, 1), dims=(8, 16, 32, 40), kernel_size=3)
-model = FCMAE(FCMAEConfig(encoder, img_size=(64, 96), decoder_dim=24))
+# A width without kernels of its own, and one with: each is compiled once.
+encoder = EncoderConfig(depths=(1, 1, 1, 1), dims=(16, 16, 16, 16), kernel_size=3)
+model = FCMAE(FCMAEConfig(encoder, img_size=(64, 96), decoder_dim=40))
 model.backend = Backend()
 
 def step(batch, mask_ratio=None):
@@ -219,6 +220,8 @@ def test_a_step_compiles_what_it_needs_beforehand_and_once(dtype, tmp_path):
     reason="the tests above run in this process, on a CUDA device or interpreted",
 )
 def test_the_tests_of_this_file_pass_in_the_interpreter(interpreted_tests):
-    some = "compiled or nothing_masked or ragged-image or (bfloat16 and (uniform-batch or autoencoder or identical))"
-    assert " passed" in interpreted_tests(Path(__file__), some, 900)
+    some = "nothing_masked or ragged-image or (float32 and compiled)"
+    narrow = "bfloat16 and (uniform-batch or autoencoder or identical)"
+    one = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}  # no processes that import torch to compile some small functions
+    assert " passed" in interpreted_tests(Path(__file__), f"{some} or ({narrow})", 900, **one)
     assert registry()["triton"].unavailable_reason() is not None

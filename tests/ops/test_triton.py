@@ -26,8 +26,6 @@ from sparse_ops.conformance_cases import CASES, MLP_CASES, random_case
 
 triton = pytest.importorskip("triton")
 FOLDER = Path(launch.__file__).parent
-PARTS = 2
-"""Of the cases, each in a process of its own, so that several cores are busy."""
 # Every architecture in both types, every side in both types; 8 cells a side, which take a minute, once: see the docs.
 COMPILED = [(80, "bf16", 2, 384), (80, "fp32", 1, 768), (90, "bf16", 4, 192), (90, "fp32", 2, 384)]
 COMPILED += [(100, "bf16", 1, 768), (100, "fp32", 4, 192), (90, "bf16", 8, ANY)]
@@ -43,25 +41,30 @@ from sparse_ops.conformance import check_conformance, check_mlp_conformance
 from sparse_ops.conformance_block import check_block_conformance
 from sparse_ops.conformance_cases import CASES, MLP_CASES, random_case
 
-dtype, backend, part, parts = getattr(torch, sys.argv[1]), registry()["triton"], *map(int, sys.argv[2:])
+dtype, backend, chosen = getattr(torch, sys.argv[1]), registry()["triton"], slice(*map(int, sys.argv[2:]))
 checks = [(check_conformance, case) for case in (*CASES, *map(random_case, range(6)))]
 checks += [(check_mlp_conformance, case) for case in MLP_CASES]
 checks += [(check_block_conformance, case) for case in CASES[7:20:2]]
-for check, case in checks[part::parts]:
+for check, case in checks[chosen]:
     if backend.rejects(torch.device("cpu"), dtype, getattr(case, "kernel_size", 7)) is None:
         check(backend, case, dtype, "cpu")
         print("passed", case)
 """
 
 
+SHARES = [(dtype, first, 2) for dtype in ("float32", "bfloat16", "float16") for first in (0, 1)]
+"""Every case in every type: the type, the first case and the step. Each share in a process of its own, so that several
+cores are busy."""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("part", range(PARTS))
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_kernels_conform_under_the_interpreter(interpreted, dtype, part):
+@pytest.mark.parametrize(("dtype", "first", "step"), SHARES)
+def test_kernels_conform_under_the_interpreter(interpreted, dtype, first, step):
     """Every case of the suite, in processes in which Triton interprets its kernels."""
-    told = interpreted("-c", INTERPRETED, dtype, part, PARTS, timeout=900)
-    cases = [*CASES, *map(random_case, range(6)), *MLP_CASES, *CASES[7:20:2]]
-    served = [str(case) for case in cases[part::PARTS] if getattr(case, "kernel_size", 7) in KERNEL_SIZES]
+    checks = [*CASES, *map(random_case, range(6)), *MLP_CASES, *CASES[7:20:2]]
+    told = interpreted("-c", INTERPRETED, dtype, first, len(checks), step, timeout=900)
+    chosen = checks[first::step]
+    served = [str(case) for case in chosen if getattr(case, "kernel_size", 7) in KERNEL_SIZES]
     assert [line.removeprefix("passed ") for line in told.splitlines()] == served
 
 
@@ -182,7 +185,6 @@ print(*y[:3].tolist())
 """
 
 
-@pytest.mark.slow
 def test_gelu_for_16_bits(interpreted):
     relative, slope, far, *odd = interpreted("-c", GELU).split()
     assert float(relative) < 4e-5
@@ -211,7 +213,6 @@ for other in found[1:]:
 """
 
 
-@pytest.mark.slow
 def test_operators_called_directly_take_any_layout(interpreted):
     interpreted("-c", STRIDED)
 
@@ -251,9 +252,9 @@ class Spoilt:  # a kernel that runs, and then spoils one of its results a little
 
 backend, device = registry()["triton"], torch.device("cpu")
 print(backend.check(device))
-module = importlib.import_module(f"sparse_ops.backends.triton.{sys.argv[1]}_kernels")
-for argument in sys.argv[2:]:
-    name, result = argument.split(".")
+for argument in sys.argv[1:]:
+    file, name, result = argument.split(".")
+    module = importlib.import_module(f"sparse_ops.backends.triton.{file}_kernels")
     kernel = getattr(module, name)
     setattr(module, name, Spoilt(kernel, result))
     print(argument, *str(backend.check(device)).split())
@@ -263,19 +264,20 @@ print(backend.check(device), len(backend.unavailable_reason() or ""))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("half", RESULTS)
-def test_its_check_notices_kernels_that_return_wrong_numbers(interpreted, half):
+@pytest.mark.parametrize("files", [("depthwise", "depthwise_sum"), ("mlp", "sums")], ids="-".join)
+def test_its_check_notices_kernels_that_return_wrong_numbers(interpreted, files):
     """One number 1 % off, in each result of each kernel: ``auto`` takes another backend then."""
-    results = [f"{name}.{result}" for name, of_kernel in RESULTS[half].items() for result in of_kernel.split()]
-    right, *wrong, right_again = interpreted("-c", CHECKED, half, *results, timeout=600).splitlines()
+    kernels = [(file, name, results) for file in files for name, results in RESULTS[file].items()]
+    results = [f"{file}.{name}.{result}" for file, name, written in kernels for result in written.split()]
+    right, *wrong, right_again = interpreted("-c", CHECKED, *results, timeout=600).splitlines()
     assert (right, right_again) == ("None", "None 0")
     for result, told in zip(results, wrong, strict=True):
         assert told.startswith(f"{result} its kernels fail their check on this device (AssertionError"), told
 
 
 def test_the_results_of_all_kernels_are_known():
-    for half, known in RESULTS.items():
-        source = (FOLDER / f"{half}_kernels.py").read_text(encoding="utf-8")
+    for file, known in RESULTS.items():
+        source = (FOLDER / f"{file}_kernels.py").read_text(encoding="utf-8")
         assert set(re.findall(r"^def (\w+_kernel)\(", source, re.M)) == set(known)
 
 

@@ -50,13 +50,24 @@ def test_it_runs_and_writes_its_results(script, extra, rows, tmp_path):
     assert report["hardware"]["torch"]
     assert report["options"]["img_size"] == [64, 64]
     assert sum(line.startswith("convnextv2_atto") for line in done.stdout.splitlines()) == rows
-    done = run("report.py", tmp_path / "out.json", "--markdown", tmp_path / "r.md", "--json", tmp_path / "r.json")
+    done = run("gather.py", tmp_path / "out.json", "--markdown", tmp_path / "r.md", "--json", tmp_path / "r.json")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "r.md").read_text().count("| convnextv2_atto") == rows
 
 
 def test_the_dense_network_is_compared_with_timm(tmp_path):
-    done = run("dense.py", *SMALL, "--no-compile", "--what", "step", "predict-one", "--json", tmp_path / "out.json")
+    done = run(
+        "dense.py",
+        *SMALL,
+        "--batch-size",
+        4,
+        "--no-compile",
+        "--what",
+        "step",
+        "predict-one",
+        "--json",
+        tmp_path / "out.json",
+    )
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "out.json").read_text())["results"]
     names = ["ours", "ours-torch", "timm", "timm+channels-last", "transformers"]
@@ -66,7 +77,7 @@ def test_the_dense_network_is_compared_with_timm(tmp_path):
         for r in results
     )
     memory = {r["contender"]: r["activation_mb"] for r in results if r["what"] == "step"}
-    assert memory["ours"] < 0.5 * memory["ours-torch"]
+    assert memory["ours"] < 0.75 * memory["ours-torch"]  # a half for large images
 
 
 def test_epochs_are_measured_against_the_step(image_folder, tmp_path):
@@ -84,6 +95,18 @@ def test_epochs_are_measured_against_the_step(image_folder, tmp_path):
     assert done.stderr.endswith("expected 12 images, found 9; say --images\n")
 
 
+def test_what_saving_costs_is_measured(image_folder, tmp_path):
+    photos = image_folder({"": 24}, name="photos")
+    options = "--models", "atto", "--batch-size", 1, "--img-size", 64, "--repeats", 3, "--json", tmp_path / "out.json"
+    done = run("saving.py", photos, *options)
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads((tmp_path / "out.json").read_text())["results"]
+    assert len(row["waits"]) == 6  # five inside of the epoch, one after it
+    assert row["wait_in_steps"] == pytest.approx(row["wait"] / row["step"])
+    assert 70 < row["state_mib"] < 100  # weights and two moments
+    assert f"a save of {row['state_mib']:.0f} MiB waits" in done.stdout
+
+
 def test_ways_of_loading_are_measured(tmp_path):
     options = "--samples", 8, "--repeats", 1, "--img-size", 32, "--batch-size", 4, "--views", 2
     done = run("loader.py", *options, "--json", tmp_path / "out.json")
@@ -94,6 +117,17 @@ def test_ways_of_loading_are_measured(tmp_path):
         assert 0 < row["least_ms"] <= row["processor_ms"] <= row["most_ms"]
         assert row["samples_per_s"] == pytest.approx(1e3 / row["processor_ms"])
         assert any(line.startswith(row["way"]) for line in done.stdout.splitlines())
+
+
+def test_windows_of_scenes_are_measured(tmp_path):
+    options = "--side", 500, "--window", 64, "--windows", 5, "--repeats", 2, "--scenes", 2, 8
+    done = run("scenes.py", *options, "--json", tmp_path / "out.json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert [row["windows"] for row in report["results"]] == [64, 64]
+    for row in report["results"]:
+        assert 0 < row["least"] <= row["windows_per_s"] <= row["most"]
+        assert row["own_mib"] == pytest.approx(row["peak_mib"] - row["at_start_mib"])
 
 
 def test_roofline_counts_every_part(tmp_path):
@@ -124,6 +158,7 @@ def test_roofline_counts_every_part(tmp_path):
     [
         ("loader.py", ("nowhere",), "no such folder"),
         ("loader.py", ("--views", 0), "at least 1"),
+        ("scenes.py", ("--side", 0), "at least 1"),
         ("encoder.py", ("--models", "gigantic"), "unknown models"),
         ("encoder.py", ("--backends", "cpu+speed"), "after + only"),
         ("encoder.py", ("--backends", "abacus"), "unknown backend"),

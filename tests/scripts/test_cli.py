@@ -19,11 +19,10 @@ SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 @pytest.fixture
 def cli(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(SCRIPTS)
     import warnings
 
     monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
-    return importlib.import_module("_cli")
+    return importlib.import_module("convnextv2.commands._cli")
 
 
 def status(cli: Any, main: Callable[[], int | None]) -> int:

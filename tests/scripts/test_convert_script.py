@@ -157,7 +157,7 @@ def test_bad_input_is_one_line_and_status_2(convert, tmp_path, make, message):
 def test_layouts_on_offer(convert):
     status, out, _ = convert("--help")
     assert status == 0
-    assert "--to {official-dense,sparse-official,timm}" in out
+    assert "--to {official-dense,sparse-official,timm,onnx,torch-export,transformers}" in out
 
 
 def test_bad_options(convert, pretrained, tmp_path):

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import io
-import sys
 import tarfile
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-
-import download_data  # a script's folder
+from convnextv2.commands import download_data
 
 
 def entry(name: str, content: bytes = b"", **fields) -> tuple[tarfile.TarInfo, bytes]:

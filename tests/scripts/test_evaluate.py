@@ -15,7 +15,8 @@ from PIL import Image
 
 from convnextv2 import ConvNeXtV2, EncoderConfig, create_fcmae
 from convnextv2.data.plain import label_fraction
-from convnextv2.evaluation import extract_features, knn_predict, load_encoder, score
+from convnextv2.evaluation import extract_features, knn_predict, knn_votes, load_encoder, score
+from convnextv2.evaluation.calibration import calibration
 from convnextv2.models.config import ClassifierConfig
 from convnextv2.weights.checkpoint import save_checkpoint
 
@@ -48,13 +49,16 @@ def classifier(path: str, encoder: EncoderConfig, names: tuple[str, ...] = CLASS
 def numbers(out: str) -> list[str]:
     """The cells of the table's one row."""
     heading, row = out.splitlines()
-    assert heading.split() == ["what", "top-1", "macro", "F1", "images"]
-    return [cell.strip() for cell in row.split("  ") if cell]
+    assert heading.split() == ["what", "top-1", "macro", "F1", "AUROC", "cal.", "error", "images"]
+    assert len(row) == len(heading) <= 100
+    cells = [cell.strip() for cell in row.split("  ") if cell]
+    return [*cells[:3], cells[-1]]
 
 
 @pytest.mark.parametrize("what", ["knn", "linear"])
 def test_features_tell_colours_apart(script: Any, place: Path, what: str) -> None:
-    result = script("evaluate", what, "pre", "photos", *CPU, "--output", "r.json", "--confusion", "c.png")
+    outputs = "--output", "r.json", "--confusion", "c.png", "--calibration", "b.png"
+    result = script("evaluate", what, "pre", "photos", *CPU, *outputs)
     assert result.status == 0, result.err
     own = {"knn": "knn, k 20, mean", "linear": "linear, C "}[what]
     told = numbers(result.out)
@@ -66,6 +70,9 @@ def test_features_tell_colours_apart(script: Any, place: Path, what: str) -> Non
     assert (read["top1"], read["images"], read["train_images"], read["img_size"]) == (100.0, 6, 24, [32, 32])
     assert [row["name"] for row in read["classes"]] == [*CLASSES]
     assert Image.open("c.png").size[0] > 100
+    assert Image.open("b.png").size == (500, 600)
+    assert (read["auroc"], read["images"]) == (100.0, sum(row["images"] for row in read["reliability"]))
+    assert f" 100.00 %  {read['calibration_error']:8.2f} %" in result.out
 
 
 def test_the_numbers_are_those_of_the_options(script: Any, place: Path) -> None:
@@ -83,6 +90,9 @@ def test_the_numbers_are_those_of_the_options(script: Any, place: Path) -> None:
     assert 0 < expected.top1 < 100
     read = json.loads(Path("r.json").read_text())
     assert read["top1"] == pytest.approx(expected.top1)
+    votes = knn_votes(train, val.values, k=3)
+    known = calibration(votes / votes.sum(1, keepdim=True), val.labels)
+    assert (read["auroc"], read["brier"]) == (pytest.approx(known.auroc), pytest.approx(known.brier))
     assert [row["predicted"] for row in read["classes"]] == [row["predicted"] for row in expected.as_dict()["classes"]]
     about = {"k": 3, "pooling": "mean_std", "label_fraction": 0.5, "untrained": True, "img_size": [32, 48]}
     assert about.items() <= read.items()
@@ -108,6 +118,11 @@ def test_classify_asks_the_head(script: Any, place: Path, tiny_encoder: EncoderC
         {"name": "green", "recall": 100.0, "images": 2, "predicted": {"green": 2}},
         {"name": "violet", "recall": None, "images": 0, "predicted": {}},
     ]
+    assert read["calibration_error"] == pytest.approx(50)  # as good as certain, and half of it wrong
+    assert read["brier"] == pytest.approx(1)
+    shutil.rmtree("photos/red")
+    result = script("evaluate", "classify", "fine", "photos", *CPU, "--output", "r.json")
+    assert result.status == 2  # of one class nothing is to be told apart
 
 
 def refused(script: Any, *arguments: object, word: str) -> None:
@@ -136,6 +151,7 @@ def test_options_that_do_not_go_together(script: Any, place: Path) -> None:
         refused(script, "classify", "pre", "photos", *option, word=f"{option[0]} is for knn and linear")
     refused(script, "classify", "pre", "photos", word="has no classifier; fine-tune it first")
     refused(script, "knn", "pre", "photos", "--output", "x", "--confusion", "x", word="places of their own")
+    refused(script, "knn", "pre", "photos", "--confusion", "x.png", "--calibration", "x.png", word="of their own")
     refused(script, "guess", "pre", "photos", word="invalid choice")
     for option, wrong in (("--label-fraction", "0"), ("--label-fraction", "2"), ("--k", "0"), ("--seed", 2**32)):
         refused(script, "knn", "pre", "photos", option, wrong, word=option)
@@ -221,7 +237,8 @@ def test_weights_that_are_not_finite(script: Any, place: Path, tiny_encoder: Enc
 def test_a_picture_takes_no_photographs_place(script: Any, place: Path) -> None:
     before = Path("photos/red/000.png").read_bytes()
     for output in ("photos/red/000.png", "pre", "pre/checkpoints/last.safetensors"):
-        refused(script, "knn", "pre", "photos", "--confusion", output, "--overwrite", word=output)
+        for picture in ("--confusion", "--calibration"):
+            refused(script, "knn", "pre", "photos", picture, output, "--overwrite", word=output)
     assert Path("photos/red/000.png").read_bytes() == before
 
 

@@ -13,41 +13,44 @@ from types import ModuleType
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SCRIPTS = ROOT / "scripts"
-FILES = sorted([SCRIPTS / "install_minkowski.py", *SCRIPTS.glob("_minkowski_*.py")])
+SCRIPT = ROOT / "scripts" / "install_minkowski.py"
+COMMANDS = ROOT / "convnextv2" / "commands"
+FILES = sorted(COMMANDS.glob("*minkowski*.py"))
 
 
 @pytest.fixture
-def installer(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(SCRIPTS)
-    return importlib.import_module("install_minkowski")
+def installer() -> ModuleType:
+    return importlib.import_module("convnextv2.commands.minkowski")
 
 
 @pytest.fixture
 def toolchain(installer: ModuleType) -> ModuleType:
-    return importlib.import_module("_minkowski_toolchain")
+    return importlib.import_module("convnextv2.commands._minkowski_toolchain")
 
 
 @pytest.fixture
 def source(installer: ModuleType) -> ModuleType:
-    return importlib.import_module("_minkowski_source")
+    return importlib.import_module("convnextv2.commands._minkowski_source")
 
 
 def run(*arguments: object, **variables: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(SCRIPTS / "install_minkowski.py"), *map(str, arguments)]
+    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
     environment = {**os.environ, **variables}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
 
 
 def test_it_starts_with_the_standard_library_alone() -> None:
-    own = {file.stem for file in FILES}
-    for file in FILES:
+    folders = [SCRIPT, ROOT / "convnextv2" / "__init__.py", COMMANDS / "__init__.py"]
+    for file in [*folders, *FILES]:
         if file.stem == "_minkowski_check":  # runs in a process of its own, with torch
             continue
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            assert {name.split(".")[0] for name in names} <= sys.stdlib_module_names | own, (file, names)
+            assert {name.split(".")[0] for name in names} <= sys.stdlib_module_names | {"convnextv2"}, (file, names)
+    program = f"import runpy; runpy.run_path({str(SCRIPT)!r}, run_name='imported')"
+    isolated = subprocess.run([sys.executable, "-I", "-S", "-c", program], capture_output=True, text=True, check=False)
+    assert (isolated.returncode, isolated.stderr) == (0, "")
 
 
 def test_help_explains_every_option() -> None:
@@ -105,7 +108,7 @@ def test_without_a_compiler_it_stops_in_one_line(tmp_path: Path) -> None:
 def test_without_torch_it_stops_in_one_line(installer, toolchain, monkeypatch, capsys) -> None:
     monkeypatch.setattr(toolchain.importlib.util, "find_spec", lambda name: None if name == "torch" else object())
     monkeypatch.setattr(sys, "argv", ["install_minkowski.py", "--cpu"])
-    assert installer.run() == 2
+    assert installer.main() == 2
     assert capsys.readouterr().err == "error: torch: not installed; pip install torch, with this Python's pip\n"
 
 
@@ -398,7 +401,7 @@ def test_a_second_process_waits_for_the_first(installer, tmp_path, capsys) -> No
 @pytest.mark.minkowski
 def test_what_is_installed_passes_its_check() -> None:
     done = subprocess.run(
-        [sys.executable, str(SCRIPTS / "_minkowski_check.py")], capture_output=True, text=True, check=False
+        [sys.executable, str(COMMANDS / "_minkowski_check.py")], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     assert "depthwise 7×7" in done.stdout
@@ -407,7 +410,7 @@ def test_what_is_installed_passes_its_check() -> None:
 
 @pytest.mark.minkowski
 def test_the_check_catches_a_wrong_convolution(monkeypatch, installer) -> None:
-    checks = importlib.import_module("_minkowski_check")
+    checks = importlib.import_module("convnextv2.commands._minkowski_check")
     assert max(checks.check("cpu").values()) < checks.TOLERANCE
     monkeypatch.setattr(checks, "to_conv2d", lambda kernel, side: kernel.permute(2, 1, 0).unflatten(-1, (side, side)))
     assert min(checks.check("cpu").values()) > 1e-2

@@ -11,10 +11,14 @@ import stat
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import forked
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -22,6 +26,7 @@ from convnextv2 import EncoderConfig, create_fcmae
 from convnextv2.models.classifier import ConvNeXtV2
 from convnextv2.models.config import ClassifierConfig
 from convnextv2.outputs import Kind, OutputError, check_output
+from convnextv2.report.page import START
 from convnextv2.weights.checkpoint import load_checkpoint, save_checkpoint
 
 ENCODER = EncoderConfig((1, 1, 1, 1), (8, 16, 16, 24), patch_size=16)
@@ -41,14 +46,34 @@ class Place(NamedTuple):
         """In this process."""
         return self.script(name, *self.commands[name](output), *more)
 
-    def call(self, name: str, output: object, **options: Any) -> subprocess.CompletedProcess[bytes]:
-        """In a process of its own, for what concerns its descriptors."""
-        command = [sys.executable, SCRIPTS / f"{name}.py", *self.commands[name](output)]
-        return subprocess.run(list(map(str, command)), cwd=self.root, check=False, **options)
+    def call(self, name: str, output: object, stdout: Path) -> subprocess.CompletedProcess[str]:
+        """In a process of its own, for what concerns its descriptors, with a pipe or the end of a file as the first."""
+        before = partial(redirect, stdout)
+        return forked.run(SCRIPTS / f"{name}.py", *self.commands[name](output), cwd=self.root, before=before)
 
     def digests(self) -> dict[str, str]:
         files = sorted(path for path in self.root.rglob("*") if path.is_file() and not path.is_symlink())
         return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def redirect(path: Path) -> None:
+    """Standard output to a pipe, or behind what a file holds."""
+    descriptor = os.open(path, os.O_WRONLY)
+    if not stat.S_ISFIFO(os.fstat(descriptor).st_mode):
+        os.lseek(descriptor, 0, os.SEEK_END)
+    os.dup2(descriptor, 1)
+    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115  # the old one takes a pipe for what it was made for
+
+
+@contextmanager
+def pipe(path: Path) -> Iterator[list[bytes]]:
+    """A pipe of that name, and afterwards what came through it."""
+    os.mkfifo(path)
+    read: list[bytes] = []
+    reader = threading.Thread(target=lambda: read.append(path.read_bytes()), daemon=True)
+    reader.start()
+    yield read
+    reader.join(30)
 
 
 @pytest.fixture
@@ -67,14 +92,17 @@ def place(tmp_path, image_folder, script, monkeypatch) -> Place:
         "visualize": lambda output: ["pre", "photos", *cpu, "--backend", "reference", "--output", output],
         "convert_sparse_to_dense": lambda output: ["pre", output],
         "evaluate": lambda output: ["linear", "pre", "photos", *cpu, "--output", output],
+        "report": lambda output: ["pre", "fine", "--output", output],
+        "embed": lambda output: ["pre", "photos", *cpu, "--output", output],
     }
-    return Place(tmp_path, commands, dict(zip(commands, (".csv", ".png", ".pth", ".json"), strict=True)), script)
+    return Place(
+        tmp_path, commands, dict(zip(commands, (".csv", ".png", ".pth", ".json", ".html", ".npz"), strict=True)), script
+    )
 
 
-NAMES = ("predict", "visualize", "convert_sparse_to_dense", "evaluate")
+NAMES = ("predict", "visualize", "convert_sparse_to_dense", "evaluate", "report", "embed")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_outputs_that_are_refused(place, name):
     """Inputs, checkpoints, folders, devices and files of others: one line, status 2, and nothing changes."""
@@ -102,7 +130,6 @@ def test_outputs_that_are_refused(place, name):
     assert (place.root / f"link{suffix}").is_symlink()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_outputs_that_are_written(place, name):
     """New files, files of the same kind, links, pipes and standard output; ``--overwrite`` lets go of the rest."""
@@ -114,6 +141,10 @@ def test_outputs_that_are_written(place, name):
             return len(rows) == 6 and rows[0][:2] == ["file", "predicted_class"]
         if suffix == ".json":
             return json.loads(content)["evaluation"] == "linear"
+        if suffix == ".html":
+            return content.startswith(START.encode()) and content.endswith(b"</html>")
+        if suffix == ".npz":
+            return np.load(io.BytesIO(content))["features"].shape == (5, 24)
         if suffix == ".png":
             return Image.open(io.BytesIO(content)).size[0] > 100
         (place.root / "copy.pth").write_bytes(content)
@@ -138,26 +169,21 @@ def test_outputs_that_are_written(place, name):
     assert place.run(name, other, "--overwrite").status == 0
     assert good(other.read_bytes())
 
-    for standard in ("-", "/dev/stdout"):
-        result = place.call(name, standard, capture_output=True)
+    for number, standard in enumerate(("-", "/dev/stdout")):
+        with pipe(place.root / f"pipe{number}") as read:
+            result = place.call(name, standard, place.root / f"pipe{number}")
         assert result.returncode == 0
-        assert good(result.stdout)
+        assert good(read[0])
         assert result.stderr
     fifo = place.root / f"fifo{suffix}"
-    os.mkfifo(fifo)
-    read: list[bytes] = []
-    reader = threading.Thread(target=lambda: read.append(fifo.read_bytes()))
-    reader.start()
-    assert place.run(name, fifo).status == 0
-    reader.join(30)
+    with pipe(fifo) as read:
+        assert place.run(name, fifo).status == 0
     assert good(read[0])
     assert stat.S_ISFIFO(fifo.stat().st_mode)
     assert place.run(name, "/dev/null").status == 0
     assert stat.S_ISCHR(Path("/dev/null").stat().st_mode)
-    with (place.root / "redirected").open("wb") as file:
-        file.write(b"before\n")
-        file.flush()
-        assert place.call(name, "/dev/stdout", stdout=file).returncode == 0
+    (place.root / "redirected").write_bytes(b"before\n")
+    assert place.call(name, "/dev/stdout", place.root / "redirected").returncode == 0
     head, _, rest = (place.root / "redirected").read_bytes().partition(b"\n")
     assert head == b"before"
     assert good(rest)

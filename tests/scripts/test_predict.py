@@ -72,7 +72,9 @@ def test_table(script: Any, classifier: Any, image_folder: Any, tmp_path: Path) 
     assert [path.name for path in output.parent.iterdir()] == ["results.csv"]
 
 
-def test_names_from_class_indices(script: Any, classifier: Any, image_folder: Any, tmp_path: Path) -> None:
+def test_names_from_class_indices(
+    script: Any, classifier: Any, image_folder: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     path, root, output = classifier(names=()), image_folder({"": 1}), tmp_path / "r.csv"
     assert script("predict", path, root, "--output", output).status == 0
     assert rows(output)[0]["predicted_class"] == "1"
@@ -81,14 +83,43 @@ def test_names_from_class_indices(script: Any, classifier: Any, image_folder: An
     result = script("predict", path, root, "--output", output)
     assert rows(output)[0]["predicted_class"] == "b"
     assert "accuracy" not in result.out
-    before = output.read_bytes()
     for wrong in ('{"0": "a"}', "[1, 2]", "nonsense"):
         indices.write_text(wrong)
         result = script("predict", path, root, "--output", output)
-        assert result.status == 2
-        assert "class_indices.json" in result.err
-        assert len(result.err.splitlines()) == 1
-    assert output.read_bytes() == before
+        assert result.status == 0
+        assert "class_indices.json: passed over" in caplog.text
+        caplog.clear()
+        assert rows(output)[0]["predicted_class"] == "1"
+
+
+def test_columns_of_choice(script: Any, classifier: Any, image_folder: Any, tmp_path: Path) -> None:
+    path, root, output = classifier(), image_folder({"green": 2}), tmp_path / "results.csv"
+    (root / "green" / "=1.png").write_bytes(b"nothing")
+    two = "predict", path, root, "--output", output, "--columns", "file,class", "--no-header"
+    assert script(*two).status == 0
+    with output.open(newline="") as file:
+        found = list(csv.reader(file))
+    folder = root / "green"
+    assert found == [
+        [str(folder / "000.png"), "green"],
+        [str(folder / "001.png"), "green"],
+        [str(folder / "=1.png"), ""],
+    ]
+    result = script(*two)
+    assert result.status == 2
+    assert "say --overwrite" in result.err
+    columns = "--columns", "name, top2_probability,error,probability"
+    assert script("predict", path, root, "--output", output, "--overwrite", *columns).status == 0
+    assert output.read_text().splitlines()[0] == "name,top2_probability,error,probability"
+    table = rows(output)
+    assert [row["name"] for row in table] == ["000.png", "001.png", "./=1.png"]
+    assert [bool(row["error"]) for row in table] == [False, False, True]
+    assert float(table[0]["probability"]) > float(table[0]["top2_probability"]) > 0
+    for wrong in ("file,colour", "top9_class", "", "file,,class"):
+        result = script("predict", path, root, "--output", tmp_path / "x.csv", "--columns", wrong)
+        assert (result.status, len(result.err.splitlines())) == (2, 1)
+        assert "there is no column" in result.err
+    assert not (tmp_path / "x.csv").exists()
 
 
 def test_batch_and_workers_change_nothing(script: Any, image_folder: Any, tmp_path: Path, tiny_encoder: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import os
 import resource
 import shutil
@@ -229,12 +230,8 @@ def test_the_demo_is_not_written_into_the_data(place: Path) -> None:
     assert digests(place) == before
 
 
-def test_the_samples_of_an_earlier_demo_are_used_again(
-    place: Path, script: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.syspath_prepend(SCRIPTS)
-    import demo as module
-
+def test_the_samples_of_an_earlier_demo_are_used_again(place: Path) -> None:
+    module = importlib.import_module("convnextv2.commands.demo")
     samples = module.digit_samples(place / "demo")
     before = digests(place)
     assert len(before) > 300

@@ -9,6 +9,8 @@ from PIL import Image
 from convnextv2 import EncoderConfig, create_fcmae
 from convnextv2.weights.checkpoint import save_checkpoint
 
+pytestmark = pytest.mark.pictures
+
 
 @pytest.fixture
 def autoencoder(tmp_path: Path, tiny_encoder: EncoderConfig) -> Callable[[], Path]:

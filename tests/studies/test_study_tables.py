@@ -39,6 +39,7 @@ def test_mean_deviation_and_error_over_seeds() -> None:
     assert "threads 1 and 2" in text
 
 
+@pytest.mark.pictures
 def test_plots_are_drawn_of_much_and_of_nothing(tmp_path: Path) -> None:
     drawn = tables.draw(FOUND, tmp_path)
     assert len(drawn) == 6

@@ -1,7 +1,8 @@
 """A fixed tiny pre-training on the digits: the losses of its first 20 steps in the first process, as JSON.
 
 python -m torch.distributed.run --nproc_per_node 2 tests/training/golden_run.py OUTPUT [BACKEND] is the same with two
-processes and half a batch each. tests/training/golden_losses.json keeps what comes out; see test_golden.py.
+processes and half a batch each, and a probe of what was learned. tests/training/golden_losses.json keeps what comes
+out; see test_golden.py.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from convnextv2.training import PretrainOptions, pretrain
 STEPS = 20
 
 
-def losses(output: Path, backend: str, batch_size: int = 64) -> list[float]:
+def losses(output: Path, backend: str, batch_size: int = 64, probe: str = "none") -> list[float]:
     """One thread: sums depend on how many share them."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -43,6 +44,8 @@ def losses(output: Path, backend: str, batch_size: int = 64) -> list[float]:
                 device="cpu",
                 precision="no",
                 reconstruct_every=0,
+                probe=probe,
+                probe_every=1,
                 seed=5,
             ),
             on_loss=lambda step, loss: found.append(loss),
@@ -63,6 +66,6 @@ def machine() -> dict[str, str]:
 if __name__ == "__main__":
     folder, backend = Path(sys.argv[1]), (*sys.argv[2:], "reference")[0]
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    values = losses(folder / "run", backend, 64 // processes)
+    values = losses(folder / "run", backend, 64 // processes, "auto" if processes > 1 else "none")
     if os.environ.get("RANK", "0") == "0":
         (folder / "losses.json").write_text(json.dumps({"machine": machine(), "losses": values}), encoding="utf-8")

@@ -9,10 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-import _cli
-import pretrain
-
+from convnextv2.commands import _cli, pretrain
 from convnextv2.training.pretraining import PretrainTask
 
 RANK, MARK = sys.argv[1], Path(sys.argv[2])

@@ -33,6 +33,7 @@ def metrics(output: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.pictures
 def test_colours_are_learned_and_everything_is_written(images: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     options = finetune_options(images, output, epochs=8, lr=1e-2, warmup_epochs=1.0, crop_scale=(0.8, 1.0))

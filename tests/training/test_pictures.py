@@ -14,6 +14,8 @@ from convnextv2.training.pictures import (
     save_reconstructions,
 )
 
+pytestmark = pytest.mark.pictures
+
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 
 

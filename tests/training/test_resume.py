@@ -231,7 +231,15 @@ def moment(value: Any) -> Callable[[Path], None]:
     return optimizer(lambda content: content["state"][0].update(exp_avg=value))
 
 
-STATE = "model.safetensors", "optimizer.bin", "random_states_0.pkl"
+def seal(run: Path) -> None:
+    """Checksums as if what there is had been written so."""
+    state = run / "checkpoints/state"
+    files = [path for path in state.iterdir() if path.name != "checksums.json"]
+    sums = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    (state / "checksums.json").write_text(json.dumps(sums))
+
+
+STATE = "model.safetensors", "optimizer.bin"
 DAMAGED: dict[str, Callable[[Path], None]] = {
     "no progress": without("state/progress.json"),
     "progress empty": progress(""),
@@ -279,6 +287,7 @@ def test_a_damaged_state_is_refused_in_a_line_before_anything_changes(
     images: Path, run: Path, tmp_path: Path, damage: str
 ) -> None:
     DAMAGED[damage](run)
+    seal(run)  # the files themselves are looked at, too
     (run / "checkpoints" / "state.tmp").mkdir()
     before = digests(tmp_path)
     for resume in (True, "auto"):
@@ -299,7 +308,10 @@ def test_an_average_that_runs_code_is_refused(images: Path, tmp_path: Path) -> N
     state = tmp_path / "run" / "checkpoints" / "state"
     finetune(replace(options, resume="auto", epochs=2))
     for bare in (True, False):
+        for older in (tmp_path / "run" / "checkpoints").glob("state.*"):
+            shutil.rmtree(older)
         malicious("custom_checkpoint_0.pkl", bare)(tmp_path / "run")
+        seal(tmp_path / "run")
         with pytest.raises(CheckpointError, match=r"custom_checkpoint_0\.pkl: cannot be resumed from"):
             finetune(replace(options, resume=True, epochs=3))
         assert not (tmp_path / "executed").exists()
@@ -311,6 +323,7 @@ def test_an_average_that_runs_code_is_refused(images: Path, tmp_path: Path) -> N
             return torch.load, (str(tmp_path / "other"),)
 
     torch.save({"x": Loads()}, state / "custom_checkpoint_0.pkl")
+    seal(tmp_path / "run")
     with pytest.raises(CheckpointError):
         finetune(replace(options, resume=True, epochs=3))
     assert not (tmp_path / "executed").exists()
@@ -321,6 +334,7 @@ def test_a_state_of_another_kind_of_run_is_refused(images: Path, tmp_path: Path,
     options = finetune_options(images, tmp_path / "run", epochs=1)
     finetune(options)
     changed(**{lost: {} if lost == "best" else None})(tmp_path / "run")
+    seal(tmp_path / "run")
     with pytest.raises(CheckpointError, match="of no fine-tuning"):
         finetune(replace(options, resume=True, epochs=2))
 
@@ -385,7 +399,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_one_that_is_not(
     output, whole = tmp_path / "run", tmp_path / "whole"
     epochs = "--epochs", "40", "--reconstruct-every", "0"
     forked.run(*command(images, whole, *epochs), env=ENVIRONMENT).check_returncode()
-    arguments = command(images, output, *epochs, "--resume", "auto")
+    arguments = command(images, output, *epochs, "--resume", "auto", "--save-steps", "2")
 
     def rows() -> int:
         path = output / "metrics.jsonl"

@@ -91,11 +91,11 @@ def test_a_task_needs_a_network_data_and_a_loss(images: Path, tmp_path: Path) ->
     assert whole.metrics[-1]["loss"] < 0.5 * whole.metrics[0]["loss"]
     assert whole.best is None
     assert whole.images == (15,)
-    with pytest.raises(RunStoppedError, match="2 epochs are saved"):
+    with pytest.raises(RunStoppedError, match=r"step 7 is saved \(epoch 3\), continue"):
         run_task(MeanColour(options("parts")), RunResult, progress=stop)
     lines: list[str] = []
     parts = run_task(MeanColour(options("parts", resume=True)), RunResult, log=lines.append)
-    assert "resuming after epoch 2" in lines
+    assert "resuming after epoch 2, at step 7" in lines
     assert [row["loss"] for row in parts.metrics] == [row["loss"] for row in whole.metrics]
     assert all(torch.equal(value, parts.model.state_dict()[name]) for name, value in whole.model.state_dict().items())
     assert not parts.model.training

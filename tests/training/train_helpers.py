@@ -38,8 +38,8 @@ def make_images(folder: Path, classes: tuple[str, ...] = ("red", "green", "blue"
 
 
 def pretrain_options(data: Path | str, output: Path, **changes: Any) -> PretrainOptions:
-    values = {**SMALL, "decoder_dim": 16, "epochs": 2, "reconstruct_every": 0, "backend": "reference", **changes}
-    return PretrainOptions(data=str(data), output=str(output), **values)
+    values = {**SMALL, "decoder_dim": 16, "epochs": 2, "reconstruct_every": 0, "backend": "reference", "probe": "none"}
+    return PretrainOptions(data=str(data), output=str(output), **{**values, **changes})
 
 
 def finetune_options(data: Path | str, output: Path, **changes: Any) -> FinetuneOptions:

@@ -16,24 +16,16 @@ import traceback
 from pathlib import Path
 
 import hostile
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-import _cli
-import convert_sparse_to_dense
-import evaluate
-import finetune
-import predict
-import pretrain
 import torch
-import visualize
 from PIL import Image
 
+from convnextv2.commands import _cli, convert, evaluate, finetune, predict, pretrain, visualize
 from sparse_ops import registry
 
 RUN = ["--device", "cpu", "--workers", "0", "--data", "photos", "--img-size", "32", "--epochs", "1"]
 CUSTOM = ["--depths", "1", "1", "1", "1", "--dims", "8", "16", "16", "24", "--patch-size", "16"]
 ENTRIES = {
-    "convert": (convert_sparse_to_dense, lambda file: [file, "out.pth"]),
+    "convert": (convert, lambda file: [file, "out.pth"]),
     "predict": (predict, lambda file: [file, "photos", "--device", "cpu", "--output", "out.csv"]),
     "evaluate": (evaluate, lambda file: ["knn", file, "photos", "--device", "cpu", "--output", "out.json"]),
     "visualize": (visualize, lambda file: [file, "photos", "--device", "cpu", "--output", "out.png"]),
@@ -42,7 +34,12 @@ ENTRIES = {
     # All epochs are done: the run ends when it is restored.
     "resume": (pretrain, lambda file: ["--output", "resumed", "--resume", "--epochs", "1"]),
 }
-LAZY = "accelerate", "jsonargparse", "sparse_ops.conformance_block", "timm.data"
+LAZY = (
+    *("accelerate", "jsonargparse", "sparse_ops.conformance_block", "convnextv2.training.pretraining"),
+    *("convnextv2.training.finetuning", "convnextv2.segmentation.training", "convnextv2.evaluation.frozen"),
+    *("convnextv2.evaluation.prediction", "convnextv2.evaluation.linear", "convnextv2.export.writing"),
+    *("timm.data", "torchvision.transforms.v2"),
+)
 """What the scripts import once they need it, which takes longer than what they then do."""
 SECONDS = 60
 

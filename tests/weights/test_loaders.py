@@ -20,6 +20,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from weights_helpers import fcmae, randomise, same, sparse_official
 
+import convnextv2.timm  # noqa: F401  # registers the models that are named
 from convnextv2 import VARIANTS, EncoderConfig, create_fcmae, create_model
 from convnextv2.models.classifier import ConvNeXtV2
 from convnextv2.models.config import ClassifierConfig, encoder_config
@@ -100,8 +101,13 @@ def assert_same_outputs(theirs: nn.Module, ours: ConvNeXtV2, config: EncoderConf
         assert float((actual - expected).abs().max() / expected.abs().max()) <= 1e-5
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize(("in_chans", "classes"), [(3, 1000), (1, 0), (4, 1000), (4, 0)])
+INPUTS = [(3, 1000), (1, 0), (4, 1000), (4, 0)]
+"""Channels and classes: of each variant two, a head and none; of 1×1 convolutions and of linear layers all."""
+
+
+@pytest.mark.parametrize(
+    ("name", "in_chans", "classes"), [(name, *INPUTS[(i + j) % 4]) for i, name in enumerate(NAMES) for j in (0, 1)]
+)
 def test_every_variant_has_timms_names_and_shapes(name, in_chans, classes):
     config = encoder_config(name, in_chans=in_chans)
     with torch.device("meta"):
@@ -422,6 +428,8 @@ def test_what_the_official_networks_do_not_have_is_told(convert, config, to):
     ours = pretrained(config)
     first, second = convert("run", "out.safetensors", "--to", to)
     assert "the official networks do not take it: they have patch size 32 and kernel size 7 alone" in second
+    timms = executed(second.replace("timm's do, with import convnextv2.timm: ", ": ").partition("alone; ")[2])
+    assert torch.equal(timms.stem[0].weight, ours.encoder.downsample_layers[0][0].weight)
     model = create_model(config, num_classes=2)
     executed(first, model=model)
     if to == "official-dense":

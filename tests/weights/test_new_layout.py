@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from weights_helpers import ENCODER, fcmae, same, sparse_official
 
 from convnextv2 import create_model
@@ -22,7 +23,7 @@ from convnextv2.weights.evaluators import timm_network
 from convnextv2.weights.layout import Layout
 from convnextv2.weights.layouts import detect_layout, get_layout, register_layout
 from convnextv2.weights.loading import init_classifier
-from convnextv2.weights.reading import read_weights, write_layout
+from convnextv2.weights.reading import read_checkpoint, read_weights, write_layout
 from convnextv2.weights.verify import verify_conversion
 
 ROOT = Path(__file__).parents[2]
@@ -128,7 +129,9 @@ def test_one_file_in_the_package_is_all(tmp_path):
     said = convert("source.safetensors", "detector.safetensors", "--to", "detector")
     assert "mapped to detector:" in said
     assert "verified: largest relative error" in said
-    assert same(load_checkpoint(tmp_path / "detector.safetensors").state_dict, by_hand(model))
+    assert same(load_file(tmp_path / "detector.safetensors"), by_hand(model))
+    # Where that layout is not known it is our encoder below a prefix.
+    assert read_checkpoint(load_checkpoint(tmp_path / "detector.safetensors")).config == ENCODER
     assert "layout detector, a custom ConvNeXt V2" in convert("detector.safetensors", "dense.safetensors")
     assert same(load_checkpoint(tmp_path / "dense.safetensors").state_dict, model.encoder.state_dict())
-    assert "{detector,official-dense,sparse-official,timm}" in re.sub(r"\s", "", convert("--help"))
+    assert "{detector,official-dense,sparse-official,timm," in re.sub(r"\s", "", convert("--help"))

@@ -60,8 +60,8 @@ def test_classifier_keeps_the_head_of_as_many_classes_only():
         (("a", "b", "c"), ("a", "b", "d"), False, "the head there is of classes of other names"),
         (("a", "b", "c"), ("b", "a", "c"), False, "the head there is of the same classes in another order"),
         ((), ("a", "b", "c"), True, "the head is kept for its 3 outputs; the file does not name its classes"),
-        (("a", "b", "c"), (), True, ""),
-        ((), (), True, ""),
+        (("a", "b", "c"), (), True, "the head is kept for its 3 outputs; the network does not name its classes"),
+        ((), (), True, "the head is kept for its 3 outputs; the file does not name its classes"),
     ],
 )
 def test_a_head_is_kept_for_its_classes_not_for_their_number(there, here, kept, said):
@@ -86,8 +86,7 @@ def test_drop_path_is_no_matter_of_weights():
     [
         EncoderConfig((1, 1, 1, 1), (8, 16, 16, 24)),
         EncoderConfig((1, 2, 1, 1), (8, 16, 16, 32)),
-        EncoderConfig((1, 2, 1, 1), (8, 16, 16, 24), in_chans=1),
-        EncoderConfig((1, 2, 1, 1), (8, 16, 16, 24), patch_size=16),
+        EncoderConfig((1, 1, 1, 1), (8, 16, 16, 24), in_chans=1, patch_size=16),
         EncoderConfig((1, 2, 1, 1), (8, 16, 16, 24), kernel_size=5),
     ],
 )

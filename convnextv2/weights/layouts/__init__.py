@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from convnextv2.weights.checkpoint import CheckpointError
+from convnextv2.weights.guard import CheckpointError
 from convnextv2.weights.layout import Layout
 
 LAYOUTS: dict[str, Layout] = {}

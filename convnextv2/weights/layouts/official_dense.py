@@ -8,7 +8,8 @@ LAYOUT = Layout(
     name="official-dense",
     about="which is ours as well",
     recognises=lambda names: (
-        "downsample_layers.0.0.weight" in names and not any(name.endswith(".dwconv.kernel") for name in names)
+        "downsample_layers.0.0.weight" in names
+        and not any(name.endswith((".dwconv.kernel", ".depthwise_conv.weight")) for name in names)
     ),
     target=True,
     dense_features=official_dense_features,

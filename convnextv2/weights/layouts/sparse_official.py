@@ -12,8 +12,8 @@ import re
 from torch import Tensor
 
 from convnextv2.models.config import EncoderConfig
-from convnextv2.weights.checkpoint import CheckpointError
 from convnextv2.weights.evaluators import official_sparse_features
+from convnextv2.weights.guard import CheckpointError
 from convnextv2.weights.layout import Layout, read_plainly
 from convnextv2.weights.loaders import official_loading
 
@@ -69,7 +69,7 @@ def _write(name: str, tensor: Tensor, config: EncoderConfig) -> Tensor:
 LAYOUT = Layout(
     name="sparse-official",
     about="the MinkowskiEngine layout of the official pre-training, with the decoder if the source has it",
-    recognises=lambda names: any(name.endswith(".dwconv.kernel") for name in names),
+    recognises=lambda names: any(re.match(r"(encoder\.)?stages\..*\.dwconv\.kernel$", name) for name in names),
     names=(
         (r"^(stages|downsample_layers)\.", r"encoder.\1."),
         (r"^(encoder\..*)\.dwconv\.weight$", r"\1.dwconv.kernel"),

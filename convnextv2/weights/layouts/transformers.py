@@ -24,4 +24,5 @@ LAYOUT = Layout(
         *_SPELLINGS,
     ),
     spellings=_SPELLINGS,
+    leaves=r"(convnextv2\.)?hidden_states_norms\.",
 )

@@ -21,7 +21,7 @@ from sparse_ops.grid import MLP, Grid, GRNScope
 from sparse_ops.layers import conv_weights
 from sparse_ops.sparse_grid import SparseGrid
 
-REMEDY = "python scripts/install_minkowski.py builds and installs it"
+REMEDY = "fcmae minkowski builds and installs it"
 
 
 @cache
@@ -177,7 +177,7 @@ class MinkowskiBackend(Backend):
         if dtype not in (torch.float32, torch.float64):
             return f"dtype {dtype} is not one of float32 and float64"
         if device.type == "cuda" and not layers.minkowski_engine().is_cuda_available():
-            return "MinkowskiEngine was built for processors; install_minkowski.py --cuda builds it for CUDA"
+            return "MinkowskiEngine was built for processors; fcmae minkowski --cuda builds it for CUDA"
         return None
 
     def native_grid(self, active: ActiveSet, grn_scope: GRNScope) -> Grid | None:
