@@ -36,3 +36,12 @@ def deferred(
         raise AttributeError(f"module {package!r} has no attribute {name!r}")
 
     return get, lambda: sorted({*vars(sys.modules[package]), *origins}), list(origins)
+
+
+def later(module: str, name: str) -> Callable[..., Any]:
+    """The function of that name, whose module is imported at the first call."""
+
+    def call(*arguments: Any, **options: Any) -> Any:
+        return getattr(importlib.import_module(module), name)(*arguments, **options)
+
+    return call

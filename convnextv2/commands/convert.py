@@ -6,28 +6,30 @@ import argparse
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from convnextv2.commands import _cli
-from convnextv2.export import TARGETS, ExportError, Target, check_place, export, source_of
-from convnextv2.models.classifier import ConvNeXtV2
-from convnextv2.models.config import ClassifierConfig
-from convnextv2.models.pooling import pooling_of
+from convnextv2.export.refusal import ExportError
+from convnextv2.export.target import Target
+from convnextv2.export.targets import TARGETS
 from convnextv2.outputs import Kind, check_output, is_stream, output_file, output_path
-from convnextv2.weights.checkpoint import SUFFIXES, CheckpointError, Config, load_checkpoint, save_checkpoint
+from convnextv2.weights.guard import SUFFIXES, CheckpointError
 from convnextv2.weights.layout import DECODER_PARTS, HEAD_PARTS, Layout
 from convnextv2.weights.layouts import LAYOUTS, get_layout
-from convnextv2.weights.reading import Weights, describe, read_checkpoint, weights_config, with_norm, write_layout
-from convnextv2.weights.verify import verify_conversion
 
-Tensors = tuple[Mapping[str, Tensor], Mapping[str, Tensor]]
-"""In the source, and as written."""
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from convnextv2.weights.reading import Weights
+    from convnextv2.weights.stated import Config
+
+    Tensors = tuple[Mapping[str, Tensor], Mapping[str, Tensor]]
+    """In the source, and as written."""
 
 
 def _was_converted(path: Path) -> bool:
+    from convnextv2.weights.checkpoint import load_checkpoint
+
     try:
         return "converted_from" in load_checkpoint(path).metadata
     except CheckpointError:
@@ -108,13 +110,18 @@ def parse_arguments() -> argparse.Namespace:
 
 def add_head(weights: Weights, num_classes: int, seed: int) -> tuple[Weights, list[str]]:
     """The weights with a fresh head and, where there is none, a fresh final norm; and the names that are new."""
+    import torch
+
+    from convnextv2.models.classifier import ConvNeXtV2
+    from convnextv2.models.config import ClassifierConfig
+    from convnextv2.models.pooling import pooling_of
+
     torch.manual_seed(seed)
     pooling = pooling_of(weights.head, weights.config.dims[-1])
     whole = ConvNeXtV2(ClassifierConfig(weights.config, num_classes, pooling=pooling)).state_dict()
     head = {name: whole[name] for name in whole if name.split(".")[0] in HEAD_PARTS}
     kept = {name: tensor for name, tensor in weights.head.items() if name.startswith("norm.")}
-    result = Weights(**{**vars(weights), "head": head | kept})
-    return result, [name for name in head if name not in kept]
+    return replace(weights, head=head | kept), [name for name in head if name not in kept]
 
 
 def part_of(name: str) -> str:
@@ -155,6 +162,8 @@ def listed(names: list[str], verbose: bool) -> str:
 
 def output_config(weights: Weights, to: Layout, original: Config | None) -> Config:
     """The configuration to store: of the source where the decoder is kept, else of what the layout holds."""
+    from convnextv2.weights.reading import weights_config
+
     left_out: dict[str, Any] = {part: {} for part in ("decoder", "head") if part not in to.parts}
     kept = replace(weights, **left_out)
     return original if original is not None and kept.decoder else weights_config(kept)
@@ -187,6 +196,14 @@ def main() -> None:
     """Parse, convert, verify, write."""
     args = parse_arguments()
     target = TARGETS.get(args.to)
+
+    import torch
+
+    from convnextv2.export import check_place, export, source_of
+    from convnextv2.weights.checkpoint import load_checkpoint, save_checkpoint
+    from convnextv2.weights.reading import describe, read_checkpoint, with_norm, write_layout
+    from convnextv2.weights.verify import verify_conversion
+
     if target is not None:
         target.check_packages()
     checkpoint = load_checkpoint(args.checkpoint)

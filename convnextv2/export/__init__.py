@@ -6,5 +6,12 @@ What timm loads is a layout of weights (:mod:`convnextv2.weights`), or a model o
 from convnextv2.deferred import deferred
 
 __getattr__, __dir__, __all__ = deferred(
-    __name__, {"target": "ExportError Source Target source_of", "writing": "TARGETS check_place export"}
+    __name__,
+    {
+        "source": "Source source_of",
+        "refusal": "ExportError",
+        "target": "Target",
+        "targets": "TARGETS",
+        "writing": "check_place export",
+    },
 )

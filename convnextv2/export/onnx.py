@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from convnextv2.export.target import MARK, ExportError, Run, Source, Target
+from convnextv2.export.refusal import ExportError
+from convnextv2.export.source import MARK, Run, Source
 
 LARGEST = 2**31
 """Bytes that a file of ONNX, which is one message of protobuf, may have."""
@@ -66,15 +67,3 @@ def loading(source: Source, path: str) -> list[str]:
     """How the file is run."""
     call = f"session.run([{source.output!r}], {{'images': images}})"
     return [f"load it with: session = onnxruntime.InferenceSession({path!r}); {call}, which gives {source.gives}"]
-
-
-TARGET = Target(
-    name="onnx",
-    about="ONNX for onnxruntime and others, of any batch and image size",
-    layout="official-dense",
-    suffixes=(".onnx",),
-    packages=("onnx", "onnxscript", "onnxruntime"),
-    write=write,
-    is_one=is_one,
-    loading=loading,
-)

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch.export import Dim, ExportedProgram
 
-from convnextv2.export.target import MARK, Run, Source, Target
+from convnextv2.export.source import MARK, Run, Source
 
 ABOUT = f"{MARK}.json"
 """The extra file of an archive that holds what was said about the weights."""
@@ -49,14 +49,3 @@ def loading(source: Source, path: str) -> list[str]:
         f"load it with: torch.export.load({path!r}).module(); it takes images of {side}×{side} or more, gives "
         f"{source.gives}, and needs torch alone"
     ]
-
-
-TARGET = Target(
-    name="torch-export",
-    about="a program that runs where torch is, without this package",
-    layout="official-dense",
-    suffixes=(".pt2",),
-    write=write,
-    is_one=is_one,
-    loading=loading,
-)

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from convnextv2.export.target import ExportError, Run, Source, Target
+from convnextv2.export.refusal import ExportError
+from convnextv2.export.source import Run, Source
 from convnextv2.models.classifier import ConvNeXtV2
 from convnextv2.models.layers import EPS
 from convnextv2.weights.layouts import get_layout
@@ -123,15 +124,3 @@ def loading(source: Source, path: str) -> list[str]:
     margin = options["size"]["shortest_edge"] - options["crop_size"]["height"]
     beside = "; its crop starts one pixel before ours" if margin % 4 == 3 else ""
     return [*lines, f"its images: transformers.AutoImageProcessor.from_pretrained({path!r}, use_fast=False){beside}"]
-
-
-TARGET = Target(
-    name="transformers",
-    about="a folder for from_pretrained, with the image processor",
-    layout="transformers",
-    suffixes=(),
-    packages=("transformers",),
-    write=write,
-    is_one=is_one,
-    loading=loading,
-)

@@ -7,13 +7,11 @@ from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from convnextv2.export import onnx, torch_export, transformers
 from convnextv2.export.folders import check_folder, output_folder
-from convnextv2.export.target import Source, Target, check_written
+from convnextv2.export.source import Source, check_written
+from convnextv2.export.target import Target
+from convnextv2.export.targets import TARGETS
 from convnextv2.outputs import Kind, check_output, output_file, output_path
-
-TARGETS = {target.name: target for target in (onnx.TARGET, torch_export.TARGET, transformers.TARGET)}
-"""The formats by name."""
 
 
 def check_place(target: Target, path: Path, inputs: Iterable[Path] = (), overwrite: bool = False) -> None:
@@ -48,7 +46,7 @@ def export(
     """Write a network in another program's format, if that program computes the same from it.
 
     Args:
-        source: from :func:`~convnextv2.export.target.source_of`.
+        source: from :func:`~convnextv2.export.source.source_of`.
         name: of the format, one of :data:`TARGETS`.
         path: file or folder to write.
         check: run what was written beside the network, and write nothing if they differ.

@@ -28,14 +28,12 @@ from convnextv2.data.transforms import Preprocessing, preprocessing_from_metadat
 from convnextv2.files import atomic_path, finite
 from convnextv2.models.config import config_from_dict, config_to_dict
 from convnextv2.weights.beside import about_folder
-from convnextv2.weights.guard import DEEPEST, CheckpointError, check_state, check_zip, plain
+from convnextv2.weights.guard import DEEPEST, SUFFIXES, CheckpointError, check_state, check_zip, plain
 from convnextv2.weights.names import published, resolve_path
 from convnextv2.weights.old_format import check_old_format
 from convnextv2.weights.stated import Config, stated_metadata
 from convnextv2.weights.unwrapping import unwrapped
 from convnextv2.weights.whole import check_start, is_archive, is_safetensors
-
-SUFFIXES = (".safetensors", ".pth", ".pt")
 
 NESTING = ("model_ema", "state_dict_ema", "ema", "model", "state_dict", "model_state_dict", "module", "net", "network")
 """Where training scripts put the weights, best first: an averaged copy (EMA) is preferred to the raw weights."""

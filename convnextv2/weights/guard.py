@@ -17,8 +17,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from convnextv2.messages import one_line
 
 
@@ -30,6 +28,8 @@ class CheckpointError(ValueError):
         super().__init__(one_line(message))
 
 
+SUFFIXES = (".safetensors", ".pth", ".pt")
+"""Of the files that we write."""
 MOST_ENTRIES = 20_000
 """Tensors in a file; the largest variant has under 400, and three times that with an optimizer's state."""
 MOST_PICKLE = 8 * 2**20
@@ -110,6 +110,8 @@ def check_state(state: Mapping[Any, Any], size: int) -> None:
     Raises:
         CheckpointError: naming the entry.
     """
+    from torch import Tensor  # takes a second: not for --help
+
     if len(state) > MOST_ENTRIES:
         raise CheckpointError(f"holds {len(state):,} tensors, more than any network of ours has")
     seen, left = set[int](), size

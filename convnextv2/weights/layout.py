@@ -8,10 +8,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from convnextv2.models.config import NUM_STAGES, EncoderConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 DECODER_PARTS = ("mask_token", "proj", "decoder", "pred")
 HEAD_PARTS = ("norm", "head")

@@ -38,6 +38,7 @@ LAZY = (
     *("accelerate", "jsonargparse", "sparse_ops.conformance_block", "convnextv2.training.pretraining"),
     *("convnextv2.training.finetuning", "convnextv2.segmentation.training", "convnextv2.evaluation.frozen"),
     *("convnextv2.evaluation.prediction", "convnextv2.evaluation.linear", "convnextv2.export.writing"),
+    *("convnextv2.weights.checkpoint", "convnextv2.weights.reading", "convnextv2.weights.verify"),
     *("timm.data", "torchvision.transforms.v2"),
 )
 """What the scripts import once they need it, which takes longer than what they then do."""

@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Mapping
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from convnextv2.weights.guard import CheckpointError
 from convnextv2.weights.layout import Layout
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LAYOUTS: dict[str, Layout] = {}
 """Every known layout by its name."""

@@ -3,10 +3,15 @@
 Its final norm is the one behind the last stage, ``norm3``; norms behind other stages serve detectors.
 """
 
-from torch import Tensor
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 from convnextv2.models.config import EncoderConfig
 from convnextv2.weights.layout import Layout
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def _write(name: str, tensor: Tensor, config: EncoderConfig) -> Tensor:

@@ -1,8 +1,7 @@
 """The official dense network, which has our names and shapes."""
 
-from convnextv2.weights.evaluators import official_dense_features
+from convnextv2.deferred import later
 from convnextv2.weights.layout import Layout
-from convnextv2.weights.loaders import official_loading
 
 LAYOUT = Layout(
     name="official-dense",
@@ -12,6 +11,6 @@ LAYOUT = Layout(
         and not any(name.endswith((".dwconv.kernel", ".depthwise_conv.weight")) for name in names)
     ),
     target=True,
-    dense_features=official_dense_features,
-    loading=official_loading,
+    dense_features=later("convnextv2.weights.evaluators", "official_dense_features"),
+    loading=later("convnextv2.weights.loaders", "official_loading"),
 )

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import math
 import re
+from typing import TYPE_CHECKING
 
-from torch import Tensor
-
+from convnextv2.deferred import later
 from convnextv2.models.config import EncoderConfig
-from convnextv2.weights.evaluators import official_sparse_features
 from convnextv2.weights.guard import CheckpointError
 from convnextv2.weights.layout import Layout, read_plainly
-from convnextv2.weights.loaders import official_loading
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def _kind(name: str) -> str | None:
@@ -87,6 +88,6 @@ LAYOUT = Layout(
     target=True,
     read=_read,
     write=_write,
-    sparse_features=official_sparse_features,
-    loading=official_loading,
+    sparse_features=later("convnextv2.weights.evaluators", "official_sparse_features"),
+    loading=later("convnextv2.weights.loaders", "official_loading"),
 )

@@ -3,12 +3,19 @@
 Files of either kind are read for any variant; what is written is what ``timm.create_model`` makes.
 """
 
-from torch import Tensor
+from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+from convnextv2.deferred import later
 from convnextv2.models.config import EncoderConfig
-from convnextv2.weights.evaluators import timm_network
 from convnextv2.weights.layout import Layout
-from convnextv2.weights.loaders import timm_loading, timm_model
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+timm_model = later("convnextv2.weights.loaders", "timm_model")
+timm_network = later("convnextv2.weights.evaluators", "timm_network")
 
 
 def _write(name: str, tensor: Tensor, config: EncoderConfig) -> Tensor:
@@ -39,5 +46,5 @@ LAYOUT = Layout(
     write=_write,
     dense_features=lambda state_dict, config, images: timm_network(state_dict, config).forward_features(images),
     norm=True,
-    loading=timm_loading,
+    loading=later("convnextv2.weights.loaders", "timm_loading"),
 )
