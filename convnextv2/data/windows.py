@@ -168,12 +168,17 @@ class WindowSource:
         return found
 
     def _decoded(self, raster: Raster) -> Decoded:
-        if self.wanted.native:
-            return raster
-        if self.in_chans not in (1, 3):
-            raise UnreadableImageError("`pixels` photo with `window` is of 1 or 3 channels")
-        pixels = to_bytes(raster.values)
-        return Image.fromarray(pixels if pixels.shape[2] == 3 else pixels[..., 0]).convert("RGB")
+        return as_wanted(raster, self.in_chans, self.wanted)
+
+
+def as_wanted(raster: Raster, in_chans: int, wanted: Wanted) -> Decoded:
+    """A part of a scene as a source gives it: where photographs are wanted an RGB image, of 1 or 3 channels."""
+    if wanted.native:
+        return raster
+    if in_chans not in (1, 3):
+        raise UnreadableImageError("`pixels` photo with `window` is of 1 or 3 channels")
+    pixels = to_bytes(raster.values)
+    return Image.fromarray(pixels if pixels.shape[2] == 3 else pixels[..., 0]).convert("RGB")
 
 
 def data_share(raster: Raster) -> float:

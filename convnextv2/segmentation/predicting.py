@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from convnextv2.data.bands import bands
-from convnextv2.data.decoding import Wanted
+from convnextv2.data.decoding import UnreadableImageError, Wanted
 from convnextv2.data.images import has_image_suffix, to_bytes, why_unusable
 from convnextv2.data.listings import walk_files
 from convnextv2.data.loading import make_loader
@@ -27,8 +28,9 @@ from convnextv2.segmentation.datasets import EvaluatedPairs, WholeImages
 from convnextv2.segmentation.loading import LoadedSegmenter
 from convnextv2.segmentation.masks import Classes, palette, title
 from convnextv2.segmentation.pairs import PairSource
+from convnextv2.segmentation.scenes import large_scene, write_classes
 from convnextv2.segmentation.scores import PixelScores, confusion_of, pixel_scores
-from convnextv2.segmentation.windows import Windows, class_maps
+from convnextv2.segmentation.windows import Pixels, Windows, class_maps
 
 MASKS, OVERLAYS = "masks", "overlays"
 MANY = 64
@@ -61,15 +63,15 @@ class Running:
         for batch in self.progress(make_loader(dataset, 1, workers)):
             yield from batch
 
-    def maps(self, segmenter: LoadedSegmenter, images: Iterable[Tensor]) -> Iterator[Tensor]:
-        """As :func:`~.windows.class_maps`."""
+    def maps(self, segmenter: LoadedSegmenter, images: Iterable[Pixels], **more: Any) -> Iterator[Tensor]:
+        """As :func:`~.windows.class_maps`, which takes ``more``."""
         device, dtype = segmenter.device, autocast_dtype(self.precision, segmenter.device)
 
         def network(inputs: Tensor) -> Tensor:
             with torch.autocast(device.type, dtype, enabled=dtype is not None):
                 return segmenter.model(inputs)
 
-        how: dict[str, Any] = {"batch_size": self.batch_size, "device": device}
+        how: dict[str, Any] = {"batch_size": self.batch_size, "device": device, **more}
         return class_maps(network, images, segmenter.statistics, self.windows, **how)
 
 
@@ -147,7 +149,8 @@ def predict_files(
     opacity: float = 0.5,
     wanted: Wanted,
 ) -> Iterator[Written]:
-    """Write the classes of images, and pictures of them, as they come: ``masks/NAME.png`` and ``overlays/NAME.png``.
+    """Write the classes of images, and pictures of them, as they come: ``masks/NAME.png`` and ``overlays/NAME.png``;
+    at last of scenes, which are larger than ``max_pixels`` and are read by window, ``masks/NAME.tif`` alone.
 
     Masks have the values that the network was trained with, of the size of the image as it is shown; those of up to
     255 have a palette.
@@ -165,8 +168,9 @@ def predict_files(
     files = list(images.values())
     folders = (MASKS, OVERLAYS) if overlays else (MASKS,)
     places = [[output / folder / name.with_name(f"{name.name}.png") for folder in folders] for name in images]
+    scenes = [output / MASKS / name.with_name(f"{name.name}.tif") for name in images]
     read = {(status.st_dev, status.st_ino) for status in (path.stat() for path in files)}
-    for place in (place for own in places for place in own if place.exists()):
+    for place in (place for own in (*places, scenes) for place in own if place.exists()):
         if (place.stat().st_dev, place.stat().st_ino) in read:
             raise OutputError(f"{title(place)}: is one of the images that are read; choose another folder")
     unreadable, kept = dict[int, str](), dict[int, Tensor]()
@@ -192,7 +196,26 @@ def predict_files(
                 picture.save(temporary, format="PNG")
         yield Written(files[index], places[index][0], places[index][1] if overlays else None)
     for index, error in unreadable.items():
-        yield Written(files[index], error=error)
+        reason = _predict_scene(segmenter, files[index], scenes[index], running, wanted, error)
+        yield Written(files[index], error=reason) if reason else Written(files[index], scenes[index])
+
+
+def _predict_scene(
+    segmenter: LoadedSegmenter, path: Path, place: Path, running: Running, wanted: Wanted, error: str
+) -> str:
+    """Write the classes of an image that is too large to be read whole; why that is not possible, or nothing."""
+    try:
+        scene = large_scene(path, segmenter.in_chans, wanted, running.windows.size)
+        if scene is None:
+            return error
+
+        def run(image: Pixels, taken: Callable[[Tensor], object]) -> None:
+            deque(running.maps(segmenter, [image], taken=taken, progress=running.progress), maxlen=0)
+
+        write_classes(path, scene, place, segmenter.classes, run)
+    except UnreadableImageError as found:
+        return str(found)
+    return ""
 
 
 def mask_picture(numbers: NDArray[np.uint8], classes: Classes) -> Image.Image:

@@ -6,6 +6,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,6 +16,17 @@ from convnextv2.segmentation.config import CENTRE_OVERLAP
 from convnextv2.segmentation.transforms import columns, normalised
 
 MOST_OVERLAP = 0.9
+
+
+class Pixels(Protocol):
+    """An image ``[H, W, C]``, a tensor or what gives parts of it as tensors."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(H, W, C)."""
+
+    def __getitem__(self, part: tuple[slice, slice], /) -> Tensor:
+        """Rows and columns."""
 
 
 @dataclass(frozen=True)
@@ -54,11 +66,13 @@ class Windows:
 
 
 class _Canvas:
-    """Sums of the logits of one image, of as many rows as a window has; rows that are done become classes."""
+    """Sums of the logits of one image, of as many rows as a window has; rows that are done become classes, which are
+    kept unless somebody takes them."""
 
-    def __init__(self, image: Tensor, windows: Windows) -> None:
+    def __init__(self, image: Pixels, windows: Windows, taken: Callable[[Tensor], object] | None) -> None:
         self.image, self.windows, self.rows = image, windows, image.shape[0]
-        self.classes = torch.empty(image.shape[:2], dtype=torch.uint8)
+        self.classes = torch.empty(image.shape[:2] if taken is None else (0, 0), dtype=torch.uint8)
+        self._taken = taken
         self._sum: Tensor | None = None
         self._top = 0
         rows, cols = (windows.starts(length, axis) for axis, length in enumerate(image.shape[:2]))
@@ -86,7 +100,11 @@ class _Canvas:
         """No window adds to the rows above ``bottom`` any more."""
         assert self._sum is not None
         count = bottom - self._top
-        self.classes[self._top : bottom] = self._sum[:, :count].argmax(0).to("cpu", torch.uint8)
+        classes = self._sum[:, :count].argmax(0).to("cpu", torch.uint8)
+        if self._taken is None:
+            self.classes[self._top : bottom] = classes
+        else:
+            self._taken(classes)
         self._sum = torch.cat([self._sum[:, count:], torch.zeros_like(self._sum[:, :count])], dim=1)
         self._top = bottom
 
@@ -94,12 +112,14 @@ class _Canvas:
 @torch.no_grad()
 def class_maps(
     network: Callable[[Tensor], Tensor],
-    images: Iterable[Tensor],
+    images: Iterable[Pixels],
     statistics: Statistics,
     windows: Windows,
     *,
     batch_size: int = 8,
     device: torch.device | str = "cpu",
+    taken: Callable[[Tensor], object] | None = None,
+    progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> Iterator[Tensor]:
     """The likeliest class of every pixel, uint8 ``[H, W]`` on the processor, of one image after the other.
 
@@ -111,6 +131,9 @@ def class_maps(
         images: pixels ``[H, W, C]``, as :func:`~convnextv2.segmentation.transforms.pixels` has them.
         statistics: mean and standard deviation of each channel.
         batch_size: windows at a time.
+        taken: is given the rows that are done, uint8 ``[h, W]``, from the top down, of the one image that there is;
+            its map then is empty.
+        progress: wraps the windows of an image.
 
     Raises:
         ValueError: if logits are not finite.
@@ -132,9 +155,9 @@ def class_maps(
             canvas.add(top, left, logits)
 
     for image in images:
-        canvas = _Canvas(image, windows)
+        canvas = _Canvas(image, windows, taken)
         canvases.append(canvas)
-        for place in canvas.places:
+        for place in progress(canvas.places):
             waiting.append((canvas, *place))
             if len(waiting) == batch_size:
                 run()

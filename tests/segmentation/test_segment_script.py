@@ -22,13 +22,15 @@ NAMES = ("ground", "disc", "square")
 CPU = ("--device", "cpu")
 
 
-def make_checkpoint(path: Path, in_chans: int = 3, values: Any = (0, 1, 2), ignored: int | None = 255) -> Path:
+def make_checkpoint(
+    path: Path, in_chans: int = 3, values: Any = (0, 1, 2), ignored: int | None = 255, **more: Any
+) -> Path:
     """Of a network whose class of a pixel is its brightest channel, more or less: so results differ in place."""
     torch.manual_seed(0)
     encoder = EncoderConfig((1, 1, 1, 1), (8, 8, 16, 16), in_chans, patch_size=8)
     model = Segmenter(SegmenterConfig(encoder, "fpn", 64, NAMES))
     about = {"mean": [0.5] * in_chans, "std": [0.25] * in_chans, "img_size": [32, 32]}
-    save_checkpoint(path, model, model.config, {**about, "class_values": list(values), "ignore_index": ignored})
+    save_checkpoint(path, model, model.config, {**about, **more, "class_values": list(values), "ignore_index": ignored})
     return path
 
 
