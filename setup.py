@@ -183,7 +183,7 @@ setup(
             *("onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.2", "pyarrow>=17"),
             *("tifffile>=2024.8.30", "imagecodecs>=2024.9.22", "pydicom>=3.0", "rasterio>=1.4", "zarr>=2.18"),
             *("fsspec[http]>=2024.6", "webdataset>=0.2.100", "datasets>=4", "segmentation-models-pytorch>=0.5"),
-            *("nbclient>=0.10", "ipykernel>=6", "ipywidgets>=8"),
+            *("nbformat>=5.10", "jupyter-client>=8", "ipykernel>=6", "ipywidgets>=8"),
             *("torchinfo>=1.8", "thop>=0.1.1.post2209072238", "peft>=0.14", "shtab>=1.7"),
         ],
     },
