@@ -21,10 +21,18 @@ AGAINST_HEAD = "| arm, less {} | labels | measure | points | se | seeds |"
 
 
 def known_numbers(path: Path, study: Study) -> dict[str, Any]:
-    """What :func:`collect` found elsewhere; ValueError if the file is not of this study and scale."""
+    """What :func:`collect` found elsewhere; ValueError if the file is not of this study and scale, or damaged."""
     found = read_json(path)
     if found is None or (found.get("study"), found.get("scale")) != (study.name, study.scale):
         raise ValueError(f"{path}: holds no numbers of {study.name} at scale {study.scale}")
+    needed = {"numbers": {"part", "top1", "seconds"}, "curves": {"question", "arm", "seed"}}
+    lists = all(
+        isinstance(rows := found.get(name), list) and all(isinstance(row, dict) and row.keys() >= keys for row in rows)
+        for name, keys in needed.items()
+    )
+    facts = found.get("measured_on")
+    if not lists or not isinstance(facts, dict) or not all(isinstance(values, list) for values in facts.values()):
+        raise ValueError(f"{path}: is damaged: its numbers, curves or what they were measured on are not whole")
     return found
 
 

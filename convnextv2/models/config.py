@@ -139,9 +139,16 @@ def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
+MOST_PIXELS = 2**26
+"""Of what a network is given: 8192 × 8192."""
+
+
 def check_image_size(size: tuple[int, ...], patch_size: int, *, dense: bool = False) -> None:
     """Raise ValueError unless ``size`` is (H, W), both positive multiples of ``patch_size``; for a ``dense`` network,
-    in which strides leave out what does not fill a cell, both at least ``patch_size``."""
+    in which strides leave out what does not fill a cell, both at least ``patch_size``; and not over
+    :data:`MOST_PIXELS`."""
+    if math.prod(size) > MOST_PIXELS:
+        raise ValueError(f"image size {' × '.join(map(str, size))} is of more than {MOST_PIXELS:,} pixels")
     if dense and len(size) == 2 and min(size) < patch_size:
         raise ValueError(
             f"image size {size[0]} × {size[1]} is smaller than the patch size {patch_size}, the network's total stride"

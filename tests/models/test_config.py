@@ -88,6 +88,7 @@ def test_a_patch_is_eight_cells_after_the_stem(patch, stride):
     [
         ({"img_size": (224, 220)}, "224 × 220 is not divisible by the patch size 32; the nearest that is: 224 × 224"),
         ({"img_size": (0, 32)}, "not divisible"),
+        ({"img_size": (102400, 102400)}, "image size 102400 × 102400 is of more than 67,108,864 pixels"),
         ({"img_size": (1, 1)}, "the nearest that is: 32 × 32"),
         ({"decoder_depth": 0}, "decoder_depth and decoder_dim must be positive"),
         ({"decoder_dim": 0}, "decoder_depth and decoder_dim must be positive"),

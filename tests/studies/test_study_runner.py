@@ -218,3 +218,7 @@ def test_numbers_that_are_known_are_not_measured_again(
     kept.write_text(json.dumps({**after, "scale": "other"}))
     assert program.main(["run", *where]) == 2
     assert "kept.json: holds no numbers of tiny at scale smoke" in capsys.readouterr().err
+    for damaged in ({"numbers": [{"part": "x"}]}, {"curves": None}, {"measured_on": {"torch": "2"}}):
+        kept.write_text(json.dumps({**after, **damaged}))
+        assert program.main(["run", *where]) == 2
+        assert "kept.json: is damaged" in capsys.readouterr().err
