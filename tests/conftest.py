@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import importlib
 import os
 import random
@@ -9,6 +10,7 @@ import re
 import runpy
 import subprocess
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,6 +30,10 @@ from sparse_ops import registry
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ROOT / "scripts"
 INTERPRETING = Path(__file__).with_name("interpreting.py")
+
+# What torch compiled for one instruction set it also takes for another, which then computes something else.
+COMPILED = f"torchinductor_{getpass.getuser()}_{torch.backends.cpu.get_cpu_capability()}"
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir()) / COMPILED))
 
 
 @pytest.hookimpl(wrapper=True)
