@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import getpass
 import importlib
+import itertools
 import os
 import random
 import re
@@ -14,7 +15,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ from PIL import Image
 from convnextv2 import EncoderConfig
 from sparse_ops import registry
 
+T = TypeVar("T")
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ROOT / "scripts"
 INTERPRETING = Path(__file__).with_name("interpreting.py")
@@ -34,6 +36,18 @@ INTERPRETING = Path(__file__).with_name("interpreting.py")
 # What torch compiled for one instruction set it also takes for another, which then computes something else.
 COMPILED = f"torchinductor_{getpass.getuser()}_{torch.backends.cpu.get_cpu_capability()}"
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir()) / COMPILED))
+
+
+def slow_first(slow: list[T], fast: list[T]) -> list[T]:
+    """Slow tests before others in each of the equal parts that pytest-xdist gives its processes at first: what one of
+    them takes over from another is of the end of its part, so that none ends with a long one."""
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    ordered, rest = list[T](), iter(fast)
+    for worker in range(workers):
+        size = (len(slow) + len(fast) - len(ordered)) // (workers - worker)
+        ordered += slow[worker::workers]
+        ordered += itertools.islice(rest, max(0, size - len(slow[worker::workers])))
+    return [*ordered, *rest]
 
 
 @pytest.hookimpl(wrapper=True)
@@ -51,7 +65,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if any(isinstance(value, str) and value == "cuda" for value in parameters):
             item.add_marker("cuda")
     yield
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)  # so that no process ends with a long one
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    items[:] = slow_first(slow, [item for item in items if item not in set(slow)])
     if shard := os.environ.get("TEST_SHARD"):
         number, count = map(int, shard.split("/"))
         items[:] = items[number - 1 :: count]
