@@ -71,7 +71,15 @@ def write_classes(
     """
     place.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=place.parent) as numbers:
-        run(ScenePixels(scene), lambda rows: numbers.write(rows.numpy().tobytes()))
+
+        def take(rows: Tensor) -> None:
+            try:
+                numbers.write(rows.numpy().tobytes())
+                numbers.flush()
+            except OSError as error:  # of a file without a name
+                raise OSError(error.errno, error.strerror, str(place.parent)) from error
+
+        run(ScenePixels(scene), take)
         numbers.seek(0)
         with atomic_path(place) as temporary:
             _write_mask(temporary, _bands(numbers, scene.size), scene.size, classes, _georeference(path))

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import io
+import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +86,20 @@ def test_what_cannot_be_read_by_window_is_told(script: Any, tmp_path: Path) -> N
     assert "0 images segmented, 2 unreadable" in result.out
     assert "damaged.tif" in result.err
     assert "gdal_translate -co TILED=YES" in result.err
+    assert not [file for file in out.rglob("*") if file.is_file()]
+
+
+def test_a_full_disk_is_named(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full(io.BytesIO):
+        def write(self, data: Any) -> int:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    path, out = make_checkpoint(tmp_path / "net.safetensors"), tmp_path / "out"
+    image = scene(tmp_path / "a.tif")
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda **where: Full())
+    result = script("segment", "predict", path, image, "--output", out, "--max-pixels", 100_000, *CPU)
+    assert result.status == 2
+    assert f"error: {out / 'masks'}: No space left on device" in result.err
     assert not [file for file in out.rglob("*") if file.is_file()]
 
 
