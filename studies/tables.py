@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -150,7 +151,7 @@ def draw(found: Mapping[str, Any], folder: Path) -> list[Path]:
             with picture(path, 8, 4.5, "constrained") as figure:
                 axes = figure.subplots()
                 plot(axes, found, question)
-                axes.set(title=found["questions"][question], ylabel="top-1, %")
+                axes.set(title=textwrap.fill(found["questions"][question], 50), ylabel="top-1, %")
                 axes.grid(alpha=0.3)
                 if axes.get_legend_handles_labels()[0]:
                     figure.legend(loc="outside right upper", frameon=False, fontsize=8)
