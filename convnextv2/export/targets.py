@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from convnextv2.deferred import later
 from convnextv2.export.target import Target
+
+
+def _functions(module: str) -> dict[str, Any]:
+    """What a format is but for words, from its module, which is imported when one of them is called."""
+    return {name: later(f"convnextv2.export.{module}", name) for name in ("write", "is_one", "loading")}
+
 
 _ALL = (
     Target(
@@ -12,18 +20,14 @@ _ALL = (
         layout="official-dense",
         suffixes=(".onnx",),
         packages=("onnx", "onnxscript", "onnxruntime"),
-        write=later("convnextv2.export.onnx", "write"),
-        is_one=later("convnextv2.export.onnx", "is_one"),
-        loading=later("convnextv2.export.onnx", "loading"),
+        **_functions("onnx"),
     ),
     Target(
         name="torch-export",
         about="a program that runs where torch is, without this package",
         layout="official-dense",
         suffixes=(".pt2",),
-        write=later("convnextv2.export.torch_export", "write"),
-        is_one=later("convnextv2.export.torch_export", "is_one"),
-        loading=later("convnextv2.export.torch_export", "loading"),
+        **_functions("torch_export"),
     ),
     Target(
         name="transformers",
@@ -31,9 +35,7 @@ _ALL = (
         layout="transformers",
         suffixes=(),
         packages=("transformers",),
-        write=later("convnextv2.export.transformers", "write"),
-        is_one=later("convnextv2.export.transformers", "is_one"),
-        loading=later("convnextv2.export.transformers", "loading"),
+        **_functions("transformers"),
     ),
 )
 TARGETS = {target.name: target for target in _ALL}

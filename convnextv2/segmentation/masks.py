@@ -98,6 +98,12 @@ class Classes:
         kind = np.uint8 if max(self.values) < 256 else np.uint16
         return np.asarray(self.values, kind)[numbers]
 
+    def colours(self) -> NDArray[np.uint8]:
+        """``[256, 3]``: colours of the values of a mask of bytes."""
+        colours = np.zeros((256, 3), np.uint8)
+        colours[list(self.values)] = palette(len(self.values))
+        return colours
+
 
 def _some(items: Sequence[Any]) -> str:
     few = ", ".join(map(str, items[:8]))

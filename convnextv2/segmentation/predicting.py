@@ -222,9 +222,7 @@ def mask_picture(numbers: NDArray[np.uint8], classes: Classes) -> Image.Image:
     """A mask ``[H, W]`` of numbers of classes as an image of their values, with a palette where these are bytes."""
     picture = Image.fromarray(classes.decode(numbers))
     if picture.mode == "L":
-        colours = np.zeros((256, 3), np.uint8)
-        colours[list(classes.values)] = palette(len(classes.values))
-        picture.putpalette(colours.tobytes())
+        picture.putpalette(classes.colours().tobytes())
     return picture
 
 

@@ -17,7 +17,7 @@ from convnextv2.data.scenes import Scene, is_scene, open_scene
 from convnextv2.data.tiff import is_tiff, need
 from convnextv2.data.windows import as_wanted
 from convnextv2.files import atomic_path
-from convnextv2.segmentation.masks import Classes, palette
+from convnextv2.segmentation.masks import Classes
 from convnextv2.segmentation.transforms import pixels
 
 TILE = 512
@@ -104,9 +104,7 @@ def _write_mask(path: Path, rows: Iterable[NDArray[np.uint8]], size: Size, class
 
     how: dict[str, Any] = {"photometric": "minisblack"}
     if dtype == np.uint8:
-        colours = np.zeros((3, 256), np.uint16)
-        colours[:, list(classes.values)] = palette(len(classes.values)).T.astype(np.uint16) * 257
-        how = {"photometric": "palette", "colormap": colours}
+        how = {"photometric": "palette", "colormap": classes.colours().T.astype(np.uint16) * 257}
     need("tifffile", "a mask of a scene").imwrite(
         path, tiles(), shape=size, dtype=dtype, tile=(TILE, TILE), compression="zlib", extratags=tags, **how
     )
