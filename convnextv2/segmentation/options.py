@@ -7,9 +7,8 @@ from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 from convnextv2.segmentation.config import DECODERS
-from convnextv2.training.components import LAYER_DECAY_TYPES
 from convnextv2.training.recipe import option
-from convnextv2.training.starting import StartOptions
+from convnextv2.training.task_options import TuningOptions
 
 OF_IMAGES_ALONE = (
     *("reduce_jpeg", "cache", "cache_side", "resize", "augment_on", "views"),
@@ -19,11 +18,10 @@ OF_IMAGES_ALONE = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class SegmentOptions(StartOptions):
+class SegmentOptions(TuningOptions):
     """Options of a run of segmentation."""
 
     task: ClassVar[str] = "segment"
-    model: str | None = option(None, "convnextv2_atto … convnextv2_huge; default: the one of --init, else atto")
     epochs: int = option(50, "passes over the data")
     batch_size: int = option(16, "crops a step and process; no more than there are images is taken")
     img_size: tuple[int, int] | None = option(
@@ -40,19 +38,11 @@ class SegmentOptions(StartOptions):
     decoder: str = option("upernet", "of segmentation-models-pytorch", DECODERS)
     decoder_width: int = option(256, "channels of the decoder, a multiple of 64")
     dice: float = option(0.0, "weight of the Dice loss beside cross entropy")
-    smoothing: float = option(0.0, "label smoothing")
     scale: tuple[float, float] = option(
         (0.5, 2.0), "least and largest factor that an image is resized by before it is cropped"
     )
     hflip: float = option(0.5, "probability of a horizontal flip")
     vflip: float | None = option(0.0, "probability of a vertical flip, for images without an up and down")
-    color_jitter: float = option(0.0, "strength of the colour jitter, of images of 1 or 3 channels")
-    min_steps: int = option(0, "updates at least: an epoch passes through a small set as often as that takes")
-    layer_decay: float = option(1.0, "factor on the encoder's learning rate from each layer to the one below")
-    layer_decay_type: str = option("single", "a layer: a block (single) or three of stage 2 (group)", LAYER_DECAY_TYPES)
-    backend: str = option("auto", "of the blocks on a processor: auto, torch, or cpu for its compiled kernels")
-    ema_decay: float = option(0.0, "average the weights with this decay and validate the average")
-    ema_warmup: bool = option(True, "let the average's decay rise from 0, so that short runs have a use for it")
 
     def check(self) -> None:
         from convnextv2.data.digits import DIGITS  # with torch: not for --help
@@ -63,12 +53,8 @@ class SegmentOptions(StartOptions):
             if item.name in OF_IMAGES_ALONE and getattr(self, item.name) != item.default:
                 raise ValueError(f"`{item.name}` would change images and not their masks; leave it out")
         super().check()
-        self.require("must be at least 0 and below 1.0", lambda value: 0 <= value < 1, "smoothing", "ema_decay")
-        not_negative = "dice", "min_steps", "color_jitter"
-        self.require("must be at least 0 and below inf", lambda value: 0 <= value < math.inf, *not_negative)
+        self.require("must be at least 0 and below inf", lambda value: 0 <= value < math.inf, "dice")
         self.require("must be a probability in [0, 1]", lambda value: 0 <= value <= 1, "hflip", "vflip")
-        self.require("must be between 0 and 1", lambda value: 0 < value < 1, "val_fraction")
-        self.require("must be in (0, 1]", lambda value: 0 < value <= 1, "layer_decay")
         self.require("must be in [-1, 65535]", lambda value: -1 <= value < 2**16, "ignore_index")
         self.require(f"must be one of {', '.join(DECODERS)}", DECODERS.__contains__, "decoder")
         rule = "must be two factors, 0.01 ≤ least ≤ largest ≤ 100"

@@ -93,6 +93,7 @@ def run_task(
                 run.draw(row["epoch"])
                 run.say(f"epoch {row['epoch']}/{run.options.epochs}: {task.line(row)}, {pace(row, run.options.epochs)}")
                 run.bad.tell(row["epoch"])
+            run.keeper.answer(run.keeper.asked(), run.start, None)  # what came after the last step, too
         return run.finish(kind)
 
 

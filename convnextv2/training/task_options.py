@@ -50,33 +50,19 @@ class PretrainOptions(ProbeOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneOptions(StartOptions):
-    """Options of a fine-tuning run."""
+class TuningOptions(StartOptions):
+    """Options of a run that learns from labels, perhaps from a checkpoint on."""
 
-    task: ClassVar[str] = "finetune"
     model: str | None = option(None, "convnextv2_atto … convnextv2_huge; default: the one of --init, else atto")
     img_size: tuple[int, int] | None = option(None, "pixels: 224, or HEIGHTxWIDTH; default: as --init, else 224")
-    blr: float = option(
-        2e-3,
-        "base learning rate: the peak is blr * batch / 256, with accumulation and processes counted in the batch. "
-        "2e-3 suits small batches and data; published for a batch of 1024: 2e-4 (atto) to 1.25e-3 (huge)",
-    )
     val_fraction: float = option(0.2, "share of every class to validate on, where DATA has no train/ and val/ folders")
-    linear_probe: bool = option(False, "train final norm and head alone; the encoder is frozen, in evaluation mode")
-    head_init_scale: float | None = option(None, "factor on the head's weights; default: 0.001 with --init, else 1")
-    pooling: str = option("mean", "what the head gets of a channel; mean is the published network's", tuple(POOLINGS))
-    head_start: bool = option(False, "start from a head fitted to the encoder's features, instead of a random one")
     min_steps: int = option(0, "updates at least: an epoch passes through a small set as often as that takes")
-    layer_decay: float = option(1.0, "factor on the learning rate from each layer to the one below; published .6 to .9")
+    layer_decay: float = option(
+        1.0, "factor on the encoder's learning rate from each layer to the one below; published .6 to .9"
+    )
     layer_decay_type: str = option("single", "a layer: a block (single) or three of stage 2 (group)", LAYER_DECAY_TYPES)
-    smoothing: float = option(0.1, "label smoothing")
-    mixup: float = option(0.0, "mixup's alpha; 0 for none")
-    cutmix: float = option(0.0, "CutMix's alpha; 0 for none")
-    auto_augment: str | None = option(None, "timm's augmentation policy; published: rand-m9-mstd0.5-inc1")
-    color_jitter: float = option(0.0, "strength of the colour jitter; not with --auto-augment")
-    random_erasing: float = option(0.0, "probability that a rectangle is replaced by noise; published: 0.25")
-    crop_scale: tuple[float, float] | None = option(None, "shares of the area to crop; default: 0.08 1 (digits: 0.5 1)")
-    hflip: float | None = option(None, "probability of a horizontal flip; default: 0.5 (digits: 0)")
+    smoothing: float = option(0.0, "label smoothing")
+    color_jitter: float = option(0.0, "strength of the colour jitter, of images of 1 or 3 channels")
     backend: str = option("auto", "of the blocks on a processor: auto, torch, or cpu for its compiled kernels")
     ema_decay: float = option(0.0, "average the weights with this decay and validate the average; published: 0.9999")
     ema_warmup: bool = option(True, "let the average's decay rise from 0, so that short runs have a use for it")
@@ -84,7 +70,37 @@ class FinetuneOptions(StartOptions):
     def check(self) -> None:
         super().check()
         self.require("must be at least 0 and below 1.0", lambda value: 0 <= value < 1, "smoothing", "ema_decay")
-        not_negative = "mixup", "cutmix", "min_steps"
-        self.require("must be at least 0 and below inf", lambda value: 0 <= value < math.inf, *not_negative)
+        self.require(
+            "must be at least 0 and below inf", lambda value: 0 <= value < math.inf, "min_steps", "color_jitter"
+        )
         self.require("must be between 0 and 1", lambda value: 0 < value < 1, "val_fraction")
         self.require("must be in (0, 1]", lambda value: 0 < value <= 1, "layer_decay")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneOptions(TuningOptions):
+    """Options of a fine-tuning run."""
+
+    task: ClassVar[str] = "finetune"
+    blr: float = option(
+        2e-3,
+        "base learning rate: the peak is blr * batch / 256, with accumulation and processes counted in the batch. "
+        "2e-3 suits small batches and data; published for a batch of 1024: 2e-4 (atto) to 1.25e-3 (huge)",
+    )
+    linear_probe: bool = option(False, "train final norm and head alone; the encoder is frozen, in evaluation mode")
+    head_init_scale: float | None = option(None, "factor on the head's weights; default: 0.001 with --init, else 1")
+    pooling: str = option("mean", "what the head gets of a channel; mean is the published network's", tuple(POOLINGS))
+    head_start: bool = option(False, "start from a head fitted to the encoder's features, instead of a random one")
+    smoothing: float = option(0.1, "label smoothing")
+    mixup: float = option(0.0, "mixup's alpha; 0 for none")
+    cutmix: float = option(0.0, "CutMix's alpha; 0 for none")
+    auto_augment: str | None = option(
+        None, "timm's augmentation policy, not with --color-jitter; published: rand-m9-mstd0.5-inc1"
+    )
+    random_erasing: float = option(0.0, "probability that a rectangle is replaced by noise; published: 0.25")
+    crop_scale: tuple[float, float] | None = option(None, "shares of the area to crop; default: 0.08 1 (digits: 0.5 1)")
+    hflip: float | None = option(None, "probability of a horizontal flip; default: 0.5 (digits: 0)")
+
+    def check(self) -> None:
+        super().check()
+        self.require("must be at least 0 and below inf", lambda value: 0 <= value < math.inf, "mixup", "cutmix")

@@ -84,6 +84,21 @@ def test_a_stopped_and_resumed_run_is_bit_identical(images: Path, tmp_path: Path
     ]
 
 
+def test_a_signal_after_the_last_step_is_not_lost(images: Path, tmp_path: Path) -> None:
+    def log(line: str) -> None:
+        lines.append(line)
+        if line.startswith("epoch 2/2"):
+            signal.raise_signal(signal.SIGINT)
+
+    lines: list[str] = []
+    options = pretrain_options(images, tmp_path / "run", epochs=2)
+    with pytest.raises(RunStoppedError, match="2 epochs are saved"):  # a program of several runs is to end, too
+        pretrain(options, log=log)
+    resumed = pretrain(replace(options, resume=True), log=log)
+    assert "nothing to do: 2 epochs are done" in lines
+    assert resumed.epochs == len(resumed.metrics) == 2
+
+
 def test_epochs_and_seeds_differ_in_order_and_masks(images: Path, tmp_path: Path) -> None:
     for seed in (0, 1):
         pretrain(pretrain_options(images, tmp_path / str(seed), lr=1e-12, seed=seed, epochs=3))

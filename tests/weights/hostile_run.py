@@ -1,6 +1,7 @@
 """Gives hostile checkpoints to the scripts, each in a process forked off this one, and tells what came of it.
 
 Arguments: a folder to work in, which has ``photos/`` and ``run/`` (a run to resume), and entries of :data:`ENTRIES`.
+The files are written beside that folder.
 Prints a line of JSON for each entry and file: both names, exit status, seconds, most memory in MB, what it said, wrote.
 """
 
@@ -20,6 +21,7 @@ import torch
 from PIL import Image
 
 from convnextv2.commands import _cli, convert, evaluate, finetune, predict, pretrain, visualize
+from convnextv2.data.opening import source_kinds
 from sparse_ops import registry
 
 RUN = ["--device", "cpu", "--workers", "0", "--data", "photos", "--img-size", "32", "--epochs", "1"]
@@ -35,7 +37,8 @@ ENTRIES = {
     "resume": (pretrain, lambda file: ["--output", "resumed", "--resume", "--epochs", "1"]),
 }
 LAZY = (
-    *("accelerate", "jsonargparse", "sparse_ops.conformance_block", "convnextv2.training.pretraining"),
+    *("accelerate", "attrs", "jsonargparse", "matplotlib.figure", "sparse_ops.conformance_block"),
+    *("convnextv2.data.checking", "convnextv2.data.native_transforms", "convnextv2.training.pretraining"),
     *("convnextv2.training.finetuning", "convnextv2.segmentation.training", "convnextv2.evaluation.frozen"),
     *("convnextv2.evaluation.prediction", "convnextv2.evaluation.linear", "convnextv2.export.writing"),
     *("convnextv2.weights.checkpoint", "convnextv2.weights.reading", "convnextv2.weights.verify"),
@@ -108,12 +111,13 @@ def main() -> None:
     for name in LAZY:
         importlib.import_module(name)
     registry()
+    source_kinds()
     Image.init()
     Path("log").touch()
     for entry in entries:
         base = hostile.classifier if entry == "predict" else hostile.fcmae
-        folder = Path(f"files-{base.__name__}")  # of an earlier entry
-        if not folder.exists():
+        folder = Path("..", f"files-{base.__name__}")
+        if not folder.exists():  # those of an earlier entry do
             hostile.write_all(folder, base)
         for file in sorted(folder.glob("*/a.*")):
             sys.stdout.write(json.dumps(run(entry, file.parent.name, file)) + "\n")

@@ -30,14 +30,15 @@ def place(tmp_path) -> Path:
     import numpy as np
     from PIL import Image
 
+    folder = tmp_path / "place"
     for name in "ab":
-        (tmp_path / "photos" / name).mkdir(parents=True)
+        (folder / "photos" / name).mkdir(parents=True)
         for number in range(3):
             pixels = np.random.default_rng(number).integers(0, 255, (40, 40, 3)).astype(np.uint8)
-            Image.fromarray(pixels).save(tmp_path / "photos" / name / f"{number}.png")
+            Image.fromarray(pixels).save(folder / "photos" / name / f"{number}.png")
     custom = [*CUSTOM, "--decoder-dim", "16", "--output", "run"]
-    forked.run(SCRIPTS / "pretrain.py", *RUN, *custom, cwd=tmp_path).check_returncode()
-    return tmp_path
+    forked.run(SCRIPTS / "pretrain.py", *RUN, *custom, cwd=folder).check_returncode()
+    return folder
 
 
 @pytest.mark.slow
