@@ -90,6 +90,7 @@ def test_epochs_are_measured_against_the_step(image_folder, tmp_path):
     for row in report["results"]:
         (pace,), (step,) = row["epoch_images_per_s"], row["step_images_per_s"]
         assert row["ratio"] == pytest.approx(pace / step)
+        assert row["first_ratio"] == pytest.approx(row["first_epoch_images_per_s"][0] / step)
     done = run("epoch.py", photos, *options[2:], "--images", 12)
     assert done.returncode == 1
     assert done.stderr.endswith("expected 12 images, found 9; say --images\n")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -94,3 +95,16 @@ def test_results_are_whole(file: Path) -> None:
     assert found["missing"] == 0
     assert {"processor", "torch", "threads", "code"} <= found["measured_on"].keys()
     assert all(0 <= one["top1"] <= 100 and one["seconds"] > 0 and one["part"] for one in found["numbers"])
+
+
+def test_the_table_of_the_readme_is_that_of_the_results() -> None:
+    found = json.loads((ROOT / "studies" / "results" / "flowers-evening.json").read_text(encoding="utf-8"))
+    means = {row[:3]: fmean(row[3]) for row in tables.rows(found, "labels")}
+    gains = tables.differences(found, "labels", "scratch")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for share, photographs in ((0.25, 642), (0.1, 258)):
+        gain = re.search(rf"\| FCMAE \| {100 * share:g}% \| finetune \| (\S+) \| (\S+) \| 5 \|", gains)
+        assert gain is not None
+        columns = ("scratch", "finetune"), ("FCMAE", "linear"), ("FCMAE", "finetune")
+        shown = " | ".join(f"{means[arm, share, measure]:.1f} %" for arm, measure in columns)
+        assert f"| {photographs} | {shown} | {gain[1]}, {gain[2]} |" in readme
