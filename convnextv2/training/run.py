@@ -85,6 +85,8 @@ def run_task(
         run = Run(task, *reporters(log, progress), on_loss)
         run.open_folder(held)
         held.callback(run.keeper.close)
+        for feed in run.feeds:
+            held.callback(feed.close)
         with run.stop, told_if_worker_dies(run.parts):
             run.begin()
             for epoch in epochs_of(run):
@@ -181,7 +183,8 @@ class Run:
         sampler = EpochSampler(len(samples[0]), options.seed, self._effective_batch // options.views)
         task.draws = Draws(options.seed, options.batch_size, self.accelerator.process_index)
         self.wrapped, optimizer = self.sharding.prepare(self.model, raw_optimizer)
-        self._loader, *self._others = make_feeds(self.accelerator, samples, options, sampler)
+        self.feeds = make_feeds(self.accelerator, samples, options, sampler)
+        self._loader, *self._others = self.feeds
         schedule = schedule_of(options, raw_optimizer, updates)
         compiling = Compiling(self.model, self.wrapped, options, self.accelerator, self.say)
         exchange = Exchange(self.accelerator, options.timeout_minutes)

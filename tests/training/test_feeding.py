@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from multiprocessing import active_children
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,7 @@ from convnextv2.data.images import load_image
 from convnextv2.training import PretrainOptions, finetune, pretrain, run
 from convnextv2.training.feeding import Feed, fitting_batch, needed_side
 from convnextv2.training.recipe import parse_options
+from convnextv2.training.signals import RunStoppedError
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +38,24 @@ def losses(run_it: Callable[..., Any], options: Any) -> tuple[list[float], list[
     found, lines = list[float](), list[str]()
     run_it(options, on_loss=lambda step, loss: found.append(loss), log=lines.append)
     return found, lines
+
+
+def test_a_run_leaves_no_worker_behind(images: Path, tmp_path: Path) -> None:
+    """Whether it ends or is stopped, whose error holds on to all that was going on."""
+
+    def log(line: str) -> None:
+        if line.startswith("epoch 1/2"):
+            assert len(active_children()) > before
+            signal.raise_signal(signal.SIGTERM)
+
+    before = len(active_children())
+    options = finetune_options(images, tmp_path / "run", epochs=2, workers=2)
+    with pytest.raises(RunStoppedError) as stopped:
+        finetune(options, log=log)
+    assert len(active_children()) == before
+    finetune(replace(options, resume=True), log=lambda line: None)
+    assert len(active_children()) == before
+    assert stopped.value.status == 128 + signal.SIGTERM
 
 
 @pytest.mark.parametrize(
