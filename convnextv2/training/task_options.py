@@ -70,9 +70,7 @@ class TuningOptions(StartOptions):
     def check(self) -> None:
         super().check()
         self.require("must be at least 0 and below 1.0", lambda value: 0 <= value < 1, "smoothing", "ema_decay")
-        self.require(
-            "must be at least 0 and below inf", lambda value: 0 <= value < math.inf, "min_steps", "color_jitter"
-        )
+        self.require("must be at least 0 and below inf", lambda n: 0 <= n < math.inf, "min_steps", "color_jitter")
         self.require("must be between 0 and 1", lambda value: 0 < value < 1, "val_fraction")
         self.require("must be in (0, 1]", lambda value: 0 < value <= 1, "layer_decay")
 
