@@ -6,6 +6,7 @@ A file is a wrong one for every script that reads checkpoints: each has to tell 
 from __future__ import annotations
 
 import argparse
+import functools
 import io
 import json
 import os
@@ -79,6 +80,7 @@ def hostile_to_all(function: Make) -> Make:
     """As :func:`hostile`, of a file that takes long to make and is refused whatever it is made from: made once."""
     made = list[Path]()
 
+    @functools.wraps(function)
     def make(folder: Path) -> Path:
         if made and made[0].exists():
             os.link(made[0], folder / made[0].name)
@@ -86,8 +88,7 @@ def hostile_to_all(function: Make) -> Make:
             made[:] = [function(folder)]
         return folder / made[0].name
 
-    HOSTILE[function.__name__] = make
-    return make
+    return hostile(make)
 
 
 def _bytes(name: str, content: bytes, suffix: str = ".pth") -> None:

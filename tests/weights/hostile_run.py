@@ -37,8 +37,8 @@ ENTRIES = {
     "resume": (pretrain, lambda file: ["--output", "resumed", "--resume", "--epochs", "1"]),
 }
 LAZY = (
-    *("accelerate", "attrs", "jsonargparse", "matplotlib.figure", "sparse_ops.conformance_block"),
-    *("convnextv2.data.checking", "convnextv2.data.native_transforms", "convnextv2.training.pretraining"),
+    *("accelerate", "attrs", "jsonargparse", "matplotlib.figure"),
+    *("sparse_ops.conformance_block", "convnextv2.training.pretraining"),
     *("convnextv2.training.finetuning", "convnextv2.segmentation.training", "convnextv2.evaluation.frozen"),
     *("convnextv2.evaluation.prediction", "convnextv2.evaluation.linear", "convnextv2.export.writing"),
     *("convnextv2.weights.checkpoint", "convnextv2.weights.reading", "convnextv2.weights.verify"),
@@ -111,7 +111,7 @@ def main() -> None:
     for name in LAZY:
         importlib.import_module(name)
     registry()
-    source_kinds()
+    source_kinds()  # imports all of convnextv2.data
     Image.init()
     Path("log").touch()
     for entry in entries:
