@@ -11,6 +11,7 @@ from convnextv2.models.fcmae import FCMAE
 from convnextv2.training import Outcome
 from convnextv2.training.finetuning import ClassifierTask
 from convnextv2.training.pretraining import PretrainTask
+from convnextv2.training.task import Task
 from sparse_ops.active_set import ActiveSet
 from sparse_ops.backend import Backend
 from sparse_ops.map_grid import MapGrid
@@ -85,9 +86,22 @@ class StudyPretrain(PretrainTask):
         return Outcome({"knn": top1}, {"probed": self._epoch})
 
 
-class NoGRNClassifier(ClassifierTask):
-    """Fine-tuning of a network without GRN."""
+class StudyClassifier(ClassifierTask):
+    """Fine-tuning of a variant, which is measured after its last epoch alone, unless it ends by what is measured."""
+
+    variant: str | None = None
 
     def initialise(self, model: Any, resumed: bool) -> str:
-        freeze_grn(model)
+        if self.variant == "no-grn":
+            freeze_grn(model)
         return super().initialise(model, resumed)
+
+    def begin_epoch(self, accelerator: Any, model: nn.Module, epoch: int) -> None:
+        self._due = bool(self.options.patience) or epoch + 1 == self.options.epochs
+        super().begin_epoch(accelerator, model, epoch)
+
+    def evaluate(self, accelerator: Any, model: nn.Module, loaders: Any) -> Outcome | None:
+        return super().evaluate(accelerator, model, loaders) if self._due else None
+
+    def line(self, row: dict[str, Any]) -> str:
+        return super().line(row) if "val_top1" in row else Task.line(self, row)

@@ -17,11 +17,11 @@ from benchmarks.common import hardware
 from convnextv2.data.build import build_finetune_datasets
 from convnextv2.evaluation import load_encoder
 from convnextv2.models.encoder import Encoder
-from convnextv2.training import FinetuneResult, PretrainResult, finetune, run_task
+from convnextv2.training import FinetuneResult, PretrainResult, run_task
 from convnextv2.training.states import find_state, state_folders
 from studies.frozen import accuracy, extract
 from studies.parts import FROZEN, Part
-from studies.variants import NoGRNClassifier, StudyPretrain
+from studies.variants import StudyClassifier, StudyPretrain
 
 LIBRARIES = ("timm", "accelerate", "numpy", "scikit-learn")
 
@@ -89,12 +89,11 @@ def _pretrain(part: Part, options: Any, probes: int, quiet: dict[str, Any]) -> d
 
 def _finetune(part: Part, options: Any, probes: int, quiet: dict[str, Any]) -> dict[str, Any]:
     """The accuracy is that of the last epoch: the best one would be chosen by the images that it is measured on."""
-    if part.variant == "no-grn":
-        result = run_task(NoGRNClassifier(options), FinetuneResult, **quiet)
-    else:
-        result = finetune(options, **quiet)
-    top1 = {"top1": result.metrics[-1]["val_top1"], "best_top1": result.best_top1}
-    return {**top1, "images": result.images[0], "val_images": result.val_images, "seconds": _seconds(result)}
+    task = StudyClassifier(options)
+    task.variant = part.variant
+    result = run_task(task, FinetuneResult, **quiet)
+    seen = {"images": result.images[0], "val_images": result.val_images}
+    return {"top1": result.metrics[-1]["val_top1"], **seen, "seconds": _seconds(result)}
 
 
 def _seconds(result: PretrainResult | FinetuneResult) -> float:

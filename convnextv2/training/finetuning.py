@@ -163,7 +163,7 @@ class ClassifierTask(Task[FinetuneOptions]):
             labels = self.draws.mix(self._mix, images, labels)
         return self._loss(model(images).float(), labels), size
 
-    def evaluate(self, accelerator: Accelerator, model: nn.Module, loaders: Sequence[Any]) -> Outcome:
+    def evaluate(self, accelerator: Accelerator, model: nn.Module, loaders: Sequence[Any]) -> Outcome | None:
         outcome = evaluate(accelerator, model, loaders[0], len(self._classes))
         self.metadata = {"val_top1": outcome.record["top1"], "ema": self.ema_decay > 0}
         return outcome

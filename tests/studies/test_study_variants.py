@@ -12,11 +12,19 @@ from safetensors.torch import load_file
 from convnextv2.data.build import build_finetune_datasets
 from convnextv2.models.config import EncoderConfig
 from convnextv2.models.fcmae import FCMAE, create_fcmae
-from convnextv2.training import FinetuneOptions, FinetuneResult, PretrainOptions, PretrainResult, pretrain, run_task
+from convnextv2.training import (
+    FinetuneOptions,
+    FinetuneResult,
+    PretrainOptions,
+    PretrainResult,
+    finetune,
+    pretrain,
+    run_task,
+)
 from sparse_ops.active_set import ActiveSet
 from studies.frozen import accuracy, extract
 from studies.images import spec_of
-from studies.variants import LeakingFCMAE, NoGRNClassifier, StudyPretrain
+from studies.variants import LeakingFCMAE, StudyClassifier, StudyPretrain
 
 SMALL: dict[str, Any] = {
     "data": spec_of("digits", {"images": 60}), "depths": (1, 1, 1, 1), "dims": (4, 4, 8, 8), "img_size": 16,
@@ -87,13 +95,30 @@ def test_without_grn_its_parameters_stay_zero(tmp_path: Path) -> None:
     task.variant = "no-grn"
     run_task(task, PretrainResult)
     options = FinetuneOptions(output=tmp_path / "tuned", init=tmp_path / "first", **SMALL)
-    tuned = run_task(NoGRNClassifier(options), FinetuneResult)
+    tuning = StudyClassifier(options)
+    tuning.variant = "no-grn"
+    tuned = run_task(tuning, FinetuneResult)
     usual = pretrain(PretrainOptions(output=tmp_path / "usual", decoder_dim=8, mask_ratio=0.5, **SMALL))
     sums = [
         sum(float(value.detach().abs().sum()) for name, value in model.named_parameters() if ".grn." in name)
         for model in (load_model(tmp_path / "first"), tuned.model, usual.model)
     ]
     assert sums[0] == sums[1] == 0 < sums[2]
+
+
+@pytest.mark.parametrize(("patience", "measured"), [(None, [False, True]), (5, [True, True])])
+def test_fine_tuning_is_measured_at_its_end_and_comes_to_the_same(
+    patience: int | None, measured: list[bool], tmp_path: Path
+) -> None:
+    usual = finetune(FinetuneOptions(output=tmp_path / "usual", patience=patience, **SMALL))
+    found = run_task(
+        StudyClassifier(FinetuneOptions(output=tmp_path / "found", patience=patience, **SMALL)), FinetuneResult
+    )
+    assert ["val_top1" in row for row in found.metrics] == measured
+    for name in ("val_top1", "val_loss", "train_loss"):
+        assert found.metrics[-1][name] == usual.metrics[-1][name]
+    last = [load_file(run.folder / "checkpoints" / "last.safetensors") for run in (usual, found)]
+    assert all(torch.equal(last[1][name], value) for name, value in last[0].items())
 
 
 def load_model(run: Path) -> torch.nn.Module:
