@@ -54,7 +54,14 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--scale", default="full", help="one that the study declares; by default as it stands")
         sub.add_argument("--data", help="the images, in place of those that the study names")
         sub.add_argument("--output", type=Path, default=Path("runs/studies"), help="folder for all studies")
-        sub.add_argument("--known", type=Path, metavar="FILE", help="numbers of it, as --save wrote, count as done")
+        sub.add_argument(
+            "--known",
+            type=Path,
+            nargs="+",
+            default=[],
+            metavar="FILE",
+            help="numbers of it, as --save wrote, count as done",
+        )
     run.add_argument("--threads", type=int, help="of the processor; torch's choice by default")
     run.add_argument("--free", nargs="+", default=[], metavar="NAME=VALUE", help=f"any of {', '.join(FREE)}")
     table.add_argument("--save", type=Path, help="file to write the numbers to as well, for studies/results")
@@ -62,10 +69,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _study(args: argparse.Namespace) -> tuple[Study, Path, dict[str, Any] | None]:
+def _study(args: argparse.Namespace) -> tuple[Study, Path, dict[str, Any]]:
     """The study, its folder, and the numbers that are known from elsewhere."""
     study = read_study(args.study, args.scale, args.data)
-    known = tables.known_numbers(args.known, study) if args.known else None
+    known = tables.known_numbers(args.known, study)
     data = Path(study.cells[0].part.data).resolve()
     if data.is_dir() and args.output.resolve().is_relative_to(data):
         raise ValueError(f"--output {args.output} lies in the images, where pictures of runs would be among them")
@@ -75,7 +82,7 @@ def _study(args: argparse.Namespace) -> tuple[Study, Path, dict[str, Any] | None
 def _open_parts(args: argparse.Namespace) -> tuple[Study, list[Part], Path]:
     """The study, the parts that nothing is known of from elsewhere, and its folder."""
     study, folder, known = _study(args)
-    there = {row["part"] for row in known["numbers"]} if known else set()
+    there = {row["part"] for row in known["numbers"]}
     return study, replace(study, cells=tuple(c for c in study.cells if c.part.key not in there)).parts, folder
 
 

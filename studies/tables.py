@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import textwrap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
@@ -21,11 +21,29 @@ HEAD = "| arm | labels | measure | top-1, % | sd | se | seeds | seconds |"
 AGAINST_HEAD = "| arm, less {} | labels | measure | points | se | seeds |"
 
 
-def known_numbers(path: Path, study: Study) -> dict[str, Any]:
-    """What :func:`collect` found elsewhere; ValueError if the file is not of this study and scale, or damaged."""
+def known_numbers(paths: Iterable[Path], study: Study) -> dict[str, Any]:
+    """What :func:`collect` found elsewhere, at this scale or others, of the parts that the study has.
+
+    ValueError if a file is not of this study, or damaged.
+    """
+    parts = {cell.part.key for cell in study.cells}
+    arms = {(cell.question, cell.arm, cell.part.seed) for cell in study.cells}
+    facts: dict[str, set[str]] = {}
+    kept: dict[str, list[dict[str, Any]]] = {"numbers": [], "curves": []}
+    for path in paths:
+        found = _read_numbers(path, study)
+        numbers = [row for row in found["numbers"] if row["part"] in parts]
+        kept["numbers"] += numbers
+        kept["curves"] += [row for row in found["curves"] if (row["question"], row["arm"], row["seed"]) in arms]
+        for name, values in found["measured_on"].items() if numbers else ():
+            facts.setdefault(name, set()).update(values)
+    return {**kept, "measured_on": facts}
+
+
+def _read_numbers(path: Path, study: Study) -> dict[str, Any]:
     found = read_json(path)
-    if found is None or (found.get("study"), found.get("scale")) != (study.name, study.scale):
-        raise ValueError(f"{path}: holds no numbers of {study.name} at scale {study.scale}")
+    if found is None or found.get("study") != study.name:
+        raise ValueError(f"{path}: holds no numbers of {study.name}")
     needed = {"numbers": {"part", "top1", "seconds"}, "curves": {"question", "arm", "seed"}}
     lists = all(
         isinstance(rows := found.get(name), list) and all(isinstance(row, dict) and row.keys() >= keys for row in rows)

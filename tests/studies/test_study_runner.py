@@ -215,9 +215,21 @@ def test_numbers_that_are_known_are_not_measured_again(
     assert [row["seed"] for row in after["curves"]] == [0, 1]
     assert program.main(["run", *where]) == 0
     assert "0 of 0 parts" in capsys.readouterr().out
-    kept.write_text(json.dumps({**after, "scale": "other"}))
+    fewer, elsewhere = [row for row in after["numbers"] if row["seed"] == 0], tmp_path / "elsewhere.json"
+    elsewhere.write_text(json.dumps({**after, "scale": "other", "numbers": fewer}))
+    for file in (elsewhere, kept):  # numbers of other scales count; of other parts, or of other questions, they do not
+        found = json.loads(file.read_text())
+        found["numbers"].append({**fewer[0], "part": "of something else"})
+        found["curves"].append({"question": "another", "arm": "FCMAE", "seed": 0, "knn": []})
+        file.write_text(json.dumps(found))
+    assert program.main(["status", *where[:4], str(tmp_path / "third"), "--known", str(elsewhere)]) == 0
+    assert "pretrain: 1 open" in capsys.readouterr().out
+    assert program.main(["table", *where, str(elsewhere), "--save", str(tmp_path / "both.json")]) == 0
+    assert json.loads((tmp_path / "both.json").read_text()) == after
+    capsys.readouterr()
+    kept.write_text(json.dumps({**after, "study": "other"}))
     assert program.main(["run", *where]) == 2
-    assert "kept.json: holds no numbers of tiny at scale smoke" in capsys.readouterr().err
+    assert "kept.json: holds no numbers of tiny" in capsys.readouterr().err
     for damaged in ({"numbers": [{"part": "x"}]}, {"curves": None}, {"measured_on": {"torch": "2"}}):
         kept.write_text(json.dumps({**after, **damaged}))
         assert program.main(["run", *where]) == 2
