@@ -10,8 +10,9 @@ PIP_ARGS = $(CONSTRAINTS) -e .
 MINKOWSKI ?= --cpu
 # Of make fuzz.
 MINUTES ?= 20
-# Of make test: percent.
+# Of make test: percent; and skip, for the everyday suite.
 COVERAGE ?=
+SLOW ?=
 # Of make study; DATA is its images.
 STUDY ?= digits
 SCALE ?= smoke
@@ -64,8 +65,8 @@ study: $(VENV)/.installed ## a declared experiment, its tables and plots; STUDY=
 	$(BIN)/python -m studies run "$(STUDY)" --scale "$(SCALE)" --data "$(DATA)"; done=$$?; \
 		$(BIN)/python -m studies table "$(STUDY)" --scale "$(SCALE)" --data "$(DATA)" && exit $$done
 
-test: $(TEST_READY) ## the whole suite; COVERAGE=90 measures what it covers of both packages and asks for 90 %
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal \
+test: $(TEST_READY) ## the whole suite; SLOW=skip leaves out what takes over ten seconds; COVERAGE=90 asks for 90 % covered
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal $(if $(filter skip,$(SLOW)),-m "not slow") \
 		$(if $(COVERAGE),--cov --cov-report=term --cov-fail-under=$(COVERAGE))
 
 $(SANITIZED): $(VENV)/.installed-test

@@ -215,6 +215,7 @@ def test_errors_and_statuses_are_those_of_the_scripts(fcmae: Any, script: Any, t
         assert (status, out, last) == (other.status, other.out, other.err.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_a_module_can_be_launched(tmp_path: Path) -> None:
     """As by torchrun: two processes of one run, which torch's own launcher starts."""
     arguments = "--data digits --in-chans 1 --depths 1 1 1 1 --dims 8 8 8 8 --img-size 16 --patch-size 8 --epochs 1 "

@@ -124,6 +124,7 @@ def test_sigterm_ends_with_143_and_a_usable_checkpoint(images: Path, tmp_path: P
     assert names == ["last.safetensors", "state"]
 
 
+@pytest.mark.slow
 def test_processes_of_a_launcher_make_one_run_and_report_once(images: Path, tmp_path: Path) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     arguments = ["--data", images, "--output", tmp_path / "run", *TINY, "--img-size", "32", "--epochs", "2"]

@@ -144,6 +144,7 @@ def test_a_stopped_and_resumed_run_is_bit_identical(
     assert rows(tmp_path / "whole")[-1]["lr"] < 2e-5  # the cosine ends with the last pass
 
 
+@pytest.mark.slow
 def test_all_processes_have_the_head_of_the_first(images: Path, tmp_path: Path) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}

@@ -25,7 +25,7 @@ TOLERANCE = 1e-5
 """Largest error of a tensor, relative to its largest value."""
 DEPTHS = {"convnextv2_huge": (1, 1, 3, 1)}
 """Of huge: at its widths. Whole, with a gradient for each weight on both sides, it takes 11 GB and over a minute."""
-SLOW = {"convnextv2_large"}
+SLOW = {"convnextv2_large", "convnextv2_huge"}
 Run = Callable[[Tensor], Tensor]
 
 
