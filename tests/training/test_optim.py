@@ -1,5 +1,9 @@
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
+from train_helpers import make_images, pretrain_options, weights
 
 from convnextv2 import ConvNeXtV2, create_fcmae
 from convnextv2.models.config import ClassifierConfig, EncoderConfig
@@ -11,6 +15,7 @@ from convnextv2.training.optim import (
     parameter_groups,
     scaled_lr,
 )
+from convnextv2.training.pretraining import pretrain
 
 TINY = EncoderConfig((1, 2, 4, 1), (8, 8, 8, 8))
 
@@ -149,3 +154,15 @@ def test_fused_kernels_are_asked_for_where_there_are_any():
     resumed = options("adamw", True)
     resumed.load_state_dict(options("adamw", False).state_dict())
     assert not resumed.param_groups[0]["fused"]  # a run goes on as it began
+
+
+@pytest.mark.parametrize("name", ["nmuon", "adamuon", "lion", "lamb"])
+def test_another_optimizer_trains_and_goes_on_where_it_was(name: str, tmp_path: Path) -> None:
+    data = make_images(tmp_path / "images")
+    given: dict[str, Any] = {"optimizer": name, "lr": 2e-3, "schedule": "constant", "warmup_epochs": 0}
+    whole = pretrain(pretrain_options(data, tmp_path / "whole", epochs=3, **given))
+    pretrain(pretrain_options(data, tmp_path / "parts", epochs=1, **given))
+    ended = pretrain(pretrain_options(data, tmp_path / "parts", epochs=3, resume=True, **given))
+    assert whole.metrics[-1]["loss"] < whole.metrics[0]["loss"]
+    for key, value in weights(whole.folder).items():
+        assert torch.equal(value, weights(ended.folder)[key]), key
