@@ -49,10 +49,20 @@ def freeze_grn(model: nn.Module) -> None:
             parameter.requires_grad = False
 
 
-class StudyPretrain(PretrainTask):
-    """Pre-training of a variant, with kNN on its features now and then; the weights follow as from any pre-training."""
+class VariantTask(Task[Any]):
+    """What both runs of a variant have in common."""
 
     variant: str | None = None
+
+    def initialise(self, model: Any, resumed: bool) -> str:
+        if self.variant == "no-grn":
+            freeze_grn(model)
+        return super().initialise(model, resumed)
+
+
+class StudyPretrain(VariantTask, PretrainTask):
+    """Pre-training of a variant, with kNN on its features now and then; the weights follow as from any pre-training."""
+
     probes = 0
 
     def model(self) -> FCMAE:
@@ -62,11 +72,6 @@ class StudyPretrain(PretrainTask):
         leaking = LeakingFCMAE(model.config, self.options.backend)
         leaking.load_state_dict(model.state_dict())  # arms begin with the same weights
         return leaking
-
-    def initialise(self, model: FCMAE, resumed: bool) -> str:
-        if self.variant == "no-grn":
-            freeze_grn(model)
-        return super().initialise(model, resumed)
 
     def begin_epoch(self, accelerator: Any, model: nn.Module, epoch: int) -> None:
         self._epoch = epoch + 1
@@ -86,15 +91,8 @@ class StudyPretrain(PretrainTask):
         return Outcome({"knn": top1}, {"probed": self._epoch})
 
 
-class StudyClassifier(ClassifierTask):
+class StudyClassifier(VariantTask, ClassifierTask):
     """Fine-tuning of a variant, which is measured after its last epoch alone, unless it ends by what is measured."""
-
-    variant: str | None = None
-
-    def initialise(self, model: Any, resumed: bool) -> str:
-        if self.variant == "no-grn":
-            freeze_grn(model)
-        return super().initialise(model, resumed)
 
     def begin_epoch(self, accelerator: Any, model: nn.Module, epoch: int) -> None:
         self._due = bool(self.options.patience) or epoch + 1 == self.options.epochs
