@@ -128,9 +128,10 @@ class Backend(ABC):
         """
         raise NotImplementedError(f"backend {self.name!r} has no fused MLP")
 
-    def mlp_result(self, call: MLPCall) -> Tensor:
-        """The result of :meth:`mlp` alone, where no backward pass follows."""
-        return self.mlp(call)[0]
+    def mlp_result(self, call: MLPCall, residual: Tensor | None = None) -> Tensor:
+        """The result of :meth:`mlp` alone, plus ``residual`` of its shape, where no backward pass follows."""
+        out, _ = self.mlp(call)
+        return out if residual is None else residual + out
 
     def mlp_backward(self, grad: Tensor, call: MLPCall, kept: tuple[Tensor, ...]) -> list[Tensor]:
         """Gradients for ``x`` and for the eight weights, from ``grad`` (of the result) and what :meth:`mlp` kept."""

@@ -106,6 +106,11 @@ def _own(*tensors: Any) -> bool:
     )
 
 
+def _recorded(*tensors: Tensor) -> bool:
+    """Whether a backward pass may follow what is computed of them."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
 def _replaced(layer: nn.Module) -> bool:
     """Whether calling the layer does more, or something else, than its class does."""
     return has_hooks(layer) or "forward" in vars(layer)
@@ -223,23 +228,42 @@ class MapGrid(DenseGrid):
         cells = self.cells(x).contiguous()
         return self.features(_Depthwise.apply(cells, weight.contiguous(), bias, self._maps))
 
-    def mlp(self, x: Tensor, layers: MLP, rows: Tensor | None = None) -> Tensor:
-        weights = None if rows is not None or any(map(_replaced, layers)) else mlp_weights(layers)
-        if weights is None or not self._serves(7, x, *weights):
-            return super().mlp(x, layers, rows)
-        channels, hidden = x.shape[1], weights.w1.shape[0]
-        shapes = MLPWeights.shapes(channels, hidden)
-        if [tuple(tensor.shape) for tensor in weights] != shapes or not self._fuses(x, weights):
-            return super().mlp(x, layers, rows)
+    def residual(self, x: Tensor, dwconv: nn.Conv2d, mlp: MLP, drop_path: Any, rows: Tensor | None = None) -> Tensor:
+        h = self.depthwise(dwconv, x)
+        alone = rows is None and drop_path.idle and not _replaced(drop_path) and h.shape == x.shape and _own(h, x)
+        weights = self._served_weights(h, mlp) if alone and not _recorded(h, x) else None
+        if weights is None or _recorded(*weights):
+            return self.take(x, rows) + drop_path(self.mlp(h, mlp, rows), self)
         cells = self.cells(x).contiguous()
-        kept = MLPWeights(*(tensor.contiguous() for tensor in weights))
-        arguments = cells.flatten(0, 2), self._row_offsets(cells), None
-        eps = layers.norm.eps, layers.grn.eps
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *weights)):
-            out = _TwiceMLP.apply(self._backend, eps, self._workspace, *arguments, *kept)
+        return self.features(
+            self._backend.mlp_result(self._call(h, weights, mlp), cells.flatten(0, 2)).view(cells.shape)
+        )
+
+    def mlp(self, x: Tensor, layers: MLP, rows: Tensor | None = None) -> Tensor:
+        weights = None if rows is not None else self._served_weights(x, layers)
+        if weights is None:
+            return super().mlp(x, layers, rows)
+        call = self._call(x, weights, layers)
+        if _recorded(x, *weights):
+            tensors = call.x, call.row_offsets, None, *call.weights
+            out = _TwiceMLP.apply(self._backend, call.eps, self._workspace, *tensors)
         else:
-            out = self._backend.mlp_result(MLPCall(*arguments, kept, eps, self._workspace))
-        return self.features(out.view(cells.shape))
+            out = self._backend.mlp_result(call)
+        return self.features(out.view(self.cells(x).shape))
+
+    def _served_weights(self, x: Tensor, layers: MLP) -> MLPWeights | None:
+        """What the layers compute with, if a kernel does so in their place."""
+        weights = None if any(map(_replaced, layers)) else mlp_weights(layers)
+        if weights is None or not self._serves(7, x, *weights):
+            return None
+        shapes = MLPWeights.shapes(x.shape[1], weights.w1.shape[0])
+        return weights if [tuple(tensor.shape) for tensor in weights] == shapes and self._fuses(x, weights) else None
+
+    def _call(self, x: Tensor, weights: MLPWeights, layers: MLP) -> MLPCall:
+        """The pointwise half of ``x`` in one kernel."""
+        cells, kept = self.cells(x).contiguous(), MLPWeights(*(tensor.contiguous() for tensor in weights))
+        eps = layers.norm.eps, layers.grn.eps
+        return MLPCall(cells.flatten(0, 2), self._row_offsets(cells), None, kept, eps, self._workspace)
 
     def _fuses(self, x: Tensor, weights: MLPWeights) -> bool:
         return self._backend.fuses_mlp(x.device, x.dtype, weights.w1.dtype)
@@ -247,8 +271,7 @@ class MapGrid(DenseGrid):
     def _serves(self, kernel_size: int, x: Tensor, *weights: Any) -> bool:
         if not _own(x, *weights):
             return False
-        training = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *weights))
-        return torch_reason(self._choice, x.device, x.dtype, kernel_size, training) is None
+        return torch_reason(self._choice, x.device, x.dtype, kernel_size, _recorded(x, *weights)) is None
 
     def _row_offsets(self, cells: Tensor) -> Tensor:
         """Of the images, or of all of them together, in the rows of a map."""

@@ -52,7 +52,8 @@ NEW_BELOW = [
     "map_kernels.py",
     "backends/cpu/maps.py",
 ]
-NEW_BELOW += ["backends/cpu/csrc/depthwise_map.inc", *(f"backends/triton/{name}.py" for name in TRITON.split())]
+NEW_BELOW += ["backends/cpu/csrc/depthwise_map.inc", "backends/cpu/csrc/lanes.h", "backends/cpu/csrc/mlp_result.inc"]
+NEW_BELOW += [*(f"backends/triton/{name}.py" for name in TRITON.split())]
 ROOMS_SINCE = {f"convnextv2/{name}.py" for name in NEW.split()} | {f"sparse_ops/{name}" for name in NEW_BELOW}
 """What has been added for purposes of its own; a file that takes over from an older one does not belong here."""
 BANNER = re.compile(r"^[ \t]*(?:#|//)[^\n]*[-=*#]{8,}\s*$", re.M)

@@ -131,7 +131,7 @@ def test_without_gradients_the_numbers_are_the_same(mode, calls):
     with mode():
         found = []
         assert calls.of(lambda: found.append(model(images))) == (BLOCKS, BLOCKS)
-    assert torch.equal(found[0], expected)
+    torch.testing.assert_close(found[0], expected)  # another kernel, which keeps nothing
 
 
 @pytest.mark.parametrize("as_given", ["channels_last", "strided", "parameter"])
@@ -196,7 +196,7 @@ def test_a_layer_that_does_more_is_called(change, name, calls):
     [{"dilation": 2, "padding": 6}, {"padding_mode": "circular"}, {"groups": 4}, {"kernel_size": 5, "padding": 2}],
 )
 def test_a_convolution_of_another_kind_is_called(changes, calls):
-    model, images = network(), torch.randn(1, 3, 64, 64)
+    model, images = network(), torch.randn(2, 3, 64, 64)
     model.stages[0][0].dwconv = nn.Conv2d(8, 8, **{"kernel_size": 7, "padding": 3, "groups": 8, **changes})
     assert calls.of(lambda: model(images)) == (BLOCKS - 1, BLOCKS)
     check_values_of(model, images)

@@ -24,7 +24,7 @@ from sparse_ops import registry
 from sparse_ops.backends.cpu import library, maps, operators
 from sparse_ops.conformance import check_conformance, check_mlp_conformance
 from sparse_ops.conformance_cases import CASES, MLP_CASES, ConformanceCase, random_case
-from sparse_ops.conformance_maps import MAP_SHAPES, check_map_conformance
+from sparse_ops.conformance_maps import MAP_SHAPES, RESULT_CASES, check_map_conformance, check_result_conformance
 
 ROOT = Path(__file__).parents[2]
 BUILT = ROOT / "build/arm"
@@ -140,6 +140,14 @@ def test_pointwise_half_conforms(dtype: torch.dtype, threads: int) -> None:
         assert len(check_mlp_conformance(CPU, case, dtype)) == 10
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_results_conform(dtype: torch.dtype, threads: int) -> None:
+    torch.set_num_threads(threads)
+    for case in RESULT_CASES:
+        check_result_conformance(CPU, case, dtype)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_kernels_for_maps_conform(dtype: torch.dtype) -> None:
     torch.set_num_threads(3)
@@ -155,6 +163,8 @@ def test_the_cases_call_every_kernel(arm: Emulated) -> None:
         check_map_conformance(maps.CPUMaps(), MAP_SHAPES[0], dtype)
         for case in MLP_CASES[:2] if dtype != torch.bfloat16 else ():
             check_mlp_conformance(CPU, case, dtype)
+        for case in RESULT_CASES[:2] if dtype != torch.bfloat16 else ():
+            check_result_conformance(CPU, case, dtype)
     source = (ROOT / "sparse_ops/backends/cpu/csrc/dispatch.cpp").read_text(encoding="utf-8")
     exported = {f"sparse_ops_{name}" for name in re.findall(r"^EXPORT_KERNEL\((\w+)\)$", source, re.M)}
     floats = {(name, dtype) for name in exported for dtype in DTYPES[:2]}

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from sparse_ops.conformance_cases import CASES, MLP_CASES
-from sparse_ops.conformance_maps import MAP_SHAPES
+from sparse_ops.conformance_maps import MAP_SHAPES, RESULT_CASES
 
 ROOT = Path(__file__).parents[2]
 LIBRARY = os.environ["SPARSE_OPS_CPU_LIBRARY"]
@@ -28,7 +28,7 @@ from sparse_ops import registry
 from sparse_ops.backends.cpu import library
 from sparse_ops.conformance import check_conformance, check_mlp_conformance
 from sparse_ops.conformance_cases import CASES, MLP_CASES, random_case
-from sparse_ops.conformance_maps import MAP_SHAPES, check_map_conformance
+from sparse_ops.conformance_maps import MAP_SHAPES, RESULT_CASES, check_map_conformance, check_result_conformance
 
 torch.set_num_threads(2)
 backend, device = registry()["cpu"], torch.device("cpu")
@@ -40,6 +40,9 @@ for dtype in (torch.float32, torch.float64, torch.bfloat16):
             print("passed", dtype, case)
     for case in MLP_CASES if dtype != torch.bfloat16 else ():
         check_mlp_conformance(backend, case, dtype, device)
+        print("passed", dtype, case)
+    for case in RESULT_CASES if dtype != torch.bfloat16 else ():
+        check_result_conformance(backend, case, dtype)
         print("passed", dtype, case)
     for shape in MAP_SHAPES:
         check_map_conformance(backend.maps, shape, dtype)
@@ -116,7 +119,7 @@ def test_the_conformance_cases_show_nothing(instruction_set):
     assert f"instruction set {instruction_set}" in told
     served = [case for case in CASES if case.kernel_size in (3, 5, 7)]
     passed = sum(line.startswith("passed ") for line in told)
-    assert passed == 3 * len(served) + RANDOM + 2 * len(MLP_CASES) + 3 * len(MAP_SHAPES)
+    assert passed == 3 * len(served) + RANDOM + 2 * len((*MLP_CASES, *RESULT_CASES)) + 3 * len(MAP_SHAPES)
     source = (ROOT / "sparse_ops/backends/cpu/csrc/dispatch.cpp").read_text(encoding="utf-8")
     exported = {f"sparse_ops_{name}" for name in re.findall(r"^EXPORT_KERNEL\((\w+)\)$", source, re.M)}
     assert len(exported) >= 4

@@ -66,8 +66,8 @@ class CPUBackend(Backend):
         *kept, out = run(cpu_mlp, call.x, list(call.weights), call.row_offsets, *call.eps)
         return out, tuple(kept)
 
-    def mlp_result(self, call: MLPCall) -> Tensor:
-        return maps.mlp_result(call) if call.rows is None else super().mlp_result(call)
+    def mlp_result(self, call: MLPCall, residual: Tensor | None = None) -> Tensor:
+        return super().mlp_result(call, residual) if call.rows is not None else maps.mlp_result(call, residual)
 
     def mlp_backward(self, grad: Tensor, call: MLPCall, kept: tuple[Tensor, ...]) -> list[Tensor]:
         if not composed.one_kernel(call):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sparse_ops.pointwise import MLPWeights
 
-INTERFACE_VERSION = 5
+INTERFACE_VERSION = 6
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
 MLP_PARAMETERS = MLPWeights._fields
 MLP_OUTPUTS = ("h", "mean", "rstd", "norms", "out")
@@ -51,7 +51,7 @@ MLP = structure(
     pointers=" ".join(["x", *MLP_PARAMETERS, "offsets", *MLP_OUTPUTS, "grad", *MLP_GRADS]),
     doubles="norm_eps grn_eps",
     sizes="groups channels dim",
-    ints="result_only threads",
+    ints="threads",
 )
 
 

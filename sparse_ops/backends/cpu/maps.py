@@ -3,25 +3,33 @@ pointwise half without a backward pass."""
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_ops.backend import MLPCall
 from sparse_ops.backends._operators import run
-from sparse_ops.backends.cpu import composed
-from sparse_ops.backends.cpu.library import call, structure
-from sparse_ops.backends.cpu.operators import call_mlp, cpu_gelu_grn
+from sparse_ops.backends.cpu.library import MLP_PARAMETERS, call, structure
 from sparse_ops.map_kernels import MapKernels
 
 SERVED = (torch.float32, torch.bfloat16)
 HIDDEN_BYTES = 4 << 20
 """Of the hidden layer that is computed at a time where it is not kept: it stays in the last cache."""
 
+LANES = 16
+"""Of the widest vector."""
+
 MAP = structure(  # MapArgs of csrc/depthwise_map.inc
     pointers="x other bias out out_bias", sizes="batch height width channels", ints="kernel reverse_taps threads"
+)
+
+MLP_RESULT = structure(  # MlpResultArgs of csrc/mlp_result.inc
+    pointers=" ".join(["x residual", *MLP_PARAMETERS, "offsets h out"]),
+    doubles="norm_eps grn_eps",
+    sizes="groups channels dim scratch",
+    ints="threads",
 )
 
 
@@ -57,22 +65,28 @@ cpu_depthwise_map_weight_grad.register_fake(
 )
 
 
-@torch.library.custom_op("sparse_ops::cpu_mlp_result", mutates_args=("h", "out"), device_types="cpu")
+@torch.library.custom_op("sparse_ops::cpu_mlp_result", mutates_args=("h",), device_types="cpu")
 def cpu_mlp_result(
-    x: Tensor, parameters: list[Tensor], row_offsets: Tensor, norm_eps: float, grn_eps: float, h: Tensor, out: Tensor
-) -> None:
-    """The last result of :func:`~sparse_ops.backends.cpu.operators.cpu_mlp` into ``out`` ``[N, C]``; ``h`` ``[N, D]``
-    is scratch memory."""
-    mean, rstd, norms = (
-        x.new_empty(x.shape[0]),
-        x.new_empty(x.shape[0]),
-        x.new_empty(row_offsets.numel() - 1, h.shape[1]),
-    )
-    fields = {"h": h, "mean": mean, "rstd": rstd, "norms": norms, "out": out, "norm_eps": norm_eps, "grn_eps": grn_eps}
-    call_mlp("sparse_ops_mlp", x, parameters, row_offsets, **fields, result_only=1)
+    x: Tensor,
+    residual: Tensor | None,
+    parameters: list[Tensor],
+    row_offsets: Tensor,
+    norm_eps: float,
+    grn_eps: float,
+    h: Tensor,
+) -> Tensor:
+    """The last result of :func:`~sparse_ops.backends.cpu.operators.cpu_mlp`, plus ``residual`` ``[N, C]`` if there is
+    one; ``h`` ``[rows, D]`` is scratch memory, for the longest group or more, a multiple of :data:`LANES`."""
+    out = torch.empty_like(x)
+    sizes = {"groups": row_offsets.numel() - 1, "channels": x.shape[1], "dim": h.shape[1], "scratch": h.shape[0]}
+    eps = {"norm_eps": norm_eps, "grn_eps": grn_eps}
+    tensors = {"x": x, "residual": residual, "offsets": row_offsets, "h": h, "out": out}
+    tensors |= zip(MLP_PARAMETERS, parameters, strict=True)
+    call("sparse_ops_mlp_result", MLP_RESULT, x.dtype, **tensors, **sizes, **eps)
+    return out
 
 
-cpu_mlp_result.register_fake(lambda *_: None)
+cpu_mlp_result.register_fake(lambda x, *_: torch.empty_like(x))
 
 
 class CPUMaps(MapKernels):
@@ -92,27 +106,11 @@ class CPUMaps(MapKernels):
         return run(cpu_depthwise_map_weight_grad, x, grad, kernel_size)
 
 
-def mlp_result(call: MLPCall) -> Tensor:
+def mlp_result(call: MLPCall, residual: Tensor | None) -> Tensor:
     """See :meth:`sparse_ops.backend.Backend.mlp_result`; the workspace holds the hidden layer of a few images."""
-    offsets, hidden = call.row_offsets.tolist(), call.weights.w1.shape[0]
-    out, step = torch.empty_like(call.x), 1
-    if offsets[-1] > 0:
-        step = max(1, HIDDEN_BYTES * (len(offsets) - 1) // (offsets[-1] * hidden * call.x.element_size()))
-    for first in range(0, len(offsets) - 1, step):
-        last = min(first + step, len(offsets) - 1)
-        rows = slice(offsets[first], offsets[last])
-        own = call.row_offsets[first : last + 1] - offsets[first]
-        _result_into(out[rows], call._replace(x=call.x[rows], row_offsets=own))
-    return out
-
-
-def _result_into(out: Tensor, call: MLPCall) -> None:
     x, row_offsets, _, weights, eps, workspace = call
-    h = workspace.take("h", (x.shape[0], weights.w1.shape[0]), x)
-    if composed.one_kernel(call):
-        run(cpu_mlp_result, x, list(weights), row_offsets, *eps, h, out)
-        return
-    torch.mm(F.layer_norm(x, x.shape[1:], weights.norm_weight, weights.norm_bias, eps[0]), weights.w1.t(), out=h)
-    y = workspace.take("y", h.shape, h)
-    run(cpu_gelu_grn, h, weights.b1, weights.gamma, weights.beta, row_offsets, eps[1], y)
-    torch.addmm(weights.b2, y, weights.w2.t(), out=out)
+    lengths, hidden = [end - begin for begin, end in pairwise(row_offsets.tolist())], weights.w1.shape[0]
+    longest = -(-max(lengths, default=0) // LANES) * LANES
+    rows = max(longest, min(HIDDEN_BYTES // (hidden * x.element_size()), longest * len(lengths)))
+    h = workspace.take("h", (rows, hidden), x)
+    return run(cpu_mlp_result, x, residual, list(weights), row_offsets, *eps, h)

@@ -86,7 +86,7 @@ void parallel_tasks(int64_t tasks, int threads, void (*body)(void*, int64_t), vo
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-EXPORT int sparse_ops_interface_version() { return 5; }
+EXPORT int sparse_ops_interface_version() { return 6; }
 EXPORT const char* sparse_ops_instruction_set() { return sparse_ops::kernels().name; }
 EXPORT const char* sparse_ops_threads() { return sparse_ops::gomp_parallel() ? "OpenMP of torch" : "std::thread"; }
 
@@ -104,3 +104,4 @@ EXPORT_KERNEL(gelu_grn_backward)
 EXPORT_KERNEL(layer_norm_backward)
 EXPORT_KERNEL(mlp)
 EXPORT_KERNEL(mlp_backward)
+EXPORT_KERNEL(mlp_result)

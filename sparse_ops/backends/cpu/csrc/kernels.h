@@ -56,7 +56,6 @@ template <typename S> struct MlpArgs {
     S *grad_w1, *grad_b1, *grad_gamma, *grad_beta, *grad_w2, *grad_b2;
     double norm_eps, grn_eps;
     int64_t groups, channels, dim;
-    int result_only;  // forward: h need not be kept, and is written over with its GELU
     int threads;
 };
 
@@ -70,7 +69,7 @@ struct Kernels {
     Kernel depthwise_map[3], depthwise_map_weight_grad[3];
     Kernel gelu_grn[3], gelu_grn_backward[3];
     Kernel layer_norm_backward[3];
-    Kernel mlp[3], mlp_backward[3];
+    Kernel mlp[3], mlp_backward[3], mlp_result[3];
 };
 
 extern const Kernels kBaselineKernels;

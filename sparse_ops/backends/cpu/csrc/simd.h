@@ -87,7 +87,7 @@ template <> inline void store<BFloat16>(BFloat16* to, Vec<float> value) {
     std::memcpy(to, &half, sizeof half);
 }
 
-// The first n < width entries; the rest reads as zero.
+// The first n < width entries; the rest reads as zero, and is not touched by a store.
 template <typename S> inline Vec<typename Accumulator<S>::type> load_part(const S* from, int n) {
     using A = typename Accumulator<S>::type;
     A lanes[Simd<A>::width] = {};
