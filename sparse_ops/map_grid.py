@@ -217,16 +217,19 @@ class MapGrid(DenseGrid):
         if type(layer).forward is not nn.Conv2d.forward or _replaced(layer):
             return layer(x)
         weight, bias = layer.weight, layer.bias
+        tensors = (x, weight) if bias is None else (x, weight, bias)
         size, channels = weight.shape[-1], x.shape[1]
         usual = (
             weight.shape == (channels, 1, size, size)
             and (layer.groups, layer.stride, layer.dilation, layer.padding_mode) == (channels, (1, 1), (1, 1), "zeros")
             and layer.padding in ((size // 2, size // 2), "same")
         )
-        if not usual or not self._serves(size, x, weight, *(() if bias is None else (bias,))):
+        if not usual or not self._serves(size, *tensors):
             return layer(x)
-        cells = self.cells(x).contiguous()
-        return self.features(_Depthwise.apply(cells, weight.contiguous(), bias, self._maps))
+        cells, kept = self.cells(x).contiguous(), weight.contiguous()
+        if _recorded(*tensors):
+            return self.features(_Depthwise.apply(cells, kept, bias, self._maps))
+        return self.features(self._maps.depthwise(cells, kept, bias, reverse_taps=False))
 
     def residual(self, x: Tensor, dwconv: nn.Conv2d, mlp: MLP, drop_path: Any, rows: Tensor | None = None) -> Tensor:
         h = self.depthwise(dwconv, x)
@@ -253,7 +256,7 @@ class MapGrid(DenseGrid):
 
     def _served_weights(self, x: Tensor, layers: MLP) -> MLPWeights | None:
         """What the layers compute with, if a kernel does so in their place."""
-        weights = None if any(map(_replaced, layers)) else mlp_weights(layers)
+        weights = None if any("forward" in vars(layer) for layer in layers) else mlp_weights(layers)
         if weights is None or not self._serves(7, x, *weights):
             return None
         shapes = MLPWeights.shapes(x.shape[1], weights.w1.shape[0])
