@@ -72,9 +72,8 @@ test: $(TEST_READY) ## the whole suite; SLOW=skip leaves out what takes over ten
 $(SANITIZED): $(VENV)/.installed-test
 	$(BIN)/python setup.py --quiet build_ext --sanitize --build-lib build/sanitized --build-temp build/sanitized
 
-sanitize: export SPARSE_OPS_CPU_LIBRARY = $(abspath $(SANITIZED))
 sanitize: $(SANITIZED) ## the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer; Linux and GCC
-	$(BIN)/python -m pytest -n auto tests/ops/sanitizers.py
+	SPARSE_OPS_CPU_LIBRARY=$(abspath $(SANITIZED)) $(BIN)/python -m pytest -n auto tests/ops/sanitizers.py
 
 $(ARM): $(VENV)/.installed-test tests/ops/emulated.cpp
 	@for tool in $(ARM_TOOLS); do command -v $$tool > /dev/null || { \

@@ -94,6 +94,8 @@ class StudyPretrain(VariantTask, PretrainTask):
 class StudyClassifier(VariantTask, ClassifierTask):
     """Fine-tuning of a variant, which is measured after its last epoch alone, unless it ends by what is measured."""
 
+    measured = frozenset()
+
     def begin_epoch(self, accelerator: Any, model: nn.Module, epoch: int) -> None:
         self._due = bool(self.options.patience) or epoch + 1 == self.options.epochs
         super().begin_epoch(accelerator, model, epoch)

@@ -94,6 +94,7 @@ class ClassifierTask(Task[FinetuneOptions]):
     name = "finetune"
     loss_name = "train_loss"
     channels_last = True
+    measured = frozenset({"top1", "loss", "epoch"})  # after every epoch
 
     def resolve(self, saved: dict[str, Any] | None) -> None:
         o = self.options
@@ -101,8 +102,7 @@ class ClassifierTask(Task[FinetuneOptions]):
         self.options = replace(found, init=o.init, init_bands=o.init_bands)
         if saved is not None:
             mean, std = numbers_of(saved, "mean"), numbers_of(saved, "std")
-            best = saved.get("best", {}).keys() if saved["epoch"] else {"top1", "loss", "epoch"}
-            if mean is None or std is None or not {"top1", "loss", "epoch"} <= best:
+            if mean is None or std is None or (saved["epoch"] and not self.measured <= saved.get("best", {}).keys()):
                 raise CheckpointError(f"{o.output}: its state is of no fine-tuning; name another `output`")
             statistics = mean, std
         mean, std = statistics or (None, None)

@@ -1,4 +1,4 @@
-"""``python -m studies``, which kills itself in the second epoch of the first run: killed_study.py ARGUMENTS."""
+"""``python -m studies``, which kills itself in a run's second epoch: killed_study.py pretrain|finetune ARGUMENTS."""
 
 from __future__ import annotations
 
@@ -9,17 +9,20 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
+from convnextv2.training.finetuning import ClassifierTask
 from convnextv2.training.pretraining import PretrainTask
 from studies.__main__ import main
 
+TASK = {"pretrain": PretrainTask, "finetune": ClassifierTask}[sys.argv[1]]
 
-def killed(self: PretrainTask, model: Any, batch: Any) -> Any:
-    if self._epoch == 2:  # type: ignore[attr-defined]  # of studies' task
+
+def killed(self: Any, model: Any, batch: Any) -> Any:
+    if (Path(self.options.output) / "checkpoints" / "state").is_dir():
         os.kill(os.getpid(), signal.SIGKILL)
     return plain_loss(self, model, batch)
 
 
-plain_loss, PretrainTask.loss = PretrainTask.loss, killed  # type: ignore[method-assign]
+plain_loss, TASK.loss = TASK.loss, killed  # type: ignore[attr-defined]
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(sys.argv[2:]))

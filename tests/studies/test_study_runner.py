@@ -99,18 +99,22 @@ def test_a_damaged_record_is_none(copy: Path, worked_on: list[str], text: str) -
     assert results(study, copy) == before
 
 
-def test_a_study_that_was_killed_comes_to_the_same(done: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["pretrain", "finetune"])
+def test_a_study_that_was_killed_comes_to_the_same(done: Path, tmp_path: Path, kind: str) -> None:
     file = write_study(tmp_path)
     script = Path(__file__).with_name("killed_study.py")
-    command = [sys.executable, script, "run", file, "--scale", "smoke", "--output", tmp_path / "all"]
+    command = [sys.executable, script, kind, "run", file, "--scale", "smoke", "--output", tmp_path / "all"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     killed = subprocess.run(list(map(str, command)), env=environment, capture_output=True, timeout=120)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     study, folder = tiny_study(tmp_path), tmp_path / "all" / "tiny" / "smoke"
-    assert (study.parts[0].run(folder) / "checkpoints" / "state").is_dir()
-    assert [runner.state_of(part, folder) for part in study.parts] == ["open"] * len(study.parts)
+    states = [runner.state_of(part, folder) for part in study.parts]
+    ended = states.index("open")  # the part that was killed, and none after it is done
+    assert study.parts[ended].kind == kind
+    assert states[ended:] == ["open"] * len(states[ended:])
+    assert (study.parts[ended].run(folder) / "checkpoints" / "state").is_dir()
     assert run(study, folder) == 0
-    assert "resuming after epoch 1" in (study.parts[0].place(folder) / "log.txt").read_text()
+    assert "resuming after epoch 1" in (study.parts[ended].place(folder) / "log.txt").read_text()
     assert results(study, folder) == results(study, done)
 
 
