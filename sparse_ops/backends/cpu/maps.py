@@ -18,8 +18,8 @@ SERVED = (torch.float32, torch.bfloat16)
 HIDDEN_BYTES = 4 << 20
 """Of the hidden layer that is computed at a time where it is not kept: it stays in the last cache."""
 
-LANES = 16
-"""Of the widest vector."""
+BLOCK_ROWS = 48
+"""Rows of a block with the widest vectors: three of 16."""
 
 MAP = structure(  # MapArgs of csrc/depthwise_map.inc
     pointers="x other bias out out_bias", sizes="batch height width channels", ints="kernel reverse_taps threads"
@@ -76,7 +76,7 @@ def cpu_mlp_result(
     h: Tensor,
 ) -> Tensor:
     """The last result of :func:`~sparse_ops.backends.cpu.operators.cpu_mlp`, plus ``residual`` ``[N, C]`` if there is
-    one; ``h`` ``[rows, D]`` is scratch memory, for the longest group or more, a multiple of :data:`LANES`."""
+    one; ``h`` ``[rows, D]`` is scratch memory, for the longest group or more, a multiple of :data:`BLOCK_ROWS`."""
     out = torch.empty_like(x)
     sizes = {"groups": row_offsets.numel() - 1, "channels": x.shape[1], "dim": h.shape[1], "scratch": h.shape[0]}
     eps = {"norm_eps": norm_eps, "grn_eps": grn_eps}
@@ -110,7 +110,7 @@ def mlp_result(call: MLPCall, residual: Tensor | None) -> Tensor:
     """See :meth:`sparse_ops.backend.Backend.mlp_result`; the workspace holds the hidden layer of a few images."""
     x, row_offsets, _, weights, eps, workspace = call
     lengths, hidden = [end - begin for begin, end in pairwise(row_offsets.tolist())], weights.w1.shape[0]
-    longest = -(-max(lengths, default=0) // LANES) * LANES
+    longest = -(-max(lengths, default=0) // BLOCK_ROWS) * BLOCK_ROWS
     rows = max(longest, min(HIDDEN_BYTES // (hidden * x.element_size()), longest * len(lengths)))
     h = workspace.take("h", (rows, hidden), x)
     return run(cpu_mlp_result, x, residual, list(weights), row_offsets, *eps, h)
