@@ -104,10 +104,12 @@ def print_head(facts: dict[str, Any], args: argparse.Namespace, dtype: str) -> N
 def write_report(facts: dict[str, Any], args: argparse.Namespace, results: Sequence[Any]) -> None:
     """Hardware, options and results (dataclasses) as JSON, where ``--json`` asks for it.
 
-    Atomically, so that it can be called whenever something was measured.
+    Atomically, so that it can be called whenever something was measured. Of a path its last two names: results are
+    published, and somebody's folders are not.
     """
     if args.json is not None:
-        options = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k != "json"}
+        given = {k: v for k, v in vars(args).items() if k != "json"}
+        options = {k: str(Path(*v.parts[-2:])) if isinstance(v, Path) else v for k, v in given.items()}
         write_json(args.json, {"hardware": facts, "options": options, "results": [asdict(r) for r in results]})
 
 

@@ -86,6 +86,7 @@ def test_epochs_are_measured_against_the_step(image_folder, tmp_path):
     done = run("epoch.py", photos, *options, "--ways", "files", "cache", "--json", tmp_path / "out.json")
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "out.json").read_text())
+    assert report["options"]["data"] == str(Path(*photos.parts[-2:]))  # no folder of somebody
     assert [(row["way"], row["images"]) for row in report["results"]] == [("files", 8), ("cache", 8)]
     for row in report["results"]:
         (pace,), (step,) = row["epoch_images_per_s"], row["step_images_per_s"]
