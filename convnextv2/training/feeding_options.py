@@ -44,6 +44,6 @@ def least_side(options: Any) -> int | None:
     """The shorter side that JPEG files may be reduced to while they are decoded; None for not at all."""
     if not options.reduce_jpeg or options.img_size is None:
         return None
-    task = "finetune" if hasattr(options, "crop_scale") else "pretrain"
+    task = "finetune" if getattr(options, "task", None) == "finetune" else "pretrain"
     scale = getattr(options, "crop_scale", None) or CROP_SCALES[task]
     return needed_side(options.size, scale[0])

@@ -120,6 +120,20 @@ class PixelOptions:
         return found
 
 
+@dataclass(frozen=True, kw_only=True)
+class CropOptions(PixelOptions):
+    """Options of a run that learns from random crops of images."""
+
+    crop_scale: tuple[float, float] | None = option(
+        None, "shares of the area to crop; default: 0.2 1 in pre-training, 0.08 1 in fine-tuning (digits: 0.5 1)"
+    )
+    hflip: float | None = option(None, "probability of a horizontal flip; default: 0.5 (digits: 0)")
+
+    def augmentation(self, wish: Augmentation | None = None) -> BandAugmentation:
+        """As of every run; without ``wish`` with these crops and flips."""
+        return super().augmentation(wish or Augmentation(self.crop_scale, self.hflip))
+
+
 def parse_bands(text: str) -> tuple[int, ...]:
     """Band numbers of ``4,3,2``.
 

@@ -9,13 +9,14 @@ from typing import ClassVar
 from convnextv2.models.config import GRN_SCOPES, POOLINGS
 from convnextv2.training.components import LAYER_DECAY_TYPES
 from convnextv2.training.hardware import COMPILE_MODES
+from convnextv2.training.pixel_options import CropOptions
 from convnextv2.training.probe_options import ProbeOptions
 from convnextv2.training.recipe import option
 from convnextv2.training.starting import StartOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainOptions(ProbeOptions):
+class PretrainOptions(ProbeOptions, CropOptions):
     """Options of a pre-training run."""
 
     task: ClassVar[str] = "pretrain"
@@ -76,7 +77,7 @@ class TuningOptions(StartOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneOptions(TuningOptions):
+class FinetuneOptions(TuningOptions, CropOptions):
     """Options of a fine-tuning run."""
 
     task: ClassVar[str] = "finetune"
@@ -96,8 +97,6 @@ class FinetuneOptions(TuningOptions):
         None, "timm's augmentation policy, not with --color-jitter; published: rand-m9-mstd0.5-inc1"
     )
     random_erasing: float = option(0.0, "probability that a rectangle is replaced by noise; published: 0.25")
-    crop_scale: tuple[float, float] | None = option(None, "shares of the area to crop; default: 0.08 1 (digits: 0.5 1)")
-    hflip: float | None = option(None, "probability of a horizontal flip; default: 0.5 (digits: 0)")
 
     def check(self) -> None:
         super().check()

@@ -6,14 +6,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from train_helpers import compile_without_inductor, make_images, pretrain_options, weights
 
 from convnextv2 import FCMAE
 from convnextv2.data.sources import DataError
 from convnextv2.training.device import mixed_precision
-from convnextv2.training.pretraining import pretrain
+from convnextv2.training.pretraining import PretrainTask, pretrain
 from convnextv2.training.signals import RunStoppedError
 from convnextv2.training.watching import DivergedError
 from convnextv2.weights.checkpoint import CheckpointError, load_checkpoint
@@ -190,6 +192,23 @@ def test_divergence_stops_with_the_step_and_keeps_the_last_good_state(images: Pa
 
 
 @pytest.mark.parametrize(
+    ("changes", "same"),
+    [({"crop_scale": (1.0, 1.0), "hflip": 0.0}, True), ({"crop_scale": (1.0, 1.0)}, False), ({}, False)],
+)
+def test_crops_and_flips_are_those_asked_for(tmp_path: Path, changes: dict[str, Any], same: bool) -> None:
+    for number, pixels in enumerate(np.random.default_rng(0).integers(0, 255, (4, 40, 40, 3), np.uint8)):
+        Image.fromarray(pixels).save(tmp_path / f"{number}.png")
+    task = PretrainTask(pretrain_options(tmp_path, tmp_path / "run", **changes))
+    task.resolve(None)
+    (dataset, *_) = task.data()
+    seen = []
+    for epoch in range(2):
+        dataset.set_epoch(epoch)
+        seen.append(torch.stack([dataset[number] for number in range(len(dataset))]))
+    assert torch.equal(*seen) == same
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"mask_ratio": 0.0}, "mask_ratio=0.0 keeps"),
@@ -209,6 +228,7 @@ def test_divergence_stops_with_the_step_and_keeps_the_last_good_state(images: Pa
         ({"resume": True, "overwrite": True}, "exclude each other"),
         ({"optimizer": "adamx"}, "unknown optimizer"),
         ({"reconstruct_every": -1}, "`reconstruct_every`"),
+        ({"crop_scale": (0.0, 1.0), "reduce_jpeg": True}, "crop_scale must be"),
         ({"compile": "fast"}, "`compile` must be one of"),
         ({"compile": "reduce-overhead", "accum": 2}, "exclude each other: a CUDA graph"),
         ({"compile": "default", "backend": "minkowski"}, "minkowski cannot be traced"),
