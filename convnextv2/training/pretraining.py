@@ -91,7 +91,8 @@ class PretrainTask(ProbedTask[PretrainOptions]):
         return "" if first is None else init_fcmae(model, first, bands=self.options.init_bands)
 
     def describe(self, model: nn.Module) -> str:
-        return f"pre-training {sum(p.numel() for p in model.parameters()):,} parameters"
+        grid = "×".join(str(side // self.options.encoder().patch_size) for side in self.options.size)
+        return f"pre-training {sum(p.numel() for p in model.parameters()):,} parameters, {grid} patches an image,"
 
     def loss(self, model: nn.Module, batch: Tensor) -> tuple[Tensor, int]:
         patches = math.prod(self.options.size) // self.options.encoder().patch_size ** 2

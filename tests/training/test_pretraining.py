@@ -61,7 +61,7 @@ def test_a_run_writes_everything_and_its_loss_falls(images: Path, tmp_path: Path
     assert sorted(p.name for p in (output / "checkpoints").iterdir()) == ["last.safetensors", "state", "state.1"]
     assert isinstance(load_model(output), FCMAE)
     assert load_checkpoint(output).metadata["mean"] == pytest.approx([0.485, 0.456, 0.406])
-    assert any("15 images" in line for line in lines)
+    assert any("15 images" in line for line in lines) and any("4×4 patches an image" in line for line in lines)
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
