@@ -117,7 +117,7 @@ def add_head(weights: Weights, num_classes: int, seed: int) -> tuple[Weights, li
     from convnextv2.models.pooling import pooling_of
 
     torch.manual_seed(seed)
-    pooling = pooling_of(weights.head, weights.config.dims[-1])
+    pooling = pooling_of(weights.head, weights.config.dims)
     whole = ConvNeXtV2(ClassifierConfig(weights.config, num_classes, pooling=pooling)).state_dict()
     head = {name: whole[name] for name in whole if name.split(".")[0] in HEAD_PARTS}
     kept = {name: tensor for name, tensor in weights.head.items() if name.startswith("norm.")}

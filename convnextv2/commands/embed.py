@@ -92,7 +92,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("checkpoint", type=_cli.checkpoint, help="of any kind: file, run folder, name, address; .onnx")
     parser.add_argument("data", metavar="DATA", help="folder of images, an image, or 'digits'")
     _cli.add_output(parser, "features.npz", "file to write: .npz or .parquet; - for standard output, an .npz")
-    text = "mean or mean_std over the last map's cells; model: what the classifier's head is given; default: mean"
+    text = (
+        "mean or mean_std over the last map's cells; stages: that of all maps; model: as the head has it; default: mean"
+    )
     parser.add_argument("--pooling", choices=EMBEDDINGS, help=text)
     parser.add_argument("--per-patch", action="store_true", help="write the last feature map, [h, w, D] an image")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the file; default: float32")

@@ -84,7 +84,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--calibration", type=output_path, help=text)
     parser.add_argument("--overwrite", action="store_true", help="let the outputs replace files of another kind")
     features = parser.add_argument_group("of knn and linear")
-    features.add_argument("--pooling", choices=POOLINGS, help="over the last feature map's cells; default: mean")
+    features.add_argument(
+        "--pooling", choices=POOLINGS, help="over the last map's cells, or of the maps of all stages; default: mean"
+    )
     text = "share of every class's training images to learn from, drawn by --seed; default: 1"
     features.add_argument("--label-fraction", type=_cli.share, metavar="SHARE", help=text)
     text = "random weights, by --seed, instead of the checkpoint's: what training has to beat"

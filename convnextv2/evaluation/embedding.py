@@ -17,13 +17,13 @@ from convnextv2.data.reading import as_trained
 from convnextv2.data.whole import WholeDataset, build_whole_dataset
 from convnextv2.evaluation.choices import AS_THE_MODEL, DTYPES, EMBEDDINGS
 from convnextv2.evaluation.feature_files import feature_file
-from convnextv2.evaluation.features import Features, outputs_by_batch, pooled
+from convnextv2.evaluation.features import Features, Pooled, outputs_by_batch, pooled
 from convnextv2.evaluation.frozen import load_encoder
 from convnextv2.evaluation.inference import Inference
 from convnextv2.evaluation.onnx_network import load_onnx
 from convnextv2.models.layers import EPS
 from convnextv2.models.modes import evaluation_mode
-from convnextv2.models.pooling import POOLINGS, pool, pooling_of
+from convnextv2.models.pooling import POOLINGS, maps_of, pool, pooling_of
 from convnextv2.weights.checkpoint import as_checkpoint
 from convnextv2.weights.guard import CheckpointError
 from convnextv2.weights.reading import read_checkpoint
@@ -77,7 +77,7 @@ class _AsTheModel(nn.Module):
         self.norm.load_state_dict({name: head[f"norm.{name}"] for name in ("weight", "bias")})
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.norm(pool(self.encoder.forward_features(images), self.pooling))
+        return self.norm(pool(maps_of(self.encoder, images, self.pooling), self.pooling))
 
 
 def load_embedder(
@@ -90,9 +90,10 @@ def load_embedder(
     """What embeds images, from a checkpoint of any layout, a run folder, or an ONNX file (``.onnx``).
 
     Args:
-        pooling: ``mean`` over the cells of the last map, or ``mean_std``, before the final norm; ``model``: what the
-            head of the classifier is given, pooled its way and normalised, and the mean where there is no norm. None
-            takes the mean, and an ONNX file's own features where they are pooled already.
+        pooling: ``mean`` over the cells of the last map, ``mean_std``, or ``stages``, which is that of the maps of all
+            stages, before the final norm; ``model``: what the head of the classifier is given, pooled its way and
+            normalised, and the mean where there is no norm. None takes the mean, and an ONNX file's own features where
+            they are pooled already.
         img_size: (H, W) in pixels; None takes the file's.
 
     Raises:
@@ -110,12 +111,16 @@ def load_embedder(
     if how == AS_THE_MODEL:
         weights = read_checkpoint(read)
         norm = "norm.weight" in weights.head
-        how = pooling_of(weights.head, weights.config.dims[-1])
+        how = pooling_of(weights.head, weights.config.dims)
         network = _AsTheModel(network, weights.head, how).to(device).eval() if norm else network
+    elif how == "stages":
+        network = Pooled(network, how)
     config = frozen.model.encoder_config
     prepared = frozen.mean, frozen.std, frozen.img_size
     about = _about(read.path, f"{how}, norm" if norm else how, *prepared)
-    return Embedder(network, config.in_chans, *prepared, None if norm else how, about, frozen.reading)
+    return Embedder(
+        network, config.in_chans, *prepared, None if norm or how == "stages" else how, about, frozen.reading
+    )
 
 
 def _of_onnx(path: Path, pooling: str | None, device: torch.device, img_size: tuple[int, int] | None) -> Embedder:
@@ -123,6 +128,8 @@ def _of_onnx(path: Path, pooling: str | None, device: torch.device, img_size: tu
     network, prepared = loaded.network, loaded.preprocessing
     if not network.maps and pooling not in (None, AS_THE_MODEL):
         raise ValueError(f"{path}: gives features that are pooled already; take the pooling {AS_THE_MODEL}")
+    if pooling == "stages":
+        raise ValueError(f"{path}: gives the map of the last stage alone; take the pooling mean or mean_std")
     how = (pooling if pooling in POOLINGS else "mean") if network.maps else None
     return Embedder(network, network.channels, *prepared, how, _about(path, how or "of the file", *prepared))
 

@@ -16,7 +16,7 @@ from convnextv2.data.sources import DataError
 from convnextv2.evaluation.inference import Inference
 from convnextv2.models.fcmae import FCMAE
 from convnextv2.models.modes import evaluation_mode
-from convnextv2.models.pooling import POOLINGS
+from convnextv2.models.pooling import POOLINGS, Maps, maps_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,21 +41,25 @@ class Features:
         return len(self.labels)
 
 
-def pooled(features: Tensor, pooling: str) -> Tensor:
+def pooled(features: Maps, pooling: str) -> Tensor:
     """float32 ``[B, C]`` of a map ``[B, C, H, W]``: the mean over its cells; or ``[B, 2C]``: mean, then standard
-    deviation, which is 0 for a single cell."""
+    deviation, which is 0 for a single cell; with ``stages`` that of each of several maps, in order."""
+    if not isinstance(features, Tensor):
+        return torch.cat([pooled(one, "mean_std") for one in features], 1)
     cells = features.float().flatten(2)
     mean = cells.mean(2)
     return mean if pooling == "mean" else torch.cat((mean, cells.std(2, correction=0)), 1)
 
 
-class _Pooled(nn.Module):
+class Pooled(nn.Module):
+    """Images to the features of a network, pooled."""
+
     def __init__(self, network: Any, pooling: str) -> None:
         super().__init__()
         self.network, self.pooling = network, pooling
 
     def forward(self, images: Tensor) -> Tensor:
-        return pooled(self.network.forward_features(images), self.pooling)
+        return pooled(maps_of(self.network, images, self.pooling), self.pooling)
 
 
 def extract_features(
@@ -68,7 +72,7 @@ def extract_features(
     workers: int | None = None,
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> Features:
-    """Features of the last stage, in one pass, of every image without augmentation, in the data set's order.
+    """Features of the last stage, or of all, in one pass, of every image without augmentation, in the data set's order.
 
     They are the encoder's own, float32, before the final norm: that belongs to the head, and a pre-trained encoder has
     none. A processor runs them on the compiled kernels, as ``runs_on`` of the network says.
@@ -76,19 +80,20 @@ def extract_features(
     Args:
         network: an encoder, a classifier, a masked autoencoder, or another network whose ``forward_features`` gives
             ``[B, C, H, W]``. It computes in evaluation mode; each of its modules gets its own mode back.
-        pooling: ``mean`` over the cells of the map, or ``mean_std``: :func:`pooled`.
+        pooling: ``mean`` over the cells of the map, or ``mean_std``: :func:`pooled`; ``stages`` for that of all stages,
+            of networks of ours.
         device: where to compute; the network is moved there, and stays. None for where it is.
         workers: processes that decode images; see :class:`~.inference.Inference`.
         progress: wraps the batches.
 
     Raises:
-        ValueError: if there is no such pooling, or features are not finite.
+        ValueError: if there is no such pooling, or not of this network, or features are not finite.
         DataError: if no image can be read.
     """
     if pooling not in POOLINGS:
         raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, got {pooling!r}")
     dataset = PlainDataset(images) if isinstance(images, ImageDataset) else images
-    pooling_network = _Pooled(network.encoder if isinstance(network, FCMAE) else network, pooling)
+    pooling_network = Pooled(network.encoder if isinstance(network, FCMAE) else network, pooling)
     if device is not None:
         pooling_network.to(device)
     with evaluation_mode(pooling_network):

@@ -8,7 +8,7 @@ from convnextv2.models.config import ClassifierConfig, EncoderConfig, encoder_co
 from convnextv2.models.encoder import Encoder
 from convnextv2.models.interface import ClassifierInterface, new_head
 from convnextv2.models.layers import EPS
-from convnextv2.models.pooling import POOLINGS, pool
+from convnextv2.models.pooling import Maps, maps_of, pool, pooled_width
 from sparse_ops.map_grid import map_backend
 
 
@@ -25,17 +25,17 @@ class ConvNeXtV2(ClassifierInterface, Encoder):
             map_backend(backend)
         self.backend = backend
         self.config = config
-        self.norm = nn.LayerNorm(config.encoder.dims[-1] * POOLINGS[config.pooling], eps=EPS)
+        self.norm = nn.LayerNorm(pooled_width(config.encoder.dims, config.pooling), eps=EPS)
         self.head = new_head(self.norm, config)
 
-    def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
-        """``[B, C, h, w]`` to logits ``[B, num_classes]``, or to the normalised pooled features ``[B, C or 2C]``."""
+    def forward_head(self, features: Maps, pre_logits: bool = False) -> Tensor:
+        """``[B, C, h, w]``, or that of all stages, to logits ``[B, num_classes]``, or to normalised pooled features."""
         pooled = self.norm(pool(features, self.config.pooling))
         return pooled if pre_logits else self.head(pooled)
 
     def forward(self, images: Tensor) -> Tensor:  # type: ignore[override]  # a classifier is dense: it takes no grid
         """Logits ``[B, num_classes]`` of images ``[B, in_chans, H, W]``."""
-        return self.forward_head(self.forward_features(images))
+        return self.forward_head(maps_of(self, images, self.config.pooling))
 
 
 def create_model(

@@ -12,12 +12,10 @@ if TYPE_CHECKING:
 
 PATCH_SIZES = (32, 16, 8)
 GRN_SCOPES = ("image", "batch")  # as sparse_ops has them, which is not imported without torch
-POOLINGS = {"mean": 1, "mean_std": 2}
-"""Ways to pool, and how many numbers each takes from a channel.
-
-``mean`` is the published network's. ``mean_std`` adds the standard deviation over the cells, with which frozen features
-of a masked autoencoder are classified better than by their mean alone (docs/few_labels.md).
-"""
+POOLINGS = ("mean", "mean_std", "stages")
+"""Ways to pool. ``mean``, over the cells of the last map, is the published network's. ``mean_std`` adds the standard
+deviation, with which frozen features of a masked autoencoder are classified better than by their mean alone, and
+``stages`` takes both of the maps of all four stages (docs/few_labels.md)."""
 NUM_STAGES = 4
 
 

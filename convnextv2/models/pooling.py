@@ -1,28 +1,59 @@
-"""From the last stage's features to the numbers that a classifier's final norm is given."""
+"""From feature maps to the numbers that a classifier's final norm is given."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from convnextv2.models.config import POOLINGS
+from sparse_ops.map_grid import MapGrid
 
 EPS = 1e-6
 """Of the variance, so that the gradient of its root is finite where all cells are alike."""
+Maps = Tensor | Sequence[Tensor]
+"""The map of the last stage, ``[B, C, h, w]``, or those of all stages."""
 
 
-def pool(features: Tensor, pooling: str) -> Tensor:
-    """``[B, C, h, w]`` to ``[B, C]``, or to ``[B, 2C]`` with ``mean_std``: means first."""
-    mean = features.mean((2, 3))
+def pooled_width(dims: Sequence[int], pooling: str) -> int:
+    """How many numbers come of an image whose stages have ``dims`` channels."""
+    return {"mean": dims[-1], "mean_std": 2 * dims[-1], "stages": 2 * sum(dims)}[pooling]
+
+
+def maps_of(encoder: Any, images: Tensor, pooling: str) -> Maps:
+    """The maps that are pooled of ``images`` ``[B, in_chans, H, W]``.
+
+    Raises ValueError if they are of all stages, and ``encoder`` is no network of ours, which can be asked for them.
+    """
+    if pooling != "stages":
+        maps: Tensor = encoder.forward_features(images)
+        return maps
+    if not hasattr(encoder, "forward_stages"):
+        raise ValueError(f"{type(encoder).__name__} has no maps but the last one; pooling `stages` needs those of all")
+    grid = MapGrid(images.shape[0], encoder.backend)
+    return [features for features, _ in encoder.forward_stages(images, grid)]
+
+
+def pool(maps: Maps, pooling: str) -> Tensor:
+    """Maps to ``[B, C]``, or to ``[B, 2C]`` with ``mean_std``: means first; with ``stages`` that of each, in order.
+
+    Raises ValueError if ``stages`` is to pool one map.
+    """
+    if pooling == "stages":
+        if isinstance(maps, Tensor):
+            raise ValueError("pooling `stages` takes the maps of all stages, not one; the network itself takes images")
+        return torch.cat([pool(one, "mean_std") for one in maps], 1)
+    assert isinstance(maps, Tensor)
+    mean = maps.mean((2, 3))
     if pooling == "mean":
         return mean
-    deviation = (features.float().var((2, 3), correction=0) + EPS).sqrt()
+    deviation = (maps.float().var((2, 3), correction=0) + EPS).sqrt()
     return torch.cat([mean, deviation.to(mean.dtype)], 1)
 
 
-def pooling_of(head: Mapping[str, Tensor], channels: int) -> str:
+def pooling_of(head: Mapping[str, Tensor], dims: Sequence[int]) -> str:
     """The way to pool that a final norm is for; ``mean`` where there is none, or its width is of no way."""
-    width = head["norm.weight"].numel() if "norm.weight" in head else channels
-    return next((name for name, factor in POOLINGS.items() if width == factor * channels), "mean")
+    width = head["norm.weight"].numel() if "norm.weight" in head else dims[-1]
+    return next((name for name in POOLINGS if width == pooled_width(dims, name)), "mean")

@@ -15,6 +15,7 @@ from convnextv2.data.batches import Samples, memory_format
 from convnextv2.data.datasets import ImageDataset
 from convnextv2.data.loading import make_loader
 from convnextv2.models.classifier import ConvNeXtV2
+from convnextv2.models.pooling import maps_of
 from convnextv2.training.processes import in_first_process
 
 MOST_IMAGES = 20_000
@@ -113,7 +114,8 @@ def frozen_features(
     with torch.no_grad():
         for pixels, numbers in make_loader(Subset(samples, chosen), batch_size, workers):
             finished, _ = samples.finish((pixels.to(device), numbers))
-            features.append(model.forward_head(model.forward_features(finished), pre_logits=True).float().cpu())
+            maps = maps_of(model, finished, model.config.pooling)
+            features.append(model.forward_head(maps, pre_logits=True).float().cpu())
             labels.append(numbers)
     return torch.cat(features).numpy(), torch.cat(labels).numpy()
 

@@ -88,7 +88,7 @@ class FinetuneOptions(TuningOptions, CropOptions):
     )
     linear_probe: bool = option(False, "train final norm and head alone; the encoder is frozen, in evaluation mode")
     head_init_scale: float | None = option(None, "factor on the head's weights; default: 0.001 with --init, else 1")
-    pooling: str = option("mean", "what the head gets of a channel; mean is the published network's", tuple(POOLINGS))
+    pooling: str = option("mean", "what the head gets of the channels; mean is the published network's", POOLINGS)
     head_start: bool = option(False, "start from a head fitted to the encoder's features, instead of a random one")
     smoothing: float = option(0.1, "label smoothing")
     mixup: float = option(0.0, "mixup's alpha; 0 for none")

@@ -106,7 +106,7 @@ def official_loading(state_dict: Mapping[str, Tensor], config: EncoderConfig, pa
     absent = " and ".join(part for part, name in parts.items() if name not in state_dict)
     ours, given = ("init_classifier", "model, ") if absent in ("decoder", "norm and head") else ("load_model", "")
     lines = [f"load it with: from convnextv2.weights import {ours}; {ours}({given}{path!r})"]
-    if pooling_of(state_dict, config.dims[-1]) != "mean":
+    if pooling_of(state_dict, config.dims) != "mean":
         return [*lines, "the official networks do not take it: they pool by the mean alone"]
     if (config.patch_size, config.kernel_size) != OFFICIAL:
         classes = state_dict["head.weight"].shape[0] if "head.weight" in state_dict else 0

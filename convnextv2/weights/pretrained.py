@@ -95,7 +95,7 @@ def _from_checkpoint(
     config = replace(config, num_classes=classes)
     if weights.head and classes in (0, weights.num_classes):
         names = getattr(checkpoint.config, "class_names", ()) if classes else ()
-        config = replace(config, class_names=names, pooling=pooling_of(weights.head, weights.config.dims[-1]))
+        config = replace(config, class_names=names, pooling=pooling_of(weights.head, weights.config.dims))
     model = ConvNeXtV2(config, backend)
     report = init_classifier(model, checkpoint)
     _logger.log(logging.WARNING if report.new else logging.INFO, "%s", report)

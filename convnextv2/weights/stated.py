@@ -21,7 +21,7 @@ _HEAD_SIZES = ("decoder_depth", "decoder_dim", "num_classes", "pooling")
 def classifier_config(encoder: EncoderConfig, head: Mapping[str, Tensor]) -> ClassifierConfig:
     """Configuration of a classifier with a final norm, and a head or none, of these shapes."""
     classes = head["head.weight"].shape[0] if "head.weight" in head else 0
-    return ClassifierConfig(encoder, classes, pooling=pooling_of(head, encoder.dims[-1]))
+    return ClassifierConfig(encoder, classes, pooling=pooling_of(head, encoder.dims))
 
 
 def stated_metadata(found: Any, config: Config | None) -> dict[str, Any]:

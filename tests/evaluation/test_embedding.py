@@ -21,6 +21,7 @@ from convnextv2.evaluation.onnx_network import load_onnx
 from convnextv2.export import export, source_of
 from convnextv2.models.classifier import ConvNeXtV2
 from convnextv2.models.config import ClassifierConfig
+from convnextv2.models.pooling import maps_of
 from convnextv2.weights import load_checkpoint, save_checkpoint
 from convnextv2.weights.guard import CheckpointError
 
@@ -64,14 +65,16 @@ def written(checkpoint: object, data: Path, folder: Path, **options: Any) -> tup
     return dict(np.load(folder / "f.npz")), done
 
 
-@pytest.mark.parametrize("pooling", ["mean", "mean_std"])
-def test_they_are_those_that_are_evaluated(pretrained: Path, photos: Path, tmp_path: Path, pooling: str) -> None:
+@pytest.mark.parametrize(("pooling", "width"), [("mean", 24), ("mean_std", 48), ("stages", 128)])
+def test_they_are_those_that_are_evaluated(
+    pretrained: Path, photos: Path, tmp_path: Path, pooling: str, width: int
+) -> None:
     found, done = written(pretrained, photos, tmp_path, pooling=pooling)
     frozen = load_encoder(pretrained)
     dataset = load_embedder(pretrained).dataset(photos)
     expected = extract_features(frozen.model, dataset, pooling=pooling)
     np.testing.assert_allclose(found["features"], expected.values.numpy(), rtol=1e-5, atol=1e-6)
-    assert found["features"].shape == (9, 24 if pooling == "mean" else 48)
+    assert found["features"].shape == (9, width)
     assert torch.equal(done.values, torch.from_numpy(found["features"]))
     assert found["names"].tolist() == [f"ant/00{n}.png" for n in range(5)] + [f"bee/00{n}.png" for n in range(4)]
     assert found["labels"].tolist() == done.labels.tolist() == [0] * 5 + [1] * 4
@@ -83,14 +86,14 @@ def test_they_are_those_that_are_evaluated(pretrained: Path, photos: Path, tmp_p
     assert "broken.png" not in " ".join(found["names"])
 
 
-@pytest.mark.parametrize("how", ["mean", "mean_std"])
+@pytest.mark.parametrize("how", ["mean", "mean_std", "stages"])
 def test_as_the_model_pools(tmp_path: Path, tiny_encoder: EncoderConfig, photos: Path, how: str) -> None:
     path, model = classifier(tmp_path, tiny_encoder, how)
     found, _ = written(path, photos, tmp_path, pooling="model")
     dataset = load_embedder(path).dataset(photos)
     with torch.no_grad():
         images = torch.stack([dataset[number][0] for number in range(9)])
-        expected = model.forward_head(model.forward_features(images), pre_logits=True)
+        expected = model.forward_head(maps_of(model, images, how), pre_logits=True)
         logits = torch.from_numpy(found["features"]) @ model.head.weight.T + model.head.bias
         torch.testing.assert_close(torch.from_numpy(found["features"]), expected, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(logits, model(images), rtol=1e-4, atol=1e-5)
@@ -131,6 +134,8 @@ def test_an_encoder_in_an_onnx_file(pretrained: Path, photos: Path, tmp_path: Pa
     assert error < 1e-5
     for entry in ("mean", "std", "img_size", "names", "labels"):
         assert np.array_equal(found[entry], plain[entry]), entry
+    with pytest.raises(ValueError, match="gives the map of the last stage alone"):
+        written(tmp_path / "encoder.onnx", photos, tmp_path, pooling="stages")
     found, _ = written(tmp_path / "encoder.onnx", photos, tmp_path, img_size=(48, 48), per_patch=True)
     assert found["features"].shape == (9, 3, 3, 24)
 
@@ -228,7 +233,7 @@ def test_onnx_files_that_are_none(tmp_path: Path) -> None:
 
 
 def test_what_is_refused(pretrained: Path, photos: Path, tmp_path: Path, tiny_encoder: EncoderConfig) -> None:
-    with pytest.raises(ValueError, match="pooling must be one of mean, mean_std, model, got 'max'"):
+    with pytest.raises(ValueError, match="pooling must be one of mean, mean_std, stages, model, got 'max'"):
         load_embedder(pretrained, pooling="max")
     with pytest.raises(ValueError, match="written as float32 or float16, got 'int8'"):
         written(pretrained, photos, tmp_path, dtype="int8")

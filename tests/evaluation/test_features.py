@@ -47,6 +47,7 @@ def test_features_are_pooled_maps_of_images_without_augmentation(network: ConvNe
     both = extract_features(network, images, pooling="mean_std").values
     deviation = (expected - expected.mean((2, 3), keepdim=True)).square().mean((2, 3)).sqrt()
     torch.testing.assert_close(both, torch.cat((expected.mean((2, 3)), deviation), 1), atol=1e-6, rtol=1e-5)
+    assert torch.equal(extract_features(network, images, pooling="stages").values[:, -48:], both)
     both.requires_grad_().sum().backward()  # no tensors of the inference mode
     assert both.grad is not None
 
@@ -126,7 +127,7 @@ def test_every_module_keeps_its_mode_and_drop_path_is_off(images: ImageDataset) 
 
 
 def test_what_is_refused(network: ConvNeXtV2, images: ImageDataset) -> None:
-    with pytest.raises(ValueError, match="pooling must be one of mean, mean_std, got 'max'"):
+    with pytest.raises(ValueError, match="pooling must be one of mean, mean_std, stages, got 'max'"):
         extract_features(network, images, pooling="max")
     with torch.no_grad():
         network.stages[3][0].pwconv2.bias[2] = torch.nan

@@ -160,9 +160,10 @@ def test_an_encoder_alone_goes_to_transformers(convert, pretrained):
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_onnxruntime_runs_the_file(convert, classifier):
+@pytest.mark.parametrize("pooling", ["mean_std", "stages"])
+def test_onnxruntime_runs_the_file(convert, classifier, pooling):
     """Standard operators, though the network itself runs on the compiled kernels here."""
-    ours = classifier(patch_size=8, pooling="mean_std")
+    ours = classifier(patch_size=8, pooling=pooling)
     out = convert("classifier.safetensors", "network.onnx", "--to", "onnx")
     assert "\nverified in onnx: largest relative difference" in out
     assert out.endswith(" session.run(['logits'], {'images': images}), which gives logits [B, 3]\n")

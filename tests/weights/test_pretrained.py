@@ -112,8 +112,9 @@ def test_a_pretraining_gives_the_encoder(tmp_path, caplog):
     assert ["freshly initialised: norm, head" in line for line in caplog.messages] == [True]
 
 
-def test_a_head_with_deviations_is_kept(tmp_path):
-    config = ClassifierConfig(TINY, 2, pooling="mean_std")
+@pytest.mark.parametrize("pooling", ["mean_std", "stages"])
+def test_a_head_with_deviations_is_kept(tmp_path, pooling):
+    config = ClassifierConfig(TINY, 2, pooling=pooling)
     model = ConvNeXtV2(config)
     save_checkpoint(tmp_path / "best.safetensors", model, config)
     images = torch.randn(2, 3, 64, 64)
