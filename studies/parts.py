@@ -28,6 +28,8 @@ RESERVED = (
     "probe_every",
 )
 """Options that the study itself sets."""
+LATER = {"pretrain": ("crop_scale", "hflip")}
+"""Options that came after results that are kept; left open, they leave those what they are."""
 ENCODER = ("model", "depths", "dims", "patch_size", "in_chans", "img_size")
 FROZEN = ("knn", "linear")
 
@@ -87,7 +89,8 @@ class Part:
         if self.kind in FROZEN:
             names = {name for name in ENCODER if self.needs is None}
         else:
-            names = set(values) - {*FREE, *RESERVED, "cache"}
+            open_since = {name for name in LATER.get(self.kind, ()) if values[name] is None}
+            names = set(values) - {*FREE, *RESERVED, "cache", *open_since}
         return {
             "kind": self.kind,
             "seed": self.seed,
