@@ -110,8 +110,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
     from convnextv2.evaluation.projection import why_no_map
 
-    if options.per_patch and options.pooling == "model":
-        parser.error("--per-patch writes maps before they are pooled; leave --pooling model out")
+    if options.per_patch and options.pooling in ("model", "stages"):
+        parser.error(f"--per-patch writes the last map before it is pooled; leave --pooling {options.pooling} out")
     if options.per_patch and options.pooling and not (options.neighbours or options.outliers or options.map):
         parser.error("--per-patch writes maps that are not pooled; --pooling is then of neighbours, outliers and map")
     if is_stream(options.output) and (options.neighbours or options.outliers):

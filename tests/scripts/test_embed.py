@@ -110,6 +110,7 @@ def test_what_is_refused(place: Path, script: Script, monkeypatch: pytest.Monkey
     fails(script, "--neighbours", 0, word="--neighbours")
     fails(script, "--workers", -1, word="must not be negative")
     fails(script, "--per-patch", "--pooling", "model", word="leave --pooling model out")
+    fails(script, "--per-patch", "--pooling", "stages", "--neighbours", 3, word="leave --pooling stages out")
     fails(script, "--per-patch", "--pooling", "mean_std", word="maps that are not pooled")
     fails(script, "--output", "-", "--outliers", 3, word="write beside --output; name a file")
     fails(script, "--output", "f.csv", word="a file of features ends in .npz, .parquet")

@@ -90,11 +90,14 @@ def test_many_images_are_thinned_out_evenly(images: Path, tmp_path: Path, monkey
     assert "on 9 images" in line and "held out: top-1" in line
 
 
+@pytest.mark.parametrize("pooling", ["mean", "stages"])
 @pytest.mark.parametrize("linear_probe", [False, True])
-def test_a_run_begins_with_what_the_encoder_knows(images: Path, tmp_path: Path, linear_probe: bool) -> None:
+def test_a_run_begins_with_what_the_encoder_knows(
+    images: Path, tmp_path: Path, linear_probe: bool, pooling: str
+) -> None:
     pretrained = tmp_path / "pretrained"
     pretrain(pretrain_options(images, pretrained, epochs=1))
-    given = {"init": pretrained, "linear_probe": linear_probe, **STILL}
+    given = {"init": pretrained, "linear_probe": linear_probe, "pooling": pooling, **STILL}
     plain = finetune(finetune_options(images, tmp_path / "plain", **given))
     found = finetune(finetune_options(images, tmp_path / "found", **given, head_start=True, ema_decay=0.9))
     assert plain.best_top1 < 70
@@ -128,7 +131,7 @@ def test_a_stopped_and_resumed_run_is_bit_identical(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     extra: dict[str, Any] = {"epochs": 4, "lr": 1e-3, "ema_decay": 0.9, "mixup": 0.8, "head_start": True}
-    extra |= {"min_steps": 30, "min_lr": 1e-5}
+    extra |= {"min_steps": 30, "min_lr": 1e-5, "pooling": "stages"}
     finetune(finetune_options(images, tmp_path / "whole", **extra))
     with pytest.raises(RunStoppedError):
         finetune(finetune_options(images, tmp_path / "parts", **extra), progress=stop)
