@@ -146,7 +146,8 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
-        epilog="Takes options of scripts/finetune.py, too: --config, --model, --img-size, --patch-size, --workers …",
+        epilog="Takes options of scripts/finetune.py, too: --config, --model, --pooling, --img-size, --patch-size, "
+        "--workers …",
     )
     parser.add_argument("data", type=Path, help="folder with train/ and val/")
     parser.add_argument("init", help="pre-trained checkpoint or run folder")
