@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ class Features:
 def pooled(features: Maps, pooling: str) -> Tensor:
     """float32 ``[B, C]`` of a map ``[B, C, H, W]``: the mean over its cells; or ``[B, 2C]``: mean, then standard
     deviation, which is 0 for a single cell; with ``stages`` that of each of several maps, in order."""
-    if not isinstance(features, Tensor):
+    if isinstance(features, Sequence):
         return torch.cat([pooled(one, "mean_std") for one in features], 1)
     cells = features.float().flatten(2)
     mean = cells.mean(2)

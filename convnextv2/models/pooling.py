@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -42,14 +42,14 @@ def pool(maps: Maps, pooling: str) -> Tensor:
     Raises ValueError if ``stages`` is to pool one map.
     """
     if pooling == "stages":
-        if isinstance(maps, Tensor):
+        if not isinstance(maps, Sequence):
             raise ValueError("pooling `stages` takes the maps of all stages, not one; the network itself takes images")
         return torch.cat([pool(one, "mean_std") for one in maps], 1)
-    assert isinstance(maps, Tensor)
-    mean = maps.mean((2, 3))
+    last = cast(Tensor, maps)
+    mean = last.mean((2, 3))
     if pooling == "mean":
         return mean
-    deviation = (maps.float().var((2, 3), correction=0) + EPS).sqrt()
+    deviation = (last.float().var((2, 3), correction=0) + EPS).sqrt()
     return torch.cat([mean, deviation.to(mean.dtype)], 1)
 
 

@@ -76,6 +76,8 @@ def claim(
     read = [*_check_outside(run, data, "data"), *_check_outside(run, probe, "probe")]
     if run.is_dir() and any(not is_leftover(entry) for entry in run.iterdir()):
         if resume and not _was_begun(run):
+            if find_state(run) is not None:  # saved since it was looked for, by a run that is at work
+                return claim(run, resume, overwrite, data, init, probe)
             raise OutputError(
                 f"{run} holds other things than a run that could be continued or was just begun; name another "
                 "`output`, or replace a run that is there with `overwrite`"

@@ -21,8 +21,9 @@ import pytest
 import torch
 from train_helpers import finetune_options, make_images, pretrain_options, weights
 
-from convnextv2.training import PretrainOptions, RunStoppedError, finetune, pretrain
+from convnextv2.training import PretrainOptions, RunStoppedError, claim, finetune, pretrain
 from convnextv2.training.recipe import parse_options
+from convnextv2.training.states import find_state
 from convnextv2.weights.checkpoint import CheckpointError
 
 HERE = Path(__file__).parent
@@ -343,6 +344,17 @@ def test_metrics_taken_away_do_not_matter(images: Path, run: Path, script: Any) 
     (run / "metrics.jsonl").unlink()
     result = script("pretrain", "--output", run, "--resume", "auto")
     assert (result.status, result.out) == (0, f"1 epochs are done: {run}/checkpoints/last.safetensors\n")
+
+
+def test_a_state_that_is_saved_while_it_is_looked_for_is_found(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretrain(pretrain_options(images, tmp_path / "run", epochs=1))
+    answers = [None]
+    monkeypatch.setattr(claim, "find_state", lambda run: answers.pop() if answers else find_state(run))
+    found = claim.claim(tmp_path / "run", "auto", overwrite=False)
+    assert found is not None and found["epoch"] == 1
+    assert not answers
 
 
 def test_one_run_at_a_time_is_in_a_folder(images: Path, tmp_path: Path) -> None:
