@@ -118,9 +118,8 @@ def load_embedder(
     config = frozen.model.encoder_config
     prepared = frozen.mean, frozen.std, frozen.img_size
     about = _about(read.path, f"{how}, norm" if norm else how, *prepared)
-    return Embedder(
-        network, config.in_chans, *prepared, None if norm or how == "stages" else how, about, frozen.reading
-    )
+    maps = how if network is frozen.model else None  # what is around it pools
+    return Embedder(network, config.in_chans, *prepared, maps, about, frozen.reading)
 
 
 def _of_onnx(path: Path, pooling: str | None, device: torch.device, img_size: tuple[int, int] | None) -> Embedder:

@@ -123,18 +123,19 @@ class Encoder(Recomputing):
         weight = self.get_parameter("downsample_layers.0.1.weight")
         return runs_on(self.backend, weight.device, weight.dtype, self.encoder_config.kernel_size, self.training)
 
-    def forward_stages(self, images: Tensor, grid: Grid) -> Iterator[tuple[Tensor, Grid]]:
+    def forward_stages(self, images: Tensor, grid: Grid | None = None) -> Iterator[tuple[Tensor, Grid]]:
         """Features and their grid after each of the four stages.
 
         Args:
             images: ``[B, in_chans, H, W]``.
-            grid: the grid after the stem (8 cells a patch side).
+            grid: the grid after the stem (8 cells a patch side); every cell of ``images`` by default.
 
         Raises:
             ValueError: if the channels do not fit, or H or W is not divisible by the patch size; a dense grid takes any
                 size from the patch size on, and leaves out what does not fill a cell, as the official network does.
         """
         config = self.encoder_config
+        grid = MapGrid(images.shape[0], self.backend) if grid is None else grid
         check_images(images, config.in_chans, config.patch_size, dense=grid.takes_any_size)
         grid = grid.native(images, config.kernel_size)
         x = images
@@ -147,9 +148,8 @@ class Encoder(Recomputing):
     def forward_features(self, images: Tensor, grid: Grid | None = None) -> Tensor:
         """Features of the last stage: ``[B, C, H/32, W/32]`` (patch size 32), or ``[N, C]`` on a sparse grid.
 
-        Arguments and errors as :meth:`forward_stages`; the grid is every cell of ``images`` by default.
+        Arguments and errors as :meth:`forward_stages`.
         """
-        grid = MapGrid(images.shape[0], self.backend) if grid is None else grid
         *_, (features, _) = self.forward_stages(images, grid)
         return features
 

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from convnextv2.models.config import POOLINGS
-from sparse_ops.map_grid import MapGrid
 
 EPS = 1e-6
 """Of the variance, so that the gradient of its root is finite where all cells are alike."""
@@ -32,8 +31,7 @@ def maps_of(encoder: Any, images: Tensor, pooling: str) -> Maps:
         return maps
     if not hasattr(encoder, "forward_stages"):
         raise ValueError(f"{type(encoder).__name__} has no maps but the last one; pooling `stages` needs those of all")
-    grid = MapGrid(images.shape[0], encoder.backend)
-    return [features for features, _ in encoder.forward_stages(images, grid)]
+    return [features for features, _ in encoder.forward_stages(images)]
 
 
 def pool(maps: Maps, pooling: str) -> Tensor:

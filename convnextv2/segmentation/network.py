@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from convnextv2.models.encoder import Encoder
 from convnextv2.segmentation.config import SegmenterConfig
-from sparse_ops.map_grid import MapGrid, map_backend
+from sparse_ops.map_grid import map_backend
 
 GROUP = 8
 """Channels that are normalised together, so that a map of a single cell can be."""
@@ -70,8 +70,7 @@ class Segmenter(nn.Module):
         height, width = images.shape[-2:]
         patch = self.config.encoder.patch_size
         images = F.pad(images, (0, -width % patch, 0, -height % patch))
-        grid = MapGrid(images.shape[0], self.encoder.backend)
-        maps = [features for features, _ in self.encoder.forward_stages(images, grid)]
+        maps = [features for features, _ in self.encoder.forward_stages(images)]
         for index, norm in enumerate(self.norms):
             maps[index] = norm(maps[index].permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         above = [images[:, :0, ::factor, ::factor] for factor in self._factors]
