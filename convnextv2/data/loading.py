@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from convnextv2.data.worker_signals import leave_signals_to_main
+from convnextv2.data.worker_signals import give_way, leave_signals_to_main
 
 
 @contextlib.contextmanager
@@ -23,9 +23,8 @@ def process_pool(processes: int) -> Iterator[ProcessPoolExecutor]:
         with ProcessPoolExecutor(processes, context) as pool:
             yield pool
     except BrokenExecutor as error:
-        raise OSError(
-            "a process was ended from outside, as happens where memory is short; use fewer `processes`"
-        ) from error
+        told = "a process was ended from outside, as happens where memory is short; use fewer `processes`"
+        raise OSError(told) from error
 
 
 def derived_seed(*words: int) -> int:
@@ -58,7 +57,9 @@ class EpochSampler(Sampler[int]):
         yield from self.order()[self.start : self.start + len(self)]
 
 
-def make_loader(dataset: Dataset[Any], batch_size: int, workers: int, sampler: Sampler[int] | None = None) -> Any:
+def make_loader(
+    dataset: Dataset[Any], batch_size: int, workers: int, sampler: Sampler[int] | None = None, gives_way: bool = False
+) -> Any:
     """Batches of a data set: shuffled by ``sampler`` with incomplete ones dropped, or all in order without one."""
     return DataLoader(
         dataset,
@@ -68,6 +69,6 @@ def make_loader(dataset: Dataset[Any], batch_size: int, workers: int, sampler: S
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=leave_signals_to_main,
+        worker_init_fn=give_way if gives_way else leave_signals_to_main,
         collate_fn=getattr(dataset, "collate", None),
     )

@@ -1,4 +1,4 @@
-"""Signals in processes that load images: what reaches all of a job is the main process's to answer."""
+"""Processes that load images: they leave signals that reach all of a job to the main process, and give way to it."""
 
 from __future__ import annotations
 
@@ -16,6 +16,14 @@ def leave_signals_to_main(worker: int = 0) -> None:
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_end_if_told, daemon=True).start()
+
+
+def give_way(worker: int = 0) -> None:
+    """The same, at a lower priority: for loading beside a network on the same processors, each of whose threads waits
+    for the others, so that what is taken from one of them is taken from all."""
+    leave_signals_to_main(worker)
+    if hasattr(os, "nice"):
+        os.nice(10)
 
 
 def _end_if_told() -> None:

@@ -123,6 +123,7 @@ def make_feeds(accelerator: Any, samples: Sequence[Samples], options: Any, sampl
     first, *others = samples
     for one in samples if options.workers else ():
         one.images.now_reading.share()
-    loaders = [make_loader(first, options.batch_size // options.views, options.workers, sampler)]
-    loaders += [make_loader(other, options.batch_size, options.workers) for other in others]
+    beside = accelerator.device.type == "cpu"
+    loaders = [make_loader(first, options.batch_size // options.views, options.workers, sampler, beside)]
+    loaders += [make_loader(other, options.batch_size, options.workers, gives_way=beside) for other in others]
     return [Feed(accelerator.prepare(loader), one.finish) for loader, one in zip(loaders, samples, strict=True)]
