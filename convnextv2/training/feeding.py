@@ -124,6 +124,6 @@ def make_feeds(accelerator: Any, samples: Sequence[Samples], options: Any, sampl
     for one in samples if options.workers else ():
         one.images.now_reading.share()
     beside = accelerator.device.type == "cpu"
-    loaders = [make_loader(first, options.batch_size // options.views, options.workers, sampler, beside)]
+    loaders = [make_loader(first, options.batch_size // options.views, options.workers, sampler, gives_way=beside)]
     loaders += [make_loader(other, options.batch_size, options.workers, gives_way=beside) for other in others]
     return [Feed(accelerator.prepare(loader), one.finish) for loader, one in zip(loaders, samples, strict=True)]
