@@ -15,10 +15,14 @@ from convnextv2.training.pictures import picture
 from studies.declaration import Study
 from studies.runner import read_json, record_of
 
-MARKED = re.compile(r"(<!-- study: (\S+) (\S+?)(?: against (.+?))? -->\n).*?(<!-- end -->)", re.S)
-"""A table in a document: the file that it is made from, the question, and the arm that others are compared with."""
+MARKED = re.compile(r"(<!-- study: (\S+) (\S+?)(?: (diversity)| against (.+?))? -->\n).*?(<!-- end -->)", re.S)
+"""A table in a document: the file that it is made from, the question, and what of it, if not its accuracies: the diversity
+of the features, or differences to the arm that others are compared with."""
 HEAD = "| arm | labels | measure | top-1, % | sd | se | seeds | seconds |"
 AGAINST_HEAD = "| arm, less {} | labels | measure | points | se | seeds |"
+DURING = ("knn", "feature_diversity")
+"""What of a pre-training itself is kept: the looks of kNN, and of the last epoch the feature diversity of each stage."""
+DIVERSITY_HEAD = "| arm | stage 1 | stage 2 | stage 3 | stage 4 | seeds |"
 
 
 def known_numbers(paths: Iterable[Path], study: Study) -> dict[str, Any]:
@@ -68,7 +72,8 @@ def collect(study: Study, folder: Path, known: Mapping[str, Any] | None = None) 
         row = {"question": cell.question, "arm": cell.arm, "seed": cell.part.seed}
         place = {**row, "measure": cell.measure, "labels": cell.labels}
         if before is not None:
-            curves[cell.question, cell.arm, cell.part.seed] = {**row, "knn": before["result"]["knn"]}
+            during = {name: before["result"][name] for name in DURING if name in before["result"]}
+            curves[cell.question, cell.arm, cell.part.seed] = {**row, **during}
         if record is None:
             if cell.part.key in there:
                 numbers.append({**place, **there[cell.part.key]})
@@ -138,6 +143,19 @@ def differences(found: Mapping[str, Any], question: str, rival: str) -> str:
     return "\n".join(lines)
 
 
+def diversity(found: Mapping[str, Any], question: str) -> str:
+    """The table of each arm's feature diversity by stage after its pre-training, mean over the seeds that told it."""
+    arms: dict[str, list[list[float]]] = {}
+    for curve in found["curves"]:
+        if curve["question"] == question and "feature_diversity" in curve:
+            arms.setdefault(curve["arm"], []).append(curve["feature_diversity"])
+    lines = _heading(DIVERSITY_HEAD)
+    for arm, seeds in arms.items():
+        stages = " | ".join(f"{fmean(stage):.3f}" for stage in zip(*seeds, strict=True))
+        lines.append(f"| {arm} | {stages} | {len(seeds)} |")
+    return "\n".join(lines)
+
+
 def document(found: Mapping[str, Any]) -> str:
     """All tables, with their headings and what they were measured on."""
     facts = "; ".join(f"{name} {' and '.join(values)}" for name, values in found["measured_on"].items())
@@ -154,8 +172,11 @@ def render(text: str, root: Path) -> str:
         results = read_json(root / found[2])
         if results is None or found[3] not in results.get("questions", ()):
             raise ValueError(f"{found[2]}: no results of the question {found[3]} there")
-        made = differences(results, found[3], found[4]) if found[4] else markdown(results, found[3])
-        return f"{found[1]}{made}\n{found[5]}"
+        if found[5]:
+            made = differences(results, found[3], found[5])
+        else:
+            made = (diversity if found[4] else markdown)(results, found[3])
+        return f"{found[1]}{made}\n{found[6]}"
 
     return MARKED.sub(table, text)
 

@@ -84,7 +84,9 @@ def _pretrain(part: Part, options: Any, probes: int, quiet: dict[str, Any]) -> d
     task.variant, task.probes = part.variant, min(probes, options.epochs)
     result = run_task(task, PretrainResult, **quiet)
     probed = [[row["epoch"], row["knn"]] for row in result.metrics if "knn" in row]
-    return {"loss": result.last_loss, "knn": probed, "images": result.images[0], "seconds": _seconds(result)}
+    diversity = [result.metrics[-1][f"feature_diversity_{stage}"] for stage in range(1, 5)]
+    found = {"loss": result.last_loss, "knn": probed, "feature_diversity": diversity}
+    return {**found, "images": result.images[0], "seconds": _seconds(result)}
 
 
 def _finetune(part: Part, options: Any, probes: int, quiet: dict[str, Any]) -> dict[str, Any]:

@@ -78,6 +78,18 @@ def test_a_document_may_hold_differences(tmp_path: Path) -> None:
     assert tables.render(new, tmp_path) == new
 
 
+def test_diversity_is_the_mean_of_the_seeds_that_told_it(tmp_path: Path) -> None:
+    curve = {"question": "q", "arm": "a", "knn": [[1, 5.0]]}
+    told = [[0.4, 0.2, 0.1, 0.3], [0.2, 0.2, 0.3, 0.1]]
+    curves = [{**curve, "seed": seed, "feature_diversity": values} for seed, values in enumerate(told)]
+    found = {**FOUND, "curves": [*curves, {**curve, "seed": 2}, {**curve, "arm": "b", "seed": 0}]}
+    text = tables.diversity(found, "q").splitlines()
+    assert text == ["| arm | stage 1 | stage 2 | stage 3 | stage 4 | seeds |", "|---|---|---|---|---|---|",
+                    "| a | 0.300 | 0.200 | 0.200 | 0.200 | 2 |"]  # fmt: skip
+    (tmp_path / "r.json").write_text(json.dumps(found))
+    assert text[-1] in tables.render("<!-- study: r.json q diversity -->\n<!-- end -->", tmp_path)
+
+
 def test_every_number_of_the_results_is_in_a_file_of_the_project() -> None:
     text = DOCUMENT.read_text(encoding="utf-8")
     assert tables.MARKED.search(text)
