@@ -16,12 +16,12 @@ from studies.declaration import Study
 from studies.runner import read_json, record_of
 
 MARKED = re.compile(r"(<!-- study: (\S+) (\S+?)(?: (diversity)| against (.+?))? -->\n).*?(<!-- end -->)", re.S)
-"""A table in a document: the file that it is made from, the question, and what of it, if not its accuracies: the diversity
-of the features, or differences to the arm that others are compared with."""
+"""A table in a document: the file that it is made from, the question, and what of it, if not its accuracies: the
+features' diversity, or differences to the arm that others are compared with."""
 HEAD = "| arm | labels | measure | top-1, % | sd | se | seeds | seconds |"
 AGAINST_HEAD = "| arm, less {} | labels | measure | points | se | seeds |"
 DURING = ("knn", "feature_diversity")
-"""What of a pre-training itself is kept: the looks of kNN, and of the last epoch the feature diversity of each stage."""
+"""What of a pre-training itself is kept: the looks of kNN, and the last epoch's feature diversity, by stage."""
 DIVERSITY_HEAD = "| arm | stage 1 | stage 2 | stage 3 | stage 4 | seeds |"
 
 
@@ -160,7 +160,10 @@ def document(found: Mapping[str, Any]) -> str:
     """All tables, with their headings and what they were measured on."""
     facts = "; ".join(f"{name} {' and '.join(values)}" for name, values in found["measured_on"].items())
     parts = [f"# {found['title']}, scale {found['scale']}"]
-    parts += [f"## {title}\n\n{markdown(found, question)}" for question, title in found["questions"].items()]
+    for question, title in found["questions"].items():
+        parts += [f"## {title}", markdown(found, question)]
+        if len((told := diversity(found, question)).splitlines()) > 2:
+            parts += ["Feature diversity after the pre-training:", told]
     missing = f"\n\n{found['missing']} numbers are missing." if found["missing"] else ""
     return "\n\n".join(parts) + f"\n\nMeasured on: {facts}.{missing}\n"
 
