@@ -70,13 +70,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _study(args: argparse.Namespace) -> tuple[Study, Path, dict[str, Any]]:
-    """The study, its folder, and the numbers that are known from elsewhere."""
+    """The study, the folder of its parts, which all scales share, and the numbers that are known from elsewhere."""
     study = read_study(args.study, args.scale, args.data)
     known = tables.known_numbers(args.known, study)
     data = Path(study.cells[0].part.data).resolve()
     if data.is_dir() and args.output.resolve().is_relative_to(data):
         raise ValueError(f"--output {args.output} lies in the images, where pictures of runs would be among them")
-    return study, args.output / study.name / study.scale, known
+    return study, args.output / study.name, known
 
 
 def _open_parts(args: argparse.Namespace) -> tuple[Study, list[Part], Path]:
@@ -124,13 +124,14 @@ def _table(args: argparse.Namespace) -> int:
     found = tables.collect(study, folder, known)
     if not found["numbers"]:
         raise ValueError(f"{folder}: nothing is done there yet")
-    for path in (folder / "results.json", *([args.save] if args.save else [])):
+    made = folder / study.scale
+    for path in (made / "results.json", *([args.save] if args.save else [])):
         write_json(path, found)
     text = tables.document(found)
-    (folder / "tables.md").write_text(text, encoding="utf-8")
-    tables.draw(found, folder / "plots")
-    tables.copy_reconstructions(study, folder, folder / "plots")
-    print(f"{text}\nThe numbers, these tables and plots are in {folder}")
+    (made / "tables.md").write_text(text, encoding="utf-8")
+    tables.draw(found, made / "plots")
+    tables.copy_reconstructions(study, folder, made / "plots")
+    print(f"{text}\nThe numbers, these tables and plots are in {made}")
     return 0
 
 

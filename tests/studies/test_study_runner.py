@@ -107,7 +107,7 @@ def test_a_study_that_was_killed_comes_to_the_same(done: Path, tmp_path: Path, k
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     killed = subprocess.run(list(map(str, command)), env=environment, capture_output=True, timeout=120)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    study, folder = tiny_study(tmp_path), tmp_path / "all" / "tiny" / "smoke"
+    study, folder = tiny_study(tmp_path), tmp_path / "all" / "tiny"
     states = [runner.state_of(part, folder) for part in study.parts]
     ended = states.index("open")  # the part that was killed, and none after it is done
     assert study.parts[ended].kind == kind
@@ -173,7 +173,7 @@ def test_a_full_disk_is_told_and_leaves_nothing_behind(copy: Path, monkeypatch: 
 
 
 def test_a_study_from_the_command_line(copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file, folder = str(write_study(tmp_path)), tmp_path / "all" / "tiny" / "smoke"
+    file, folder = str(write_study(tmp_path)), tmp_path / "all" / "tiny"
     folder.parent.mkdir(parents=True)
     shutil.copytree(copy, folder)
     where = [file, "--scale", "smoke", "--output", str(tmp_path / "all")]
@@ -185,20 +185,32 @@ def test_a_study_from_the_command_line(copy: Path, tmp_path: Path, capsys: pytes
     assert "left about 0.0 min" in told
     assert program.main(["table", *where, "--save", str(tmp_path / "kept.json")]) == 0
     assert "| FCMAE | 20% | finetune |" in capsys.readouterr().out
-    plots = {path.name for path in (folder / "plots").glob("*")}
+    plots = {path.name for path in (folder / "smoke" / "plots").glob("*")}
     assert plots == {"labels-labels.png", "labels-time.png", "labels-probes.png", "labels-FCMAE"}
-    pictures = sorted(path.name for path in (folder / "plots" / "labels-FCMAE").iterdir())
+    pictures = sorted(path.name for path in (folder / "smoke" / "plots" / "labels-FCMAE").iterdir())
     assert pictures == ["epoch_0001.png", "epoch_0002.png"]
-    assert (tmp_path / "kept.json").read_text() == (folder / "results.json").read_text()
+    assert (tmp_path / "kept.json").read_text() == (folder / "smoke" / "results.json").read_text()
     assert program.main(["run", *where, "--free", "epochs=1"]) == 2
     assert "--free takes workers, device" in capsys.readouterr().err
+
+
+def test_what_one_scale_did_another_takes(copy: Path, tmp_path: Path, worked_on: list[str], capsys) -> None:
+    copy.rename(tmp_path / "tiny")
+    scales = {"smoke": {"images": 60, "seeds": 2}, "more": {"images": 60}}
+    study = str(write_study(tmp_path, seeds=[0, 1], scales=scales))
+    assert program.main(["run", study, "--scale", "smoke", "--output", str(tmp_path)]) == 0
+    first = list(worked_on)
+    assert program.main(["run", study, "--scale", "more", "--output", str(tmp_path)]) == 0
+    assert worked_on == first
+    seeds = {part.key: part.seed for part in read_study(study, "more").parts}
+    assert {seeds[key] for key in first} == {1}
 
 
 def test_numbers_that_are_known_are_not_measured_again(
     copy: Path, tmp_path: Path, worked_on: list[str], capsys
 ) -> None:
     """Of another machine, whose folder is not there: more seeds are added to them."""
-    file, folder, kept = write_study(tmp_path), tmp_path / "all" / "tiny" / "smoke", tmp_path / "kept.json"
+    file, folder, kept = write_study(tmp_path), tmp_path / "all" / "tiny", tmp_path / "kept.json"
     folder.parent.mkdir(parents=True)
     copy.rename(folder)
     where = [str(file), "--scale", "smoke", "--output", str(tmp_path / "all")]
