@@ -23,6 +23,7 @@ HERE = Path(__file__).parent
 MEASURES = (*FROZEN, "finetune")
 RUNS = {"pretrain": PretrainOptions, "finetune": FinetuneOptions}
 NAMES = {kind: {item.name for item in fields(options)} - {*RESERVED} for kind, options in RUNS.items()}
+NAMES["pretrain"].remove("patience")  # nothing is evaluated there that could become worse
 
 BOUNDS = {
     "seeds": (1, 1000),
@@ -245,8 +246,11 @@ class _Reader:
             for measure in measures:
                 given, variant = before, None
                 if measure == "finetune":
-                    more = round(arm.budget_of_pretraining * before["epochs"] / share)
-                    given, variant = {**tuning, "epochs": tuning["epochs"] + more}, arm.variant
+                    given, variant = tuning, arm.variant
+                    if arm.budget_of_pretraining:
+                        alone = Part(measure, seed, tuning, self.data, drawn)
+                        more = round(arm.budget_of_pretraining * before["epochs"] / share)
+                        given = {**tuning, "epochs": alone.passes + more}
                 part = Part(measure, seed, given, self.data, drawn, variant if variant != "leaking" else None, needs)
                 part.key  # noqa: B018  # looks at the options
                 yield share, measure, part
@@ -268,4 +272,7 @@ class _Reader:
         _check_numbers(f"{kind}: epochs", [epochs], (int,), 1, 10**6)
         _check_numbers(f"{kind}: warmup_epochs", [warmup], (int, float), 0, 10**6)
         scaled = {"epochs": max(1, round(epochs * self.scale.epochs)), "warmup_epochs": warmup * self.scale.epochs}
+        if cooldown := values.get("cooldown_epochs"):
+            _check_numbers(f"{kind}: cooldown_epochs", [cooldown], (int, float), 0, 10**6)
+            scaled["cooldown_epochs"] = cooldown * self.scale.epochs
         return values | scaled

@@ -70,6 +70,12 @@ def fingerprint(data: str) -> str:
     return hashlib.sha256(listing.encode(errors="surrogateescape")).hexdigest()[:16]
 
 
+def count_images(spec: str, in_chans: int, img_size: Size, wanted: Wanted) -> int:
+    """Training images of what :func:`spec_of` names."""
+    train = open_source(spec, in_chans=in_chans, img_size=img_size, labelled=True, wanted=wanted).train
+    return len(_labels(train))
+
+
 @cache
 def _open(data: str, in_chans: int, img_size: Size, wanted: Wanted) -> OpenedSource:
     return open_source(data, in_chans=in_chans, img_size=img_size, labelled=True, wanted=wanted)

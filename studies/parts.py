@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from convnextv2.training import FinetuneOptions, PretrainOptions
-from studies.images import fingerprint, spec_of
+from convnextv2.training.feeding import passes_for
+from studies.images import count_images, fingerprint, spec_of
 
 FREE = ("workers", "device", "tracker", "max_bad", "reconstruct_every")
 """Options that leave the numbers as they are, to rounding."""
@@ -31,6 +32,8 @@ RESERVED = (
 LATER = {"pretrain": ("crop_scale", "hflip")}
 """Options that came after results that are kept; left open, they leave those what they are."""
 ENCODER = ("model", "depths", "dims", "patch_size", "in_chans", "img_size")
+READING = ("pixels", "bands", "no_data", "value_range", "window", "crop", "augment", "max_pixels", "reduce_jpeg")
+"""How images are read; of an untrained network's looks, which are older, they count where they are not the usual."""
 FROZEN = ("knn", "linear")
 
 
@@ -81,13 +84,21 @@ class Part:
         epochs = self.options().epochs if self.kind not in FROZEN else 1
         return float(epochs * self.images.get("labels", 1))
 
+    @property
+    def passes(self) -> int:
+        """How often a fine-tuning goes through its images, in all its epochs."""
+        o: Any = self.options()
+        images = 1 if not o.min_steps else count_images(o.data, o.encoder().in_chans, o.size, o.wanted)
+        return int(o.epochs * passes_for(None, o.min_steps, images, o, 1))
+
     @cached_property
     def determined_by(self) -> dict[str, Any]:
         """Everything that the numbers follow from, but for the code and the machine."""
         values = asdict(self.options())
         cached = {"cache": True} if values["cache"] and self.kind not in FROZEN else {}  # images are smaller there
         if self.kind in FROZEN:
-            names = {name for name in ENCODER if self.needs is None}
+            unusual = {name for name in READING if values[name] != getattr(PretrainOptions, name)}
+            names = {*ENCODER, *unusual} if self.needs is None else set[str]()
         else:
             open_since = {name for name in LATER.get(self.kind, ()) if values[name] is None}
             names = set(values) - {*FREE, *RESERVED, "cache", *open_since}

@@ -38,7 +38,8 @@ def known_numbers(paths: Iterable[Path], study: Study) -> dict[str, Any]:
         found = _read_numbers(path, study)
         numbers = [row for row in found["numbers"] if row["part"] in parts]
         kept["numbers"] += numbers
-        kept["curves"] += [row for row in found["curves"] if (row["question"], row["arm"], row["seed"]) in arms]
+        same = arms & {(row["question"], row["arm"], row["seed"]) for row in numbers}
+        kept["curves"] += [row for row in found["curves"] if (row["question"], row["arm"], row["seed"]) in same]
         for name, values in found["measured_on"].items() if numbers else ():
             facts.setdefault(name, set()).update(values)
     return {**kept, "measured_on": facts}
@@ -48,7 +49,7 @@ def _read_numbers(path: Path, study: Study) -> dict[str, Any]:
     found = read_json(path)
     if found is None or found.get("study") != study.name:
         raise ValueError(f"{path}: holds no numbers of {study.name}")
-    needed = {"numbers": {"part", "top1", "seconds"}, "curves": {"question", "arm", "seed"}}
+    needed = {"numbers": {"part", "top1", "seconds", "question", "arm", "seed"}, "curves": {"question", "arm", "seed"}}
     lists = all(
         isinstance(rows := found.get(name), list) and all(isinstance(row, dict) and row.keys() >= keys for row in rows)
         for name, keys in needed.items()

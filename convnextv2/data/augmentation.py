@@ -43,6 +43,17 @@ class Augmentation:
                 raise ValueError(f"{name} must be a probability in [0, 1], got {value}")
         if not self.color_jitter >= 0:
             raise ValueError(f"color_jitter must not be negative, got {self.color_jitter}")
+        if self.auto_augment is not None:
+            _check_policy(self.auto_augment)
+
+
+def _check_policy(policy: str) -> None:
+    from timm.data import create_transform
+
+    try:
+        create_transform(32, is_training=True, auto_augment=policy)
+    except (AssertionError, ValueError, KeyError, IndexError) as error:
+        raise ValueError(f"`auto_augment`: timm knows no policy {policy!r}; one is rand-m9-mstd0.5-inc1") from error
 
 
 @dataclass(frozen=True)

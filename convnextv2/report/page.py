@@ -17,7 +17,7 @@ from convnextv2.messages import one_line
 from convnextv2.outputs import Kind
 from convnextv2.report.curves import Plot, plots, short
 from convnextv2.report.pictures import COLUMNS, pictures
-from convnextv2.report.runs import Run, is_numeric, number, read_run, short_names
+from convnextv2.report.runs import TIES, Run, best_epoch, is_numeric, number, read_run, short_names
 
 START = "<!doctype html>\n<!-- convnextv2 report of runs -->\n"
 COLOURS, DASHES = 8, 4
@@ -115,10 +115,10 @@ def facts(run: Run) -> list[tuple[str, str]]:
         ("knn_top1", "neighbours, top-1"),
         ("linear_top1", "linear, top-1"),
     ):
-        scores = [(value, -epoch) for epoch, value in run.values(column) if value is not None]
+        scores = {epoch: value for epoch, value in run.values(column) if value is not None}
         if scores:
-            score, epoch = max(scores) if column in ("val_top1", "val_miou") else scores[-1]
-            told.append((name, f"{score:.2f} % (epoch {-epoch})"))
+            epoch = (best_epoch(run, column) if column in TIES else None) or max(scores)
+            told.append((name, f"{scores[epoch]:.2f} % (epoch {epoch})"))
     if (diversity := run.last("feature_diversity")) is not None:
         told.append(("feature diversity", short(diversity)))
     seconds = sum(value for _, value in run.values("seconds") if value is not None)

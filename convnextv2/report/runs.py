@@ -26,6 +26,8 @@ T = TypeVar("T")
 RECIPE, ROWS, CLASSES = "config.yaml", "metrics.jsonl", "class_indices.json"
 MARKS = (RECIPE, ROWS, "checkpoints")
 """What makes a folder that of a run: any of them."""
+TIES = {"val_top1": ("val_loss", -1), "val_miou": ("val_accuracy", 1)}
+"""Columns of evaluations, and by what runs rank equal ones: the higher, or the lower."""
 LARGEST = 1e30
 """Of a number that is drawn."""
 MOST_BYTES = {RECIPE: 2**20, CLASSES: 2**24, ROWS: 2**28}
@@ -192,10 +194,24 @@ def _classes(path: Path) -> tuple[str, ...]:
     return tuple(found.values())
 
 
+def best_epoch(run: Run, column: str) -> int | None:
+    """The epoch that a run keeps as its best by a column of its evaluations; of equal ones by what it ranks them by."""
+    name, sign = TIES.get(column, ("", 0))
+    ties = {epoch: sign * value for epoch, value in run.values(name) if value is not None}
+    found = [(value, ties.get(epoch, 0.0), -epoch) for epoch, value in run.values(column) if value is not None]
+    return -max(found)[2] if found else None
+
+
+def _out_of_patience(run: Run) -> bool:
+    best = [epoch for column in TIES if (epoch := best_epoch(run, column)) is not None]
+    patience = run.recipe.get("patience")
+    return isinstance(patience, int) and bool(best) and run.epochs - best[0] >= patience
+
+
 def _tell_state(run: Run) -> None:
     if not run.rows:
         run.notices.insert(0, "no epoch is recorded yet: there are no curves")
-    elif run.planned is not None and run.epochs < run.planned:
+    elif run.planned is not None and run.epochs < run.planned and not _out_of_patience(run):
         written = time.strftime("%Y-%m-%d at %H:%M", time.gmtime((run.path / ROWS).stat().st_mtime))
         told = (
             f"{run.epochs} of {run.planned} epochs: still running, or stopped; the last was recorded on {written} UTC"

@@ -32,7 +32,11 @@ def schedule_of(options: Any, optimizer: torch.optim.Optimizer, updates_per_epoc
     A constant one rises linearly from 0 over the warm-up, at most half of what comes before the cooldown, stays, and
     falls linearly to ``min_lr`` over the last ``cooldown_epochs``. Call ``step_update(n)`` before update n, counted
     from 0. Nothing but n and the end of the run matters, so a run is resumed with more epochs and a cooldown.
+
+    Raises ValueError if ``min_lr`` is above the rate of ``optimizer``.
     """
+    if options.min_lr > (peak := max(group["lr"] for group in optimizer.param_groups)):
+        raise ValueError(f"`min_lr` {options.min_lr:g} is above the peak learning rate, {peak:g}")
     if options.schedule == "cosine":
         from convnextv2.training.optim import create_schedule  # with torch, as timm: not for --help
 

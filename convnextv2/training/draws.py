@@ -62,21 +62,25 @@ class Draws:
             return drawn
         return drawn.contiguous().pin_memory().to(device, non_blocking=True)  # the device is not waited for
 
-    def mix(self, mixing: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], images: Tensor, labels: Tensor) -> Tensor:
+    def mix(
+        self, mixing: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], images: Tensor, labels: Tensor, views: int = 1
+    ) -> Tensor:
         """Targets ``[B, K]`` after ``mixing``, timm's, has mixed each image with its neighbour, in place.
 
         Neighbours, the first and second image, the third and fourth and so on, are in one batch however an update is
-        shared; each pair has numbers of its own.
+        shared; each pair has numbers of its own. Of ``views`` crops of an image, which stand together, each is mixed
+        with the neighbour's crop of the same number.
         """
         targets = []
-        for start in range(0, len(images), 2):
-            place, pair = self.first + start, slice(start, start + 2)
-            np.random.seed(derived_seed(self.seed, self.epoch, place, MIXES))  # noqa: NPY002  # as above
-            mixed, target = mixing(images[pair], labels[pair])
-            if mixed.data_ptr() != images[pair].data_ptr():
-                images[pair] = mixed
-            targets.append(target)
-        return torch.cat(targets)
+        for start in range(0, len(images), 2 * views):
+            for first in range(start, start + views):
+                place, pair = self.first + first, slice(first, first + views + 1, views)
+                np.random.seed(derived_seed(self.seed, self.epoch, place, MIXES))  # noqa: NPY002  # as above
+                mixed, target = mixing(images[pair], labels[pair])
+                if mixed.data_ptr() != images[pair].data_ptr():
+                    images[pair] = mixed
+                targets.append(target)
+        return torch.stack(targets).unflatten(0, (-1, views)).transpose(1, 2).flatten(0, 2)
 
 
 @contextmanager

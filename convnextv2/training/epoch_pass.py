@@ -51,6 +51,20 @@ class EpochPass:
         """Numbers for the samples of the batch at hand."""
         return self.task.draws
 
+    def resume(self, saved: dict[str, Any], say: Callable[[str], None]) -> None:
+        """Go on where the run was left, in its schedule too, whatever number of updates its epochs had before.
+
+        Raises ValueError if ``seed`` is another one: the split of the images and their order follow from it.
+        """
+        options, self.loop.step = self.task.options, saved["step"]
+        if (seed := saved.get("seed", options.seed)) != options.seed:
+            raise ValueError(f"`seed` {options.seed} would split and order the images anew: keep {seed}, or start anew")
+        self.so_far = SoFar(**saved.get("inside") or {})
+        taken = saved["epoch"] * len(self.sampler) * options.views + self.so_far.images
+        self.loop.ahead = self.loop.step - taken // (self.each * options.accum)
+        if self.loop.ahead:
+            say("notice: epochs had another number of steps before; the learning rate goes on where it was in the run")
+
     def begin(self, epoch: int) -> None:
         """Go to where the epoch was left. Raises RunStoppedError if the run has been asked to stop."""
         self.keeper.answer(self.keeper.asked(), epoch, self.loop.step if self.so_far.batches else None)

@@ -150,17 +150,16 @@ class ClassifierTask(Task[FinetuneOptions]):
         return start_head(model, images, self.options, accelerator.device) if self.options.head_start else ""
 
     def fit_batch(self, size: int) -> int:
-        if self._mix is None:
-            return size
-        if size < 2:
+        pair = 1 if self._mix is None else 2 * self.options.views
+        if size < pair:
             raise ValueError("`mixup` and `cutmix` need batches of at least two images")
-        return size - size % 2
+        return size - size % pair
 
     def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, int]:
         images, labels = batch
         size = len(images)
         if self._mix is not None:
-            labels = self.draws.mix(self._mix, images, labels)
+            labels = self.draws.mix(self._mix, images, labels, self.options.views)
         return self._loss(model(images).float(), labels), size
 
     def evaluate(self, accelerator: Accelerator, model: nn.Module, loaders: Sequence[Any]) -> Outcome | None:

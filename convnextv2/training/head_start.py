@@ -22,6 +22,8 @@ MOST_IMAGES = 20_000
 """Images that a head is fitted to, spread evenly over the training part where that has more."""
 MANY = 5_000
 """Images from which on the strength is chosen on one part held out, instead of five."""
+SHARE = 5
+"""Of so many images one is held out then."""
 STRENGTHS = tuple(10.0**power for power in range(-4, 2))
 """Inverse strengths of the regularisation to choose from, for features of unit variance."""
 USUAL_STRENGTH = 0.01
@@ -131,17 +133,24 @@ def _regression(strength: float) -> Any:
 def _choose_strength(
     features_NC: NDArray[np.float32], labels_N: NDArray[np.int64], common: NDArray[np.int64]
 ) -> tuple[float, float | None, float | None]:
-    """The strength, and accuracy and cross entropy with it, of ``common`` classes, which have two images or more."""
+    """The strength, and accuracy and cross entropy with it, of ``common`` classes, which have two images or more.
+
+    Where one part is held out, those are compared that are common enough for it to have an image of each.
+    """
     from sklearn.model_selection import GridSearchCV, StratifiedKFold, StratifiedShuffleSplit
 
+    kept = np.isin(labels_N, common)
+    many = kept.sum() >= max(MANY, 10 * len(common))
+    if many:
+        classes, counts = np.unique(labels_N, return_counts=True)
+        common = classes[counts >= SHARE]
+        kept = np.isin(labels_N, common)
     if len(common) < 2:
         return USUAL_STRENGTH, None, None
-    kept = np.isin(labels_N, common)
     features_NC, labels_N = features_NC[kept], labels_N[kept]
     folds = min(5, np.unique(labels_N, return_counts=True)[1].min())
-    held_out = StratifiedShuffleSplit(1, test_size=0.2, random_state=0)
+    held_out = StratifiedShuffleSplit(1, test_size=1 / SHARE, random_state=0)
     in_parts = StratifiedKFold(folds, shuffle=True, random_state=0)
-    many = len(labels_N) >= max(MANY, 10 * len(common))
     search = GridSearchCV(
         _regression(1.0),
         {"logisticregression__C": STRENGTHS},

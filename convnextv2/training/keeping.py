@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ class Keeper:
         stop: signals to this process.
         model: the network, as it was before accelerate prepared it.
         stateful: names of files to what has a state beside it: ``optimizer.bin`` to the optimizer.
+        ending: called in all processes with the number of epochs done before the run ends because it is asked to.
     """
 
     def __init__(
@@ -39,10 +40,11 @@ class Keeper:
         stop: StopSignals,
         model: nn.Module,
         stateful: Mapping[str, Any],
+        ending: Callable[[int], None] = lambda epochs: None,
     ) -> None:
         self._folder, self._options, self._main = folder, options, accelerator.is_main_process
         self._exchange, self._stop, self._model, self._stateful = exchange, stop, model, stateful
-        self._writer, self._saved_at = Writer(), time.monotonic()
+        self._writer, self._saved_at, self._ending = Writer(), time.monotonic(), ending
 
     def asked(self, step: int | None = None) -> int:
         """What one of the processes is asked for, or what is due after ``step`` updates: 0, SAVE, or more to stop too.
@@ -100,6 +102,7 @@ class Keeper:
         """
         if asked > SAVE:
             self.wait()
+            self._ending(epochs)
             self._exchange.highest(0)  # a launcher ends the others when one has ended: not before all is written
             inside = f"step {step} is saved (epoch {epochs + 1})"
             saved = inside if step is not None else f"{epochs} epochs are saved" if epochs else ""

@@ -27,7 +27,7 @@ class Loop:
             before it and its loss, over all processes, as soon as that is read: at once on a processor, every
             :data:`~convnextv2.training.watching.LOSS_CHECK_EVERY` batches on a GPU.
         after_update: called with the number of updates made so far after each.
-        step: updates made so far.
+        step, ahead: updates made so far; and more than in the schedule, where epochs once had another number of them.
     """
 
     accelerator: Accelerator
@@ -37,6 +37,7 @@ class Loop:
     watch: Watch
     after_update: Callable[[int], None] | None = None
     step: int = 0
+    ahead: int = 0
 
     def epoch(
         self,
@@ -67,10 +68,10 @@ class Loop:
             watch.read(so_far)
             so_far.seconds = before + time.perf_counter() - start
 
-        self.schedule.step_update(max(self.step - 1, 0))  # for the row, if nothing is left of the epoch
+        self.schedule.step_update(max(self.step - self.ahead - 1, 0))  # for the row, if nothing is left of the epoch
         for batch in batches:
             with self.accelerator.accumulate(self.model):
-                self.schedule.step_update(self.step)
+                self.schedule.step_update(self.step - self.ahead)
                 loss, size = loss_of(batch)
                 kept = loss.detach().clone()  # the memory of a CUDA graph's output is used again
                 self.accelerator.backward(loss)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 
 from convnextv2.models.diversity import feature_diversity
 from convnextv2.models.encoder import Encoder
+from convnextv2.training.pictures import save_loss_curve
 
 try:
     import resource
@@ -66,3 +69,10 @@ def duration(seconds: float) -> str:
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def save_losses(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Draw the loss curve, if a row of ``metrics.jsonl`` has a loss: all updates of an epoch may have been left out."""
+    losses = [row.get(name) for row in rows for name in ("loss", "train_loss", "val_loss")]
+    if any(isinstance(loss, float) and math.isfinite(loss) for loss in losses):
+        save_loss_curve(path, rows)

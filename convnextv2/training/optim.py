@@ -94,15 +94,17 @@ def parameter_groups(
 def create_optimizer(
     groups: list[dict[str, Any]], lr: float, betas: tuple[float, float], name: str = "adamw", fused: bool = False
 ) -> torch.optim.Optimizer:
-    """timm's optimizer ``name`` over the groups of :func:`parameter_groups`; ValueError if timm knows no such one.
+    """timm's optimizer ``name`` over the groups of :func:`parameter_groups`; ValueError if there is none that fits.
 
     ``fused`` asks torch's Adam and AdamW for their fused kernels; others have none.
     """
-    from timm.optim import create_optimizer_v2, list_optimizers
+    from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
 
     known = [str(each) for each in list_optimizers()]
     if name not in known:
         raise ValueError(f"unknown optimizer {name!r}; timm has {', '.join(known)}")
+    if (info := get_optimizer_info(name)).second_order or (info.has_betas and info.num_betas != len(betas)):
+        raise ValueError(f"`optimizer` {name} needs second derivatives or another number of `betas`: take another one")
     options: dict[str, Any] = {"fused": True} if fused and name in ("adam", "adamw") else {}
     return create_optimizer_v2(groups, opt=name, lr=lr, weight_decay=0.0, betas=betas, **options)
 

@@ -295,7 +295,8 @@ class ProbedTask(Task[O]):
         return [images]
 
     def after_epoch(self, accelerator: Accelerator, model: Any, row: dict[str, Any], say: Say) -> dict[str, float]:
-        found = self._probing.after_epoch(accelerator, model.encoder, row, say, row["epoch"] in self.picture_epochs)
+        draws = row["epoch"] in (*self.picture_epochs, self.options.epochs)
+        found = self._probing.after_epoch(accelerator, model.encoder, row, say, draws)
         self.progress["probing"] = self._probing.state
         return found
 

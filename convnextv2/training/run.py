@@ -31,10 +31,9 @@ from convnextv2.training.feeding import fitting_accum, fitting_batch, make_feeds
 from convnextv2.training.handlers import ignored
 from convnextv2.training.keeping import Keeper
 from convnextv2.training.loop import Loop
-from convnextv2.training.measures import measures, pace
+from convnextv2.training.measures import measures, pace, save_losses
 from convnextv2.training.optim import create_optimizer, scaled_lr
 from convnextv2.training.patience import check_patience, epochs_of, out_of_patience
-from convnextv2.training.pictures import save_loss_curve
 from convnextv2.training.processes import in_first_process, leave_at_exit, start_tracker, take
 from convnextv2.training.recipe import recipe_text
 from convnextv2.training.reporting import Log, Progress, logger, reporters
@@ -43,7 +42,6 @@ from convnextv2.training.run_folder import RunFolder, check_same_model
 from convnextv2.training.saved_state import load_state
 from convnextv2.training.sharding import Sharding
 from convnextv2.training.signals import StopSignals
-from convnextv2.training.so_far import SoFar
 from convnextv2.training.task import Outcome, Task
 from convnextv2.training.watching import OnLoss, Watch
 from convnextv2.weights.loading import load_strict
@@ -129,7 +127,7 @@ class Run:
         self.start = 0
         self.best: dict[str, float] | None = None
         self._best_outcome: Outcome | None = None
-        self._drawn = -math.inf
+        self._drawn, self._drawn_epoch = -math.inf, 0
         self.bad = BadData(self.parts, task.options.max_bad, self.accelerator, self.say)
         self._set_up(on_loss)
         self.bad.tell(0 if self.saved is None else self.saved["epoch"])
@@ -137,9 +135,9 @@ class Run:
             if "damaged" in self.saved:
                 self.say(f"warning: going back to the state before: {self.saved['damaged']}")
             load_state(self.folder.checkpoints / self.saved["state"], self.model, self._stateful)
-            self.start, self.loop.step, self.best = self.saved["epoch"], self.saved["step"], self.saved.get("best")
-            self.watch.skipped = self.saved.get("skipped", 0)
-            self.epoch_pass.so_far = SoFar(**self.saved.get("inside") or {})
+            self.start = self._drawn_epoch = self.saved["epoch"]
+            self.best, self.watch.skipped = self.saved.get("best"), self.saved.get("skipped", 0)
+            self.epoch_pass.resume(self.saved, self.say)
 
     def _claim(self) -> dict[str, Any] | None:
         o = self.task.options
@@ -203,7 +201,7 @@ class Run:
             self.loop.after_update = partial(average.update, self.model)
             self._kept = self._evaluated = average.module
         kept = self.stop, self.model, self._stateful
-        self.keeper = Keeper(self.folder, options, self.accelerator, exchange, *kept)
+        self.keeper = Keeper(self.folder, options, self.accelerator, exchange, *kept, partial(self.draw, ending=True))
         parts = self.folder.path, task, self.loop, compiling, self.keeper, training, sampler, self._loader
         self.epoch_pass = EpochPass(*parts, self._effective_batch // accum, self._progress_of)
         self._examples: Tensor = training.examples(PROBE_IMAGES).to(self.accelerator.device)
@@ -279,16 +277,16 @@ class Run:
         """What a state says beside weights: ``epoch`` epochs are done, and ``inside`` of the next."""
         found = {"epoch": epoch, "step": self.loop.step, "passes": self._passes, "inside": inside, "best": self.best}
         found["skipped"], optimizer = self.watch.skipped, type(self._stateful["optimizer.bin"]).__name__
-        kept = {name: value for name, value in found.items() if value is not None}
+        kept = {"seed": self.options.seed} | {name: value for name, value in found.items() if value is not None}
         return {**kept, "optimizer": optimizer, "config": config_to_dict(self.model.config), **self.task.progress}
 
-    def draw(self, epoch: int) -> None:
-        """The loss curve and the pictures of the task, if they are due."""
+    def draw(self, epoch: int, ending: bool = False) -> None:
+        """The loss curve and the pictures of the task, if they are due, or the run is ``ending`` without them."""
         now, model = time.monotonic(), self.sharding.whole(self.model)
-        certain = epoch in (*self.task.picture_epochs, self.options.epochs) or out_of_patience(self, epoch)
-        if self.main and (certain or now - self._drawn >= PICTURE_SECONDS):
-            self._drawn = now
-            save_loss_curve(self.folder.path / "loss.png", self.folder.metrics())
+        certain = ending or epoch in (*self.task.picture_epochs, self.options.epochs) or out_of_patience(self, epoch)
+        if self.main and epoch > self._drawn_epoch and (certain or now - self._drawn >= PICTURE_SECONDS):
+            self._drawn, self._drawn_epoch = now, epoch
+            save_losses(self.folder.path / "loss.png", self.folder.metrics())
             self.task.pictures(self.folder, model, self._examples, epoch, self._best_outcome)
 
     def finish(self, kind: type[R]) -> R:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ MOST_PASSES = 1_000_000
 """Passes through the images in an epoch that a run is resumed with."""
 _MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 """What optimizers remember of a parameter in its own shape."""
+_ASKED = ("weight_decay", "betas", "lr_scale")
+"""What of a group of parameters the options of a run say, those of a resumed one too."""
 _RANDOM = re.compile(
     rf"{HARMLESS.pattern}|numpy\.(_core|core)\.multiarray _reconstruct|numpy (ndarray|dtype)|numpy\.dtypes UInt32DType"
 )
@@ -66,6 +68,8 @@ def read_state(state: Path) -> dict[str, Any]:
 def load_state(state: Path, model: nn.Module, others: Mapping[str, Any]) -> None:
     """Load a state into a network and into what else has one: CheckpointError if it does not fit.
 
+    The optimizer's groups keep what of :data:`_ASKED` they have.
+
     Args:
         state: its folder.
         model: the network, as it was before accelerate prepared it.
@@ -73,7 +77,7 @@ def load_state(state: Path, model: nn.Module, others: Mapping[str, Any]) -> None
     """
     path, own = state / "model.safetensors", model.state_dict()
     asked = type(others["optimizer.bin"]).__name__
-    groups = [set(group) for group in others["optimizer.bin"].param_groups]
+    groups = [dict(group) for group in others["optimizer.bin"].param_groups]
     try:
         weights = safetensors.torch.load_file(path)
         load_strict(model, as_shards(weights, model), path)
@@ -83,13 +87,21 @@ def load_state(state: Path, model: nn.Module, others: Mapping[str, Any]) -> None
             raise ValueError(f"the state is of another `optimizer`, {before}, not {asked}")
         extra = {path.name for path in state.glob("custom_checkpoint_*")}
         if different := extra ^ {name for name in others if name.startswith("custom_checkpoint_")}:
-            raise ValueError(f"{min(different)} is missing, or one too many")
+            averaged = "with" if different <= extra else "without"
+            raise ValueError(f"{min(different)}: the state is {averaged} averaged weights, keep `ema_decay`")
         for name, target in others.items():
             content = torch.load(state / name, map_location="cpu", weights_only=True)
+            if target is others["optimizer.bin"] and _sizes(content["param_groups"]) != _sizes(groups):
+                raise ValueError(
+                    "the state groups the parameters in another way: keep `official_weight_decay`, `layer_decay_type`, "
+                    "`linear_probe`, and `layer_decay` at 1 or below it"
+                )
             target.load_state_dict(as_shards(content, target))
         optimizer = others["optimizer.bin"]
-        if any(names - set(group) for names, group in zip(groups, optimizer.param_groups, strict=True)):
-            raise ValueError("the state is of another `optimizer`")
+        for before, group in zip(groups, optimizer.param_groups, strict=True):
+            if before.keys() - group.keys():
+                raise ValueError("the state is of another `optimizer`")
+            group |= {name: before[name] for name in _ASKED if name in before}
         for parameter, values in optimizer.state.items():
             if any(values[name].shape != parameter.shape for name in _MOMENTS if name in values):
                 raise ValueError("the state of the optimizer is of another network")
@@ -98,6 +110,10 @@ def load_state(state: Path, model: nn.Module, others: Mapping[str, Any]) -> None
     except Exception as error:  # as above
         reason = " ".join(str(error).removeprefix(f"{path}: ").split())[:200]
         raise CheckpointError(f"{state}: cannot be resumed from ({reason}); start anew with `overwrite`") from error
+
+
+def _sizes(groups: Sequence[Mapping[str, Any]]) -> list[int]:
+    return [len(group["params"]) for group in groups]
 
 
 def _check_pickle(path: Path) -> None:
@@ -139,6 +155,7 @@ def _read_progress(path: Path) -> dict[str, Any]:
         "epoch": _is_count(epoch) or (epoch == 0 and inside is not None),
         "step": _is_count(step),
         "skipped": skipped == 0 or _is_count(skipped),
+        "seed": isinstance(found.get("seed", 0), int),
         "inside": inside is None or is_so_far(inside),
         "passes": _is_count(passes) and passes <= MOST_PASSES,
         "config": isinstance(found.get("config"), dict),

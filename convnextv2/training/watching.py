@@ -68,18 +68,22 @@ class Watch:
     def takes(self, step: int, loss: Tensor, so_far: SoFar) -> bool:
         """Whether the update is made, after ``step`` others, whose gradient is there now; clips it.
 
-        One with a gradient that is not finite is left out if that is asked for. Raises DivergedError.
+        One with a gradient that is not finite is left out if that is asked for. A gradient scaler leaves those out
+        itself, and lowers its scale: they count here where the scale is below 1, and the gradient not merely too large
+        for 16 bits. Raises DivergedError.
         """
         norm = self._norm(step)
         self._pending.append((step, so_far.batches, loss, norm))
         if len(self._pending) >= self._every:
             self.read(so_far)
-        if norm is None or not self.most_skipped or torch.isfinite(norm):
+        scaler = self.accelerator.scaler
+        scaled = scaler is not None and scaler.get_scale() >= 1
+        if norm is None or not self.most_skipped or scaled or torch.isfinite(norm):
             return True
         self.skipped += 1
         if self.skipped > self.most_skipped:
             raise self.diverged(f"{self.skipped} gradients were not finite, the last", step)
-        return False
+        return scaler is not None
 
     def _norm(self, step: int) -> Tensor | None:
         """Of the gradient that the optimizer is about to use, where it is asked for."""

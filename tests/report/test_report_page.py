@@ -23,7 +23,7 @@ from report_helpers import HOSTILE, SESSION, finetuning, noise, pretraining, wri
 
 from convnextv2.files import write_json
 from convnextv2.report import report
-from convnextv2.report.page import dash, duration, wrapped
+from convnextv2.report.page import dash, duration, facts, wrapped
 from convnextv2.report.pictures import ALL_PICTURES, MOST_EPOCHS
 from convnextv2.report.runs import read_run
 from convnextv2.training.environment import NAME
@@ -275,6 +275,16 @@ def test_rows_in_any_order_are_a_run(tmp_path: Path) -> None:
     run = read_run(written(tmp_path / "a", "mask_ratio: 0.6\nepochs: 3\n", rows), "a")
     assert run.values("loss") == [(1, 0.9), (2, 0.7), (3, 0.5)]
     assert (run.epochs, run.planned, run.last("loss")) == (3, 3, 0.5)
+
+
+def test_the_best_epoch_is_that_of_the_run_and_one_without_patience_is_over(tmp_path: Path) -> None:
+    rows = [{"epoch": epoch, "train_loss": 1.0, "val_loss": loss, "val_top1": top1}
+            for epoch, top1, loss in ((1, 90.0, 0.5), (2, 90.0, 0.3), (3, 80.0, 0.1), (4, 90.0, 0.4))]  # fmt: skip
+    for patience, over in ((2, True), (3, False)):
+        recipe = f"smoothing: 0.1\nepochs: 9\npatience: {patience}\n"
+        one = read_run(written(tmp_path / str(patience), recipe, rows), "a")
+        assert ("best top-1", "90.00 % (epoch 2)") in facts(one)
+        assert any("still running" in notice for notice in one.notices) != over
 
 
 def test_runs_of_which_nothing_is_there_yet(tmp_path: Path) -> None:

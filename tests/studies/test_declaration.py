@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from pathlib import Path
@@ -11,14 +12,19 @@ import pytest
 import yaml
 from study_helpers import tiny_study, write_study
 
+from convnextv2.data.decoding import Wanted
 from studies import __main__ as program
 from studies.declaration import HERE, read_study
+from studies.images import count_images
 from studies.parts import FREE, Part
 
 
 def part(**changes: Any) -> Part:
     values: dict[str, Any] = {"kind": "finetune", "seed": 0, "given": {"epochs": 3, "blr": 0.01}, "data": "digits"}
     return Part(**{**values, "images": {}, **changes})
+
+
+SHAPE: dict[str, Any] = {"dims": (4, 4, 8, 8), "depths": (1, 1, 1, 1)}
 
 
 def test_results_that_are_kept_are_still_known() -> None:
@@ -56,7 +62,7 @@ def test_images_are_known_by_names_and_sizes_not_by_their_place(tmp_path: Path) 
 
 
 def test_features_depend_on_the_encoder_alone() -> None:
-    shape = {"dims": (4, 4, 8, 8), "depths": (1, 1, 1, 1)}
+    shape = SHAPE
     knn = part(kind="knn", given=shape)
     assert part(kind="knn", given={**shape, "epochs": 9, "blr": 7.0}).key == knn.key
     assert part(kind="knn", given={**shape, "dims": (4, 4, 8, 9)}).key != knn.key
@@ -94,6 +100,33 @@ def test_layers_of_options(tmp_path: Path) -> None:
     assert b.given == {**a.given, "blr": 0.25}
     assert c.given["epochs"] == 5 + 5  # one epoch of pre-training on ten times as many images at half the price
     assert c.needs is None
+
+
+def test_a_whole_budget_has_the_passes_of_both(tmp_path: Path) -> None:
+    """With as many passes an epoch as `min_steps` takes in the run that it is compared with."""
+    arms = {"a": {}, "b": {"pretrain": None, "budget_of_pretraining": 0.5}}
+    tuning = {"epochs": 10, "min_steps": 100, "batch_size": 4, "warmup_epochs": 0}
+    question = {"arms": arms, "labels": [0.25], "measures": ["finetune"]}
+    study = tiny_study(tmp_path, finetune=tuning, pretrain={"epochs": 20}, questions={"x": question})
+    ours, rival = (cell.part for cell in study.cells)
+    images = count_images(ours.options().data, 1, (16, 16), Wanted())
+    assert ours.passes == 10 * math.ceil(10 * 4 / images) > 10  # 10 steps of 4 an epoch
+    assert rival.passes == ours.passes + 0.5 * 20 / 0.25
+    assert rival.given["epochs"] == rival.passes
+
+
+def test_a_scale_shortens_the_cooldown(tmp_path: Path) -> None:
+    run = {"epochs": 10, "schedule": "constant", "cooldown_epochs": 4, "warmup_epochs": 2}
+    study = tiny_study(tmp_path, finetune=run, scales={"smoke": {"epochs": 0.5}})
+    tuning = next(part for part in study.parts if part.kind == "finetune")
+    assert [tuning.given[name] for name in ("epochs", "cooldown_epochs", "warmup_epochs")] == [5, 2, 1]
+
+
+def test_untrained_features_are_known_by_how_images_are_read() -> None:
+    usual = part(kind="knn", given=SHAPE)
+    assert part(kind="knn", given={**SHAPE, "vflip": 0.5}).key == usual.key
+    others = {part(kind="knn", given={**SHAPE, **how}).key for how in ({"pixels": "photo"}, {"bands": "3,2,1"})}
+    assert len(others | {usual.key}) == 3
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {

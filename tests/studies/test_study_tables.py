@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 from statistics import fmean
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -88,6 +89,18 @@ def test_diversity_is_the_mean_of_the_seeds_that_told_it(tmp_path: Path) -> None
                     "| a | 0.300 | 0.200 | 0.200 | 0.200 | 2 |"]  # fmt: skip
     (tmp_path / "r.json").write_text(json.dumps(found))
     assert text[-1] in tables.render("<!-- study: r.json q diversity -->\n<!-- end -->", tmp_path)
+
+
+def test_curves_are_known_only_of_what_is_known(tmp_path: Path) -> None:
+    """Of another scale, whose pre-trainings are others, neither curves nor diversity are taken over."""
+    file = tmp_path / "other.json"
+    curves = [{"question": "q", "arm": arm, "seed": 0, "knn": [[1, 5.0]]} for arm in ("a", "b")]
+    file.write_text(json.dumps({**FOUND, "numbers": [number("a", 0, 50.0), number("b", 0, 5.0)], "curves": curves}))
+    cells = [SimpleNamespace(question="q", arm=arm, part=SimpleNamespace(key=key, seed=0))
+             for arm, key in (("a", "a0"), ("b", "another"))]  # fmt: skip
+    known = tables.known_numbers([file], SimpleNamespace(name="s", cells=cells))  # type: ignore[arg-type]
+    assert [row["arm"] for row in known["numbers"]] == ["a"]
+    assert known["curves"] == curves[:1]
 
 
 def test_every_number_of_the_results_is_in_a_file_of_the_project() -> None:

@@ -19,6 +19,7 @@ from convnextv2.data import listings
 from convnextv2.data.now_reading import NowReading
 from convnextv2.data.sources import DataError, FileSource
 from convnextv2.training import pretrain
+from convnextv2.training import run as runs
 from convnextv2.training.pretraining import PretrainTask
 from convnextv2.training.watching import DivergedError
 
@@ -100,6 +101,49 @@ def test_too_many_updates_that_are_not_finite_end_a_run(images: Path, tmp_path: 
     with pytest.raises(DivergedError, match="2 gradients were not finite, the last at step 1"):
         pretrain(pretrain_options(images, tmp_path / "run", skip_steps=1))
     assert (tmp_path / "run" / "diverged.json").is_file()
+
+
+def test_a_gradient_scaler_leaves_overflows_out_itself(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with float16 on a GPU, whose scale begins far too high."""
+    make, scalers = runs.make_accelerator, list[Any]()
+
+    def scaled(options: Any) -> Any:
+        accelerator = make(options)
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**scale)
+        accelerator.native_amp, accelerator.state._mixed_precision = True, "fp16"
+        scalers.append(accelerator.scaler)
+        return accelerator
+
+    monkeypatch.setattr(runs, "make_accelerator", scaled)
+    monkeypatch.setattr("convnextv2.training.pretraining.PretrainTask.loss", overflowing(PretrainTask.loss))
+    scale = 20
+    rows = pretrain(pretrain_options(images, tmp_path / "run", epochs=2, skip_steps=1)).metrics
+    assert "skipped" not in rows[-1]
+    assert scalers[0].get_scale() == 2.0**14, "lowered until nothing was too large"
+    scale = 3
+    with pytest.raises(DivergedError, match="2 gradients were not finite, the last at step 5"):
+        pretrain(pretrain_options(images, tmp_path / "other", epochs=9, skip_steps=1, batch_size=2, lr=1e-9))
+
+
+def overflowing(original: Any) -> Any:
+    """A loss whose gradient is not finite where the scale is above 2 ** 14, or between 2 ** -9 and 2 ** 10."""
+
+    class Overflow(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, loss: Any) -> Any:
+            return loss.clone()
+
+        @staticmethod
+        def backward(ctx: Any, scale: Any) -> Any:
+            return scale * (torch.inf if scale > 2.0**14 or 2.0**-9 < scale < 2.0**10 else 1)
+
+    def loss(self: Any, model: Any, batch: Any) -> Any:
+        found, size = original(self, model, batch)
+        return Overflow.apply(found), size
+
+    return loss
 
 
 def pretraining(images: Path, output: Path) -> tuple[object, ...]:

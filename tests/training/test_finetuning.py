@@ -12,7 +12,8 @@ from train_helpers import compile_without_inductor, finetune_options, make_image
 from convnextv2 import ConvNeXtV2
 from convnextv2.data.sources import DataError
 from convnextv2.training import FinetuneOptions, RunStoppedError, finetune, pretrain
-from convnextv2.training.finetuning import evaluate, resolve
+from convnextv2.training.draws import Draws
+from convnextv2.training.finetuning import ClassifierTask, evaluate, resolve
 from convnextv2.weights.checkpoint import CheckpointError, load_checkpoint
 from convnextv2.weights.loading import load_model
 
@@ -156,6 +157,25 @@ def test_the_kernels_of_the_processor_give_the_losses_of_torch(images: Path, tmp
         finetune(options, on_loss=lambda step, loss, found=found: found.append(loss))
     assert len(losses["auto"]) >= 6
     assert losses["auto"] == pytest.approx(losses["torch"], rel=1e-5)
+
+
+@pytest.mark.parametrize("views", [1, 2, 3])
+def test_mixup_mixes_different_images(images: Path, tmp_path: Path, views: int) -> None:
+    """Crops of one image, which stand together in a batch, are of one class."""
+    task = ClassifierTask(finetune_options(images, tmp_path, mixup=1.0, views=views, batch_size=4 * views, smoothing=0))
+    task.resolve(None)
+    task.data()
+    task.draws = Draws(0, 4 * views)
+    labels = torch.tensor([0, 1, 2, 0]).repeat_interleave(views)
+    pictures = labels.float().view(-1, 1, 1, 1).expand(-1, 3, 8, 8).clone()
+    targets = task.draws.mix(task._mix, pictures, labels, views)
+    assert targets.shape == (4 * views, 3)
+    for target, picture, label, other in zip(
+        targets, pictures, labels, torch.tensor([1, 0, 0, 2]).repeat_interleave(views), strict=True
+    ):
+        assert set(target.nonzero()[:, 0].tolist()) == {int(label), int(other)}
+        assert picture.mean() == pytest.approx(float(target @ torch.arange(3.0)), abs=1e-5)
+    assert task.fit_batch(4 * views + 1) == 4 * views
 
 
 def test_odd_batches_are_made_even_for_mixup(images: Path, tmp_path: Path) -> None:

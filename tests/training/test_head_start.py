@@ -81,6 +81,20 @@ def test_classes_of_few_images_are_fitted_too() -> None:
         fit_head(features[:10], labels[:10], 4)
 
 
+def test_rare_classes_among_many_images_do_not_choose_the_strength(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The part that is held out need not have any of their images."""
+    monkeypatch.setattr(head_start, "MANY", 200)
+    features, labels = blobs(3, 100, 0.5)
+    for rare in range(3, 9):
+        features = np.concatenate([features, features[:2] + rare])
+        labels = np.concatenate([labels, np.full(2, rare)])
+    head = fit_head(features, labels, 9)
+    assert head.loss is not None
+    assert np.isfinite(head.loss)
+    assert head.strength == fit_head(*blobs(3, 100, 0.5), 3).strength
+    assert np.abs(head.weight).sum(1).min() > 0, "all are fitted"
+
+
 def test_many_images_are_thinned_out_evenly(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines: list[str] = []
     monkeypatch.setattr(head_start, "MOST_IMAGES", 9)
