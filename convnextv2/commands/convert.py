@@ -160,13 +160,20 @@ def listed(names: list[str], verbose: bool) -> str:
     return ", ".join(f"{part} ({count} tensor{'s' if count > 1 else ''})" for part, count in parts.items())
 
 
-def output_config(weights: Weights, to: Layout, original: Config | None) -> Config:
-    """The configuration to store: of the source where the decoder is kept, else of what the layout holds."""
+def output_config(weights: Weights, to: Layout, original: Config | None, new: list[str]) -> Config:
+    """The configuration to store: of the source where the decoder is kept, else of what the layout holds, with names of
+    the classes where none of the head is ``new``."""
+    from convnextv2.models.config import ClassifierConfig
     from convnextv2.weights.reading import weights_config
 
     left_out: dict[str, Any] = {part: {} for part in ("decoder", "head") if part not in to.parts}
     kept = replace(weights, **left_out)
-    return original if original is not None and kept.decoder else weights_config(kept)
+    if original is not None and kept.decoder:
+        return original
+    found, names = weights_config(kept), original.class_names if isinstance(original, ClassifierConfig) else ()
+    if isinstance(found, ClassifierConfig) and found.num_classes == len(names) and not new:
+        return replace(found, class_names=names)
+    return found
 
 
 def report(
@@ -252,7 +259,7 @@ def main() -> None:
             if args.flat:
                 torch.save({name: tensor.clone().contiguous() for name, tensor in written.items()}, path)
             else:
-                save_checkpoint(path, written, output_config(weights, to, checkpoint.config), metadata)
+                save_checkpoint(path, written, output_config(weights, to, checkpoint.config, new), metadata)
     else:
         exported = source_of(checkpoint, weights)
         if new:

@@ -180,7 +180,7 @@ def use(weights: Path | None) -> str:
     name = weights.name if weights else "WEIGHTS.safetensors"
     parts = [
         "## Use",
-        f"```\npython fcmae finetune --config small --data FOLDER --output runs/finetune \\\n    --init {name}\n```",
+        f"```\nfcmae finetune --config small --data FOLDER --output runs/finetune \\\n    --init {name}\n```",
         f"```python\nfrom convnextv2.evaluation import load_encoder\n\nencoder = load_encoder({name!r}).model\n"
         "features = encoder.forward_features(images)  # [B, C, H, W]\n```",
     ]
@@ -193,6 +193,6 @@ def preprocessing(encoder: FrozenEncoder) -> str:
     """What images must be like."""
     statistics = " and ".join(spell([f"{value:.3f}" for value in values]) for values in (encoder.mean, encoder.std))
     height, width = encoder.img_size
-    return (
-        f"Images of {height} × {width} pixels, scaled to 0 … 1, normalised by mean and standard deviation {statistics}."
-    )
+    native = encoder.reading.get("pixels") == "native"
+    units = "in the units of their files" if native else "scaled to 0 … 1"
+    return f"Images of {height} × {width} pixels, {units}, normalised by mean and standard deviation {statistics}."

@@ -1,8 +1,9 @@
 """Write a folder of images into tar shards, as WebDataset has them: few large files instead of many small ones.
 
-Files go in as they are, and labels as numbers of the classes. The output is read by every script in place of the
-folder, as a whole (--data shards) or by name (--data 'shards/{000000..000012}.tar', https://…/{000000..000012}.tar),
-with the same samples in the same order. Examples:
+Files go in as they are, and labels as numbers of the classes, where all images have one. The output is read in place of
+the folder by training, fcmae evaluate and fcmae embed, as a whole (--data shards) or by name
+(--data 'shards/{000000..000012}.tar', https://…/{000000..000012}.tar), with the same samples in the same order.
+Examples:
   fcmae shards photos shards
   fcmae shards photos shards --samples 5000 --shuffle 0
   fcmae shards 'data/train-*.parquet' shards
@@ -40,5 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parts = [part for part in (opened.train, opened.val) if part is not None]
     for part in parts:
         _cli.say_skipped(part.skipped)
+    if opened.train.labels is None:
+        _cli.say("notice: without labels: not every image lies in the folder of a class")
     images, size = sum(len(index_of(path).names) for path in written), sum(path.stat().st_size for path in written)
     _cli.say(f"{images:,} images in {len(written)} shard(s), {size / 1e6:,.1f} MB: {o.output}")

@@ -21,7 +21,7 @@ from convnextv2.data.listings import walk_files
 from convnextv2.data.names import name_of
 from convnextv2.data.scenes import is_scene, scene_bands
 from convnextv2.data.sources import DataError
-from convnextv2.data.statistics import FILE, BandStatistics, measure, place_of, save_statistics
+from convnextv2.data.statistics import FILE, STATISTICS, BandStatistics, measure, place_of, save_statistics
 from convnextv2.outputs import check_output, is_stream
 from convnextv2.training.pixel_options import parse_bands
 
@@ -37,7 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from convnextv2.data.reading import files_of, wanted_of
     from convnextv2.training.pictures import PICTURE
 
-    check_output(options.output, PICTURE, inputs=[], overwrite=options.overwrite)
+    check_output(options.output, PICTURE, inputs=[options.data], overwrite=options.overwrite)
+    if options.json is not None:
+        check_output(options.json, STATISTICS, inputs=[options.data], overwrite=options.overwrite)
     bands = None if options.bands is None else parse_bands(options.bands)
     wanted = Wanted(
         options.max_pixels, pixels=options.pixels, bands=bands, no_data=options.no_data, window=options.window

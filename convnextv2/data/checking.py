@@ -79,9 +79,11 @@ def look(path: Path, wanted: Wanted = USUAL) -> Look:
                 raster = load_native(path, count or 3, Wanted(wanted.max_pixels, pixels="native"))
                 size, gray = raster.shape[:2], _gray(raster)
             else:
-                with open_image(path, wanted) as image:
-                    size = image.size[::-1]
                 shown: Any = load_image(path, 1, Wanted(wanted.max_pixels, least_side=2 * SIDE, pixels="photo"))
+                size = shown.size[::-1]
+                if path.suffix.lower() != ".npy":  # others may have been decoded at a reduced size
+                    with open_image(path, wanted) as image:
+                        size = image.size[::-1]
                 gray = shown.convert("L").convert("F")
     except UnreadableImageError as error:
         return Look(path, str(error))

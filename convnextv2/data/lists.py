@@ -7,13 +7,13 @@ import os
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from convnextv2.data.decoding import Size, UnreadableImageError, Wanted, is_zarr
 from convnextv2.data.encoded import Encoded, Stored
 from convnextv2.data.encoded_sources import EncodedSource
-from convnextv2.data.images import why_unusable
+from convnextv2.data.images import has_image_suffix, why_unusable
 from convnextv2.data.names import shown
 from convnextv2.data.native import settled
 from convnextv2.data.remote import RemoteFile, is_address
@@ -69,7 +69,8 @@ def read_list(path: Path) -> list[Row]:
     header = [cell.strip().lower() for cell in table[0]] if table else []
     places = [next((header.index(name) for name in names if name in header), None) for names in (FILE, LABEL, PART)]
     if places[0] is None:
-        if table and len(table[0]) > 2:
+        named = not {*LABEL, *PART}.isdisjoint(header) and not has_image_suffix(Path(table[0][0]))
+        if table and (named or len(table[0]) > 2):
             raise DataError(
                 f"{path}: has {len(table[0])} columns and none is called `file`; name them in the first line"
             )
@@ -101,22 +102,28 @@ class ListKind:
         rows = read_list(Path(spec))
         if labelled and any(label is None for _, label, _ in rows):
             raise DataError(f"{spec}: has no labels; expected a column `label`")
-        classes = sorted({label for _, label, _ in rows if label is not None})
         parts = {}
         near = [Path(spec).parent / name for name, _, part in rows if part == "train" and not is_address(name)]
         wanted = settled(wanted, near)
         for name in ("train", "val"):
             chosen = [row for row in rows if row[2] == name]
             if chosen and (labelled or name == "train"):
-                parts[name] = _part(Path(spec).parent, chosen, classes, in_chans, wanted)
-        if "train" not in parts or not len(parts["train"].by_number):
-            skipped = [one for part in parts.values() for one in part.skipped[:1]]
+                parts[name] = _part(Path(spec).parent, chosen, in_chans, wanted)
+        if "train" not in parts or not len(parts["train"][0].by_number):
+            skipped = [one for part, _ in parts.values() for one in part.skipped[:1]]
             first = "".join(f"; {path}: {reason}" for path, reason in skipped[:1])
             raise DataError(f"{spec}: lists no usable image to train on{first}")
-        return OpenedSource(spec, parts["train"], parts.get("val"), [*map(shown, classes)])
+        classes = sorted({label for _, labels in parts.values() for label in labels if label is not None})
+        number: dict[str | None, int] = {label: place for place, label in enumerate(classes)}
+        found = {
+            name: replace(part, labels=[number[label] for label in labels] if classes else None)
+            for name, (part, labels) in parts.items()
+        }
+        return OpenedSource(spec, found["train"], found.get("val"), [*map(shown, classes)])
 
 
-def _part(folder: Path, rows: Sequence[Row], classes: Sequence[str], in_chans: int, wanted: Wanted) -> Part:
+def _part(folder: Path, rows: Sequence[Row], in_chans: int, wanted: Wanted) -> tuple[Part, list[str | None]]:
+    """The images that can be had, and the name of the class of each."""
     files = [RemoteFile(name) if is_address(name) else folder / name for name, _, _ in rows]
     alone = threading.Lock()
 
@@ -136,12 +143,10 @@ def _part(folder: Path, rows: Sequence[Row], classes: Sequence[str], in_chans: i
         problems = list(pool.map(problem, files))
     good = [number for number, found in enumerate(problems) if found is None]
     skipped = [(Path(str(files[number])), found) for number, found in enumerate(problems) if found is not None]
-    index = {name: number for number, name in enumerate(classes)}
-    labels = [index[rows[number][1] or ""] for number in good] if classes else None
     kept = [files[number] for number in good]
     local = [file for file in kept if isinstance(file, Path)]
     images = FileSource(local, in_chans, wanted) if len(local) == len(kept) else RemoteSource(kept, in_chans, wanted)
-    return Part(images, labels, skipped)
+    return Part(images, None, skipped), [rows[number][1] for number in good]
 
 
 SOURCE_KIND = ListKind()

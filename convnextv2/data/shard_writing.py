@@ -26,6 +26,7 @@ from convnextv2.data.shards import CLASSES, ENDING
 from convnextv2.data.sources import DataError, FileSource, OpenedSource, Part, Subset
 from convnextv2.data.tar_index import SUFFIX, scan
 from convnextv2.data.tiff import is_tiff
+from convnextv2.messages import one_line
 from convnextv2.outputs import OutputError
 
 ENDINGS = {"JPEG": ".jpg", "MPO": ".jpg", "JPEG2000": ".jp2"}
@@ -80,7 +81,9 @@ def write_shards(
         if not written:
             raise DataError(f"{data}: none of its images can be had; the first {left[name][0][1]}")
         if opened.classes and opened.train.labels is not None:
-            (temporary / CLASSES).write_text("".join(f"{name}\n" for name in opened.classes), encoding="utf-8")
+            (temporary / CLASSES).write_text(
+                "".join(f"{one_line(name)}\n" for name in opened.classes), encoding="utf-8"
+            )
         if target.is_dir():
             target.rmdir()
         temporary.rename(target)

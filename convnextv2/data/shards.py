@@ -109,7 +109,7 @@ def expanded(spec: str) -> list[str]:
 
 def files_in(folder: Path, ending: str = ENDING, beside: Collection[str] = PARTS) -> list[Path]:
     """The files of that ending directly in a folder, sorted; none where it holds images, which are then meant, or
-    folders that are not among those ``beside``."""
+    folders that are not among those ``beside``, or hold images or class folders of their own."""
     found = list[Path]()
     with contextlib.suppress(OSError, ValueError), os.scandir(folder) as entries:
         for entry in entries:
@@ -117,13 +117,23 @@ def files_in(folder: Path, ending: str = ENDING, beside: Collection[str] = PARTS
             if entry.name.startswith("."):
                 continue
             if entry.is_dir():
-                if entry.name not in beside:
+                if entry.name not in beside or _is_meant(path):
                     return []
             elif path.suffix.lower() == ending:
                 found.append(path)
             elif has_image_suffix(path):
                 return []
     return sorted(found)
+
+
+def _is_meant(folder: Path) -> bool:
+    """Whether a folder holds images or folders, perhaps of classes: an archive beside it is what they came from."""
+    with contextlib.suppress(OSError, ValueError), os.scandir(folder) as entries:
+        return any(
+            not entry.name.startswith(".") and (entry.is_dir() or has_image_suffix(Path(entry.name)))
+            for entry in entries
+        )
+    return False
 
 
 class ShardKind:

@@ -12,8 +12,8 @@ from convnextv2.data.decoding import USUAL, Wanted, is_zarr
 from convnextv2.data.folders import FolderKind
 from convnextv2.data.names import name_of, shown
 from convnextv2.data.opening import open_source, source_kinds
+from convnextv2.data.reading import plain_transform, wanted_of
 from convnextv2.data.sources import DataError, Source
-from convnextv2.data.transforms import image_transform
 from convnextv2.data.windows import SceneKind
 
 PARTS = ("train", "val", "test")
@@ -65,13 +65,14 @@ def build_whole_dataset(
         return dataset
     opened = open_source(data, in_chans=in_chans, img_size=img_size, wanted=wanted)
     source, labels = opened.train.by_number, opened.train.labels
+    read = wanted_of(opened.train.images)
     names = [name_of(source, number) for number in range(len(source))]
     dataset = WholeDataset(
         [Path(name) for name in names],
-        image_transform(img_size, mean, std),
+        plain_transform(read, img_size, mean, std),
         (in_chans, *img_size),
         opened.train.skipped,
-        wanted,
+        read,
     )
     dataset.data, dataset.source, dataset.names = shown(str(data)), source, names
     dataset.labels, dataset.classes = ([-1] * len(names), ()) if labels is None else (labels, opened.classes)

@@ -40,7 +40,7 @@ def load_whole(path: Path, in_chans: int, wanted: Wanted) -> Any:
     """As :func:`~convnextv2.data.images.load_image`, but that an image which is too large is not read reduced: what is
     said of its pixels would be of others than its own."""
     image = load_image(path, in_chans, wanted)
-    if not isinstance(image, Image.Image):
+    if not isinstance(image, Image.Image) or path.suffix.lower() == ".npy":  # an array is never reduced
         return image
     with reasons():
         try:

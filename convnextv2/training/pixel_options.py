@@ -85,6 +85,8 @@ class PixelOptions:
         given = [*self._parts(), *(["augment"] if self.augment not in (None, "photo") else [])]
         if given and wanted.pixels == "photo":
             raise ValueError(f"`{given[0]}` is of `pixels` native; leave it out with `pixels` photo")
+        if self.augment == "none" and (changes := self._parts()):
+            raise ValueError(f"`augment` none is no change, and `{min(changes)}` one: leave out either")
 
     def reads_as(self, metadata: Mapping[str, Any], found: dict[str, Any]) -> bool:
         """Whether mean and standard deviation that stand in a checkpoint's metadata are of the images as they are read

@@ -165,11 +165,11 @@ def _read_pickle(path: Path, archive: bool) -> Any:
 
 def _find_state(content: Any, path: Path) -> tuple[Mapping[str, Any], str | None]:
     """The mapping that holds the weights, and the name it was nested under."""
-    name, state = None, content if isinstance(content, Mapping) else {}
-    levels = 0
-    while not any(isinstance(item, Tensor) for item in state.values()):
-        name = next((key for key in NESTING if isinstance(state.get(key), Mapping) and state[key]), None)
-        levels += 1
+    name, state, levels = None, content if isinstance(content, Mapping) else {}, 0
+    while (inner := next((key for key in NESTING if isinstance(state.get(key), Mapping) and state[key]), None)) or not (
+        any(isinstance(item, Tensor) for item in state.values())
+    ):
+        name, levels = inner, levels + 1
         if name is None or levels > DEEPEST:
             keys = f"keys {', '.join(map(str, list(state)[:5]))}"
             raise CheckpointError(

@@ -136,3 +136,9 @@ def test_groups_and_the_hash() -> None:
     values = np.asarray(scene(3).convert("L").resize((32, 32)), float)
     assert perceptual_hash(values) == perceptual_hash(0.25 * values + 40)
     assert (perceptual_hash(values) ^ perceptual_hash(values[::-1])).bit_count() > 16
+
+
+def test_arrays_of_bytes_are_images(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.random.default_rng(0).integers(0, 255, (40, 30, 3), np.uint8))
+    found = look(tmp_path / "a.npy")
+    assert (found.reason, found.size) == ("", (40, 30))

@@ -96,3 +96,13 @@ def test_addresses_in_a_list(photos: Path) -> None:
     with pytest.raises(UnreadableImageError, match="cannot be fetched"):
         images.load(2)
     assert build_pretrain_dataset(photos / "list.csv", (8, 8))[2].isfinite().all()
+
+
+def test_classes_are_those_of_images_that_can_be_had(photos: Path) -> None:
+    rows = ["file,label", "red/000.png,red", "blue/000.png,blue", "none.png,ghost"]
+    (photos / "list.csv").write_text("\n".join(rows))
+    opened = open_source(photos / "list.csv", labelled=True)
+    assert (opened.classes, opened.train.labels) == (["blue", "red"], [1, 0])
+    (photos / "list.csv").write_text("\n".join(["image_path,label", *rows[1:]]))
+    with pytest.raises(DataError, match="has 2 columns and none is called `file`"):
+        open_source(photos / "list.csv", labelled=True)

@@ -10,6 +10,7 @@ import tarfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import numpy as np
@@ -338,3 +339,25 @@ def test_script(script: Callable[..., object], photos: Path, tmp_path: Path) -> 
     opened = open_source(tmp_path / "out", labelled=True)
     assert sorted(opened.train.labels or ()) == [0] * 5 + [1] * 4
     assert opened.train.labels != [0] * 5 + [1] * 4
+
+
+@pytest.mark.parametrize("name", ["val.tar", "labels.parquet"])
+def test_an_archive_beside_the_parts_is_not_the_data(image_folder: Folder, tmp_path: Path, name: str) -> None:
+    """As the one that they were extracted from."""
+    for part, count in (("train", 3), ("val", 2)):
+        image_folder({"blue": count, "red": count}, name=f"photos/{part}")
+    (tmp_path / "photos" / name).write_bytes(b"not read")
+    assert len(open_source(tmp_path / "photos").train.by_number) == 6
+
+
+def test_that_no_labels_are_written_is_told(photos: Path, tmp_path: Path, script: Callable[..., Any]) -> None:
+    (photos / "blue" / "000.png").rename(photos / "stray.png")
+    done = script("make_shards", photos, tmp_path / "shards")
+    assert done.status == 0, done.err
+    assert "without labels: not every image lies in the folder of a class" in done.out
+
+
+def test_a_name_of_a_class_is_a_line(photos: Path, tmp_path: Path) -> None:
+    (photos / "red").rename(photos / "new\nline")
+    write_shards(photos, tmp_path / "shards")
+    assert len(open_source(tmp_path / "shards", labelled=True).classes) == 2

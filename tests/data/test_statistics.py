@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from convnextv2.data import build_finetune_datasets, build_pretrain_dataset
 from convnextv2.data.decoding import Wanted
@@ -151,3 +152,18 @@ def test_what_cannot_be_measured_is_told(arguments, message, tmp_path, script, m
 
 def test_what_is_kept_elsewhere_is_not_found(tmp_path):
     assert stored_statistics(tmp_path, NATIVE, 1, []) is None
+
+
+@pytest.mark.pictures
+def test_statistics_take_no_other_file_s_place(tmp_path, script):
+    (tmp_path / "set").mkdir()
+    Image.fromarray(np.full((9, 9), 700, np.uint16)).save(tmp_path / "set" / "a.png")
+    (tmp_path / "notes.json").write_text('{"mine": 1}')
+    how = "--processes", 1, "--output", tmp_path / "s.png", "--json"
+    for place in (tmp_path / "notes.json", tmp_path / "set" / "a.png"):
+        before = place.read_bytes()
+        assert script("compute_stats", tmp_path / "set", *how, place).status == 2
+        assert place.read_bytes() == before
+    for _ in range(2):  # an earlier result is replaced
+        done = script("compute_stats", tmp_path / "set", *how, tmp_path / "new.json")
+        assert done.status == 0, done.err

@@ -6,11 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from convnextv2.data.decoding import Wanted
+from convnextv2.data.shard_writing import write_shards
 from convnextv2.data.sources import DataError
 from convnextv2.data.transforms import image_transform
 from convnextv2.data.whole import build_whole_dataset
@@ -80,3 +82,24 @@ def test_what_is_refused(tmp_path: Path, image_folder: Folder) -> None:
         whole(tmp_path / "empty")
     dataset = whole(image_folder({"": 1}), wanted=Wanted(max_pixels=100))
     assert "max_pixels" in dataset[0][2]
+
+
+@pytest.mark.parametrize("source", ["list", "shards"])
+def test_images_of_more_than_8_bits_in_other_sources(tmp_path: Path, source: str) -> None:
+    (tmp_path / "deep" / "a").mkdir(parents=True)
+    for number in range(2):
+        values = np.full((20, 24), 3000 + 100 * number, np.uint16)
+        Image.fromarray(values).save(tmp_path / "deep" / "a" / f"{number}.png")
+    if source == "list":
+        (tmp_path / "list.txt").write_text("deep/a/0.png\ndeep/a/1.png")
+        data = tmp_path / "list.txt"
+    else:
+        data = tmp_path / "shards"
+        write_shards(tmp_path / "deep", data, in_chans=1)
+    found, folder = (
+        build_whole_dataset(one, (16, 16), 1, (3000.0,), (100.0,), Wanted(pixels="native"))
+        for one in (data, tmp_path / "deep")
+    )
+    assert found[1][2] == ""
+    assert torch.equal(found[1][0], folder[1][0])
+    assert found[1][0].mean() == pytest.approx(1.0, abs=1e-4)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from convnextv2 import EncoderConfig, create_fcmae, create_model
+from convnextv2 import ConvNeXtV2, EncoderConfig, create_fcmae, create_model
 from convnextv2.models.config import ClassifierConfig
 from convnextv2.weights.checkpoint import load_checkpoint, save_checkpoint
 from convnextv2.weights.loading import init_classifier, load_model
@@ -183,3 +183,14 @@ def test_a_folder_that_cannot_be_written_to(convert, pretrained, tmp_path):
     assert status == 2
     assert len(err.splitlines()) == 1
     assert str(tmp_path / "file") in err
+
+
+def test_names_of_classes_are_kept_and_those_of_a_new_head_are_not(convert, tmp_path):
+    model = ConvNeXtV2(ClassifierConfig(ENCODER, 2, class_names=("cat", "dog")))
+    save_checkpoint(tmp_path / "a.safetensors", model, model.config)
+    for more, names in (((), ("cat", "dog")), (("--num-classes", 2), ())):
+        target = tmp_path / f"{len(more)}.safetensors"
+        assert convert(tmp_path / "a.safetensors", target, *more)[0] == 0
+        config = load_checkpoint(target).config
+        assert isinstance(config, ClassifierConfig)
+        assert config.class_names == names

@@ -275,3 +275,8 @@ def test_gray_images_have_one_channel(tmp_path: Path) -> None:
     assert training[0][0].shape == (1, 32, 32)
     assert validation[0][0].shape == (40, 48, 1)
     assert training.examples(2).shape == (2, 1, 32, 32)
+
+
+def test_arrays_of_bytes_are_images(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.zeros((40, 30, 3), np.uint8))
+    assert load_whole(tmp_path / "a.npy", 3, USUAL).size == (30, 40)

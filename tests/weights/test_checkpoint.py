@@ -345,3 +345,10 @@ def test_the_names_of_21841_classes_are_no_bomb(tmp_path, suffix):
     model = ConvNeXtV2(ClassifierConfig(ENCODER, len(names), class_names=names))
     save_checkpoint(tmp_path / f"a{suffix}", model, model.config, {"mean": [0.5] * 3})
     assert load_model(tmp_path / f"a{suffix}").config.class_names == names
+
+
+@pytest.mark.parametrize("beside", [{"step": torch.tensor(5)}, {"epoch": 3, "loss": torch.tensor(0.4)}])
+def test_a_tensor_beside_the_weights_is_none_of_them(tmp_path, beside):
+    state = tiny_fcmae().encoder.state_dict()
+    torch.save({**beside, "model": state}, tmp_path / "a.pth")
+    assert load_checkpoint(tmp_path / "a.pth").state_dict.keys() == state.keys()
