@@ -105,7 +105,7 @@ class FCMAE(Recomputing):
                 raise ValueError("a mask holds 1 (masked) and 0 (visible) only")
             mask = mask.float()
         backends = self._backends(images.device)
-        loss, pred = (self._compiled or self._masked)(images, mask, keep, backends, return_pred, valid)
+        loss, pred = ((keep is not None and self._compiled) or self._masked)(images, mask, keep, backends, return_pred, valid)
         return FCMAEOutput(loss, pred, mask)
 
     def _backends(self, device: torch.device) -> tuple[Backend, Backend]:
@@ -122,8 +122,8 @@ class FCMAE(Recomputing):
     def compile(self, **options: Any) -> None:
         """Compile everything after the mask is drawn, with ``options`` of :func:`torch.compile`; one graph, no breaks.
 
-        Parameters and their names stay as they are. ``mode="reduce-overhead"`` runs it as CUDA graphs: then the masks
-        must be drawn here, or all have the same number of visible patches, and shapes must not change.
+        Parameters and their names stay as they are. With a mask that is given, whose number of visible patches no graph
+        can know, it runs uncompiled. ``mode="reduce-overhead"`` runs it as CUDA graphs: then shapes must not change.
         """
         self._compiled = tracing_tables(torch.compile(self._masked, fullgraph=True, **options))
 

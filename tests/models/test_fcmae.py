@@ -313,3 +313,8 @@ def test_compiled_it_computes_the_same(return_pred):
     assert copy.deepcopy(model)._compiled is None
     with torch.compiler.set_stance("fail_on_recompile"):
         model(images, return_pred=return_pred)
+    given = model(images, mask, return_pred=return_pred)
+    ragged = mask.clone()
+    ragged[0] = torch.arange(mask.shape[1]) == 0
+    assert given.loss.detach() == pytest.approx(float(loss.detach()), rel=1e-5)
+    assert model(images, ragged).loss.isfinite()
