@@ -105,7 +105,7 @@ class FCMAE(Recomputing):
                 raise ValueError("a mask holds 1 (masked) and 0 (visible) only")
             mask = mask.float()
         backends = self._backends(images.device)
-        loss, pred = ((keep is not None and self._compiled) or self._masked)(images, mask, keep, backends, return_pred, valid)
+        loss, pred = ((keep and self._compiled) or self._masked)(images, mask, keep, backends, return_pred, valid)
         return FCMAEOutput(loss, pred, mask)
 
     def _backends(self, device: torch.device) -> tuple[Backend, Backend]:
