@@ -210,7 +210,7 @@ def config_from_dict(data: Mapping[str, Any]) -> EncoderConfig | FCMAEConfig | C
     values = dict(data)
     kind = values.pop("kind", None)
     if not isinstance(kind, str) or kind not in KINDS:
-        raise ValueError(f"unknown kind {kind!r} (fcmae segment has its own); expected one of {', '.join(KINDS)}")
+        raise ValueError(f"unknown configuration kind {kind!r}; expected {', '.join(KINDS)} (fcmae segment: its own)")
     cls = KINDS[kind]
     if unknown := set(values) - {f.name for f in fields(cls)}:
         raise ValueError(f"{kind} has no field {', '.join(sorted(unknown))}; written by a newer version?")

@@ -133,6 +133,10 @@ def test_the_table_of_the_readme_is_that_of_the_results() -> None:
         columns = ("scratch", "finetune"), ("FCMAE", "linear"), ("FCMAE", "finetune")
         shown = " | ".join(f"{means[arm, share, measure]:.1f} %" for arm, measure in columns)
         assert f"| {photographs} | {shown} | {gain[1]}, {gain[2]} |" in readme
+    found = json.loads((ROOT / "studies" / "results" / "flowers-all.json").read_text(encoding="utf-8"))
+    ours, rival = (row[3] for row in tables.rows(found, "all") if row[2] == "finetune")
+    assert len(ours) == len(rival) == 1
+    assert f"after one of these pre-trainings: {ours[0]:.1f} % against {rival[0]:.1f} % from scratch." in readme
     found = json.loads((ROOT / "studies" / "results" / "flowers-budget.json").read_text(encoding="utf-8"))
     rival, ours = (f"{fmean(row[3]):.1f} %" for row in sorted(tables.rows(found, "budget"), reverse=True))
     assert (
