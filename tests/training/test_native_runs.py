@@ -108,6 +108,13 @@ def test_from_pretraining_to_prediction(tmp_path, script):
     fine = load_checkpoint(tmp_path / "fine").metadata
     assert (fine["mean"], fine["pixels"], fine["crop"]) == (metadata["mean"], "native", "native")
 
+    done = script(
+        "model_card", tmp_path / "pre", "--images", "scenes", "--licence", "CC0", "--output", tmp_path / "card.md"
+    )
+    assert done.status == 0, done.err
+    card = (tmp_path / "card.md").read_text(encoding="utf-8")
+    assert "in the units of their files" in card and "\nfcmae finetune" in card
+
     (data / "broken.tif").write_bytes(b"II*\0")
     done = script("predict", tmp_path / "fine", data, "--output", tmp_path / "table.csv", "--device", "cpu")
     assert done.status == 0 and "12 images classified, 1 unreadable" in done.out, done.err
@@ -152,6 +159,7 @@ WRONG = [
     ({"bands": "a"}, r"`bands` are numbers from 1 on"),
     ({"pixels": "photo", "turns": True}, r"`turns` is of `pixels` native"),
     ({"pixels": "photo", "augment": "none"}, r"`augment` is of `pixels` native"),
+    ({"augment": "none", "turns": True}, r"`augment` none is no change, and `turns` one"),
     ({"brightness": -1.0}, r"`brightness` must be"),
     ({"vflip": 2.0}, r"`vflip` must be"),
     ({"value_range": (5.0, 5.0)}, r"`value_range` must be"),

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from train_helpers import make_images, pretrain_options
 
 from convnextv2.models.config import EncoderConfig
 from convnextv2.models.diversity import feature_diversity
 from convnextv2.models.encoder import Encoder
+from convnextv2.training import pretrain
 from convnextv2.training.measures import duration, measures, pace
 from convnextv2.training.neighbours import NEAREST, QUERIES, features_of, sample_size, save_neighbours
 
@@ -93,3 +95,10 @@ def test_words_for_time() -> None:
     row = {"epoch": 3, "seconds": 200.0, "lr": 0.00123, "images_per_s": 31.4, "data_wait": 0.051}
     assert pace(row, 5) == "lr 1.23e-03, 31.4 images/s, 7 min left, 5 % waiting for data"
     assert pace(row, 3) == "lr 1.23e-03, 31.4 images/s, 5 % waiting for data"
+
+
+@pytest.mark.pictures
+def test_neighbours_are_drawn_after_the_last_epoch_in_any_case(tmp_path: Path) -> None:
+    pretrain(pretrain_options(make_images(tmp_path / "set"), tmp_path / "run", reconstruct_every=0, probe="auto"))
+    assert (tmp_path / "run" / "neighbours.png").is_file()
+    assert not (tmp_path / "run" / "reconstructions").exists()
