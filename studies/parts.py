@@ -97,7 +97,7 @@ class Part:
         values = asdict(self.options())
         cached = {"cache": True} if values["cache"] and self.kind not in FROZEN else {}  # images are smaller there
         if self.kind in FROZEN:
-            unusual = {name for name in READING if values[name] != getattr(PretrainOptions, name)}
+            unusual = (name for name in READING if values[name] != getattr(PretrainOptions, name))
             names = {*ENCODER, *unusual} if self.needs is None else set[str]()
         else:
             open_since = {name for name in LATER.get(self.kind, ()) if values[name] is None}

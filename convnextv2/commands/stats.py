@@ -21,12 +21,14 @@ from convnextv2.data.listings import walk_files
 from convnextv2.data.names import name_of
 from convnextv2.data.scenes import is_scene, scene_bands
 from convnextv2.data.sources import DataError
-from convnextv2.data.statistics import FILE, STATISTICS, BandStatistics, measure, place_of, save_statistics
-from convnextv2.outputs import check_output, is_stream
+from convnextv2.data.statistics import FILE, FORMAT, BandStatistics, measure, place_of, save_statistics
+from convnextv2.outputs import Kind, check_output, is_stream
 from convnextv2.training.pixel_options import parse_bands
 
 MOST_DRAWN = 24
 """Bands that have a histogram in the picture."""
+START = f'{{\n  "format": {FORMAT},\n  "reading": '.encode()
+STATISTICS = Kind("statistics", (".json",), lambda path: _cli.starts_with(path, START))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

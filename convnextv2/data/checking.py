@@ -80,8 +80,9 @@ def look(path: Path, wanted: Wanted = USUAL) -> Look:
                 size, gray = raster.shape[:2], _gray(raster)
             else:
                 shown: Any = load_image(path, 1, Wanted(wanted.max_pixels, least_side=2 * SIDE, pixels="photo"))
-                size = shown.size[::-1]
-                if path.suffix.lower() != ".npy":  # others may have been decoded at a reduced size
+                if path.suffix.lower() == ".npy":
+                    size = shown.size[::-1]
+                else:  # which may have been decoded at a reduced size
                     with open_image(path, wanted) as image:
                         size = image.size[::-1]
                 gray = shown.convert("L").convert("F")

@@ -21,7 +21,6 @@ from convnextv2.data.bands import bands as in_rows
 from convnextv2.data.decoding import UnreadableImageError, Wanted, is_zarr
 from convnextv2.data.rasters import Raster
 from convnextv2.files import write_json
-from convnextv2.outputs import Kind
 
 Ranges = Sequence[tuple[float, float]]
 """Least and greatest value of each band."""
@@ -242,18 +241,6 @@ def save_statistics(path: Path, found: BandStatistics, wanted: Wanted, files: Se
     """Write ``path``, atomically: what was found, how the images were read, and which files there were."""
     about = {"format": FORMAT, "reading": reading_key(wanted, len(found.bands)), "files": _fingerprint(files)}
     write_json(path, {**about, **found.about()})
-
-
-def is_ours(path: Path) -> bool:
-    """Whether a file was written by :func:`save_statistics`."""
-    try:
-        about = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(about, dict) and {"format", "reading", "files", "mean"} <= about.keys()
-
-
-STATISTICS = Kind("statistics", (".json",), is_ours)
 
 
 def place_of(data: Path) -> Path:

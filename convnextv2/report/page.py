@@ -116,8 +116,8 @@ def facts(run: Run) -> list[tuple[str, str]]:
         ("linear_top1", "linear, top-1"),
     ):
         scores = {epoch: value for epoch, value in run.values(column) if value is not None}
-        if scores:
-            epoch = (best_epoch(run, column) if column in TIES else None) or max(scores)
+        epoch = best_epoch(run, column) if column in TIES else max(scores, default=None)
+        if epoch is not None:
             told.append((name, f"{scores[epoch]:.2f} % (epoch {epoch})"))
     if (diversity := run.last("feature_diversity")) is not None:
         told.append(("feature diversity", short(diversity)))

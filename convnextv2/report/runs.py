@@ -195,8 +195,8 @@ def _classes(path: Path) -> tuple[str, ...]:
 
 
 def best_epoch(run: Run, column: str) -> int | None:
-    """The epoch that a run keeps as its best by a column of its evaluations; of equal ones by what it ranks them by."""
-    name, sign = TIES.get(column, ("", 0))
+    """The epoch that a run keeps as its best by a column of :data:`TIES`; None where it has no number."""
+    name, sign = TIES[column]
     ties = {epoch: sign * value for epoch, value in run.values(name) if value is not None}
     found = [(value, ties.get(epoch, 0.0), -epoch) for epoch, value in run.values(column) if value is not None]
     return -max(found)[2] if found else None

@@ -76,9 +76,10 @@ class Watch:
         self._pending.append((step, so_far.batches, loss, norm))
         if len(self._pending) >= self._every:
             self.read(so_far)
+        if norm is None or not self.most_skipped or torch.isfinite(norm):
+            return True
         scaler = self.accelerator.scaler
-        scaled = scaler is not None and scaler.get_scale() >= 1
-        if norm is None or not self.most_skipped or scaled or torch.isfinite(norm):
+        if scaler is not None and scaler.get_scale() >= 1:
             return True
         self.skipped += 1
         if self.skipped > self.most_skipped:
