@@ -165,14 +165,15 @@ def output_config(weights: Weights, to: Layout, original: Config | None, new: li
     the classes where none of the head is ``new``."""
     from convnextv2.models.config import ClassifierConfig
     from convnextv2.weights.reading import weights_config
+    from convnextv2.weights.stated import stated_names
 
     left_out: dict[str, Any] = {part: {} for part in ("decoder", "head") if part not in to.parts}
     kept = replace(weights, **left_out)
     if original is not None and kept.decoder:
         return original
-    found, names = weights_config(kept), original.class_names if isinstance(original, ClassifierConfig) else ()
-    if isinstance(found, ClassifierConfig) and found.num_classes == len(names) and not new:
-        return replace(found, class_names=names)
+    found = weights_config(kept)
+    if isinstance(found, ClassifierConfig) and not new:
+        return replace(found, class_names=stated_names(original, found.num_classes))
     return found
 
 

@@ -14,11 +14,11 @@ from torch import Tensor
 from convnextv2.data.transforms import DEFAULT_STATISTICS, Preprocessing
 from convnextv2.export.refusal import ExportError
 from convnextv2.models.classifier import ConvNeXtV2
-from convnextv2.models.config import ClassifierConfig, FCMAEConfig
+from convnextv2.models.config import FCMAEConfig
 from convnextv2.models.encoder import Encoder
 from convnextv2.weights.checkpoint import Checkpoint
 from convnextv2.weights.reading import Weights, read_checkpoint
-from convnextv2.weights.stated import classifier_config
+from convnextv2.weights.stated import classifier_config, stated_names
 
 MARK = "sparse-fcmae"
 """What tells a file or folder that was written here."""
@@ -91,12 +91,11 @@ def source_of(checkpoint: Checkpoint, weights: Weights | None = None) -> Source:
     stated, channels = checkpoint.config, weights.config.in_chans
     size = stated.img_size if isinstance(stated, FCMAEConfig) else (224, 224)
     known = channels in DEFAULT_STATISTICS or {"mean", "std"} <= checkpoint.metadata.keys()
-    names = stated.class_names if isinstance(stated, ClassifierConfig) else ()
     metadata = {key: value for key, value in checkpoint.metadata.items() if key not in ("weights", "layout")}
     return Source(
         network.eval().float(),
         checkpoint.preprocessing(channels, size) if known else None,
-        names if len(names) == weights.num_classes else (),
+        stated_names(stated, weights.num_classes),
         {**metadata, "converted_from": weights.layout},
     )
 

@@ -24,6 +24,12 @@ def classifier_config(encoder: EncoderConfig, head: Mapping[str, Tensor]) -> Cla
     return ClassifierConfig(encoder, classes, pooling=pooling_of(head, encoder.dims))
 
 
+def stated_names(config: Config | None, num_classes: int | None) -> tuple[str, ...]:
+    """Names of the classes of a head with so many outputs (None: no head), where a configuration states as many."""
+    names = config.class_names if isinstance(config, ClassifierConfig) else ()
+    return names if len(names) == num_classes else ()
+
+
 def stated_metadata(found: Any, config: Config | None) -> dict[str, Any]:
     """What a file says beside weights and configuration; of files of others only what JSON can hold, and no entry of a
     name of ours that stands for something else."""
