@@ -43,7 +43,8 @@ class FCMAEConvNeXt(ConvNeXt):
         patch_size: pixels a side of a patch, the total stride: 32, 16 or 8. The pyramid's strides are an eighth, a
             quarter, a half and all of it.
         output_stride: where it is below the patch size, later stages are dilated in place of striding, as in timm.
-        options: as of timm's ConvNeXt, but for its ``patch_size``, which is the stem's stride.
+        options: as of timm's ConvNeXt, but for its ``patch_size``, which is the stem's stride, and with one size of
+            kernels.
 
     Raises:
         ValueError: if a size is out of range.
@@ -51,6 +52,10 @@ class FCMAEConvNeXt(ConvNeXt):
 
     def __init__(self, patch_size: int = 32, output_stride: int = 32, **options: Any) -> None:
         kernel = options.get("kernel_sizes", 7)
+        if not isinstance(kernel, int):
+            raise ValueError(f"expected one size as kernel_sizes, for all stages, got {kernel}")
+        if patch_size != PATCH_SIZES[0] and options.get("stem_type", "patch") != "patch":
+            raise ValueError(f"the stem of type {options['stem_type']!r} is of patch size 32 alone, got {patch_size}")
         config = EncoderConfig(options["depths"], options["dims"], options.get("in_chans", 3), patch_size, kernel)
         if output_stride not in OUTPUT_STRIDES:
             raise ValueError(f"output_stride must be one of {OUTPUT_STRIDES}, got {output_stride}")
@@ -58,7 +63,7 @@ class FCMAEConvNeXt(ConvNeXt):
         super().__init__(output_stride=max(finest, OUTPUT_STRIDES[0]), norm_eps=EPS, **options)
         self.encoder_config = config
         own, size = cast(nn.Conv2d, self.stem[0]), config.stem_stride
-        if size != own.stride[0]:
+        if patch_size != PATCH_SIZES[0]:
             place = {"device": own.weight.device, "dtype": own.weight.dtype}
             stem = nn.Conv2d(own.in_channels, own.out_channels, size, size, **cast(Any, place))
             trunc_normal_(stem.weight, std=0.02)

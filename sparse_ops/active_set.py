@@ -49,7 +49,8 @@ def _kept(make: _Make) -> _Make:
     def kept(self: Any, *arguments: int) -> Tensor:
         key = (make.__name__, *arguments)
         if key not in self._tables:
-            self._tables[key] = make(self, *arguments)
+            with torch.inference_mode(False):  # else no later pass could be differentiated
+                self._tables[key] = make(self, *arguments)
         return self._tables[key]
 
     return cast(_Make, kept)
@@ -149,7 +150,7 @@ class ActiveSet:
             )
         batch_size, num_patches = mask.shape
         gh, gw = int(grid_size[0]), int(grid_size[1])
-        if gh * gw != num_patches:
+        if gh * gw != num_patches or gh < 0:
             raise ValueError(f"mask has {num_patches} patches an image, but grid_size {gh}×{gw} has {gh * gw}")
         masked = mask != 0
         if keep is not None:
@@ -166,6 +167,8 @@ class ActiveSet:
         cls, batch_size: int, grid_size: tuple[int, int], side: int = 8, device: torch.device | None = None
     ) -> ActiveSet:
         """Active set with every patch of every image visible."""
+        if min(grid_size) < 0 or batch_size < 0:
+            raise ValueError(f"a batch of {batch_size} images of {grid_size[0]}×{grid_size[1]} patches is none")
         num_patches = grid_size[0] * grid_size[1]
         flat = torch.arange(batch_size * num_patches, device=device)
         return cls(_PatchIndex(flat, batch_size, (grid_size[0], grid_size[1]), (num_patches,) * batch_size), side)
@@ -247,7 +250,7 @@ class ActiveSet:
         Large (``N·K²·8`` bytes): for the readable reference, not for fast backends.
         """
         size = (self.batch_size, *self.map_size)
-        return _around(self.coordinates, size, kernel_size // 2, self.num_cells, torch.int64)
+        return _around(self.coordinates, size, reach(kernel_size, 1), self.num_cells, torch.int64)
 
     def densify(self, x: Tensor, fill: Tensor | float = 0.0) -> Tensor:
         """Rows ``[N, C]`` placed on a dense map ``[B, H, W, C]``; other cells hold ``fill`` (a number or ``[C]``)."""

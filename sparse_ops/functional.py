@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from sparse_ops.active_set import ActiveSet
 from sparse_ops.backend import Backend, MLPCall
+from sparse_ops.checks import check_mlp
 from sparse_ops.pointwise import MLPWeights, autocast_dtype, wide_dtype
 from sparse_ops.workspace import Workspace
 
@@ -122,7 +123,7 @@ def convnext_mlp(
 
     Keeps ``x`` and the hidden layer for the backward pass and recomputes the rest: 5·C numbers a cell instead of
     about 19·C. Only for backends whose :meth:`~sparse_ops.backend.Backend.fuses_mlp` says so. Raises ValueError if
-    shapes do not fit.
+    shapes, dtypes or devices do not fit.
 
     Args:
         x: ``[N, C]``.
@@ -133,11 +134,7 @@ def convnext_mlp(
         rows: ``[M]`` int64, distinct: the rows of the output to compute, ``[M, C]``; all of them if None, ``[N, C]``.
         workspace: memory for temporaries; fresh if None.
     """
-    channels, hidden = x.shape[-1], weights.w1.shape[0]
-    expected = MLPWeights.shapes(channels, hidden)
-    found = [tuple(tensor.shape) for tensor in weights]
-    if x.dim() != 2 or found != expected:
-        raise ValueError(f"expected x [N, C] and weights {expected} for C={channels}, got {tuple(x.shape)} and {found}")
+    check_mlp(x, weights, row_offsets, backend)
     return _MLP.apply(
         backend,
         eps,

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from sparse_ops.checks import takes_patches
 from sparse_ops.grid import MLP, Grid
 from sparse_ops.pointwise import MLPWeights, pointwise_linear
 
@@ -45,17 +46,20 @@ def has_hooks(layer: nn.Module) -> bool:
 
 def _computes_as(layer: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether calling the layer does what ``kind`` does, with the weights that the layer shows."""
-    return isinstance(layer, kind) and type(layer).forward is kind.forward
+    return isinstance(layer, kind) and type(layer).forward is kind.forward and "forward" not in vars(layer)
 
 
-def conv_weights(layer: nn.Conv2d) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of a convolution that is torch's own; TypeError if it computes with more than these."""
-    if not _computes_as(layer, nn.Conv2d):
+def conv_weights(layer: nn.Conv2d, fits: Callable[[nn.Conv2d, Tensor], bool]) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of a convolution that is torch's own and one that ``fits``; TypeError if it is not."""
+    weight = layer.weight if _computes_as(layer, nn.Conv2d) else None  # once: a parametrization may compute it
+    if weight is None or not fits(layer, weight):
+        more = f"{type(layer).__name__} does more than that"
+        reason = more if weight is None else f"{layer} is none that {fits.__name__.replace('_', ' ')}"
         raise TypeError(
-            f"a sparse grid computes with the weights of a Conv2d, and {type(layer).__name__} does more than that; "
+            f"a sparse grid computes with the weights of a Conv2d, and {reason}; "
             "merge it into an ordinary layer, or run the network on a dense grid"
         )
-    return layer.weight, layer.bias
+    return weight, layer.bias
 
 
 def call_in_place_of(layer: nn.Module, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -71,7 +75,7 @@ def call_in_place_of(layer: nn.Module, function: Callable[[Tensor], Tensor], x: 
 
 def pointwise_conv(layer: nn.Conv2d, cells: Tensor) -> Tensor:
     """A 1×1 convolution of cells, channels last."""
-    weight, bias = conv_weights(layer)
+    weight, bias = conv_weights(layer, takes_patches)
     return call_in_place_of(layer, lambda cells: pointwise_linear(cells, weight, bias), cells)
 
 
@@ -83,4 +87,5 @@ def mlp_weights(layers: MLP) -> MLPWeights | None:
     if not own or act.approximate != "none":
         return None
     of_grn = grn.gamma.flatten(), grn.beta.flatten()
-    return MLPWeights(norm.weight, norm.bias, pwconv1.weight, pwconv1.bias, *of_grn, pwconv2.weight, pwconv2.bias)
+    found = norm.weight, norm.bias, pwconv1.weight, pwconv1.bias, *of_grn, pwconv2.weight, pwconv2.bias
+    return None if any(tensor is None for tensor in found) else MLPWeights(*found)

@@ -20,6 +20,7 @@ from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from sparse_ops.backend import Backend, MLPCall
+from sparse_ops.checks import keeps_size
 from sparse_ops.functional import _MLP
 from sparse_ops.grid import MLP, DenseGrid, GRNScope
 from sparse_ops.layers import has_hooks, mlp_weights
@@ -70,9 +71,10 @@ def torch_reason(name: str, device: torch.device, dtype: torch.dtype, kernel_siz
     backend = map_backend(name)
     if backend is None or backend.maps is None:
         return "torch's operators were asked for" if name == TORCH else "no backend with kernels for whole maps is here"
-    if training and dtype not in (torch.float32, torch.float64):
+    reason = backend.maps.rejects(device, dtype, kernel_size)
+    if reason is None and training and dtype not in (torch.float32, torch.float64):
         return f"{dtype} is served in evaluation only"
-    return backend.maps.rejects(device, dtype, kernel_size)
+    return reason
 
 
 def runs_on(name: str, device: torch.device, dtype: torch.dtype, kernel_size: int, training: bool) -> str:
@@ -219,11 +221,7 @@ class MapGrid(DenseGrid):
         weight, bias = layer.weight, layer.bias
         tensors = (x, weight) if bias is None else (x, weight, bias)
         size, channels = weight.shape[-1], x.shape[1]
-        usual = (
-            weight.shape == (channels, 1, size, size)
-            and (layer.groups, layer.stride, layer.dilation, layer.padding_mode) == (channels, (1, 1), (1, 1), "zeros")
-            and layer.padding in ((size // 2, size // 2), "same")
-        )
+        usual = weight.shape == (channels, 1, size, size) and keeps_size(layer, weight)
         if not usual or not self._serves(size, *tensors):
             return layer(x)
         cells, kept = self.cells(x).contiguous(), weight.contiguous()
@@ -256,7 +254,7 @@ class MapGrid(DenseGrid):
 
     def _served_weights(self, x: Tensor, layers: MLP) -> MLPWeights | None:
         """What the layers compute with, if a kernel does so in their place."""
-        weights = None if any("forward" in vars(layer) for layer in layers) else mlp_weights(layers)
+        weights = mlp_weights(layers)
         if weights is None or not self._serves(7, x, *weights):
             return None
         shapes = MLPWeights.shapes(x.shape[1], weights.w1.shape[0])

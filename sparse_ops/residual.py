@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from sparse_ops.active_set import ActiveSet
 from sparse_ops.backend import Backend
+from sparse_ops.checks import keeps_size
 from sparse_ops.grid import MLP, GRNScope
 from sparse_ops.layers import conv_weights, has_hooks, mlp_weights
 from sparse_ops.pointwise import MLPWeights, autocast_dtype
@@ -140,7 +141,7 @@ def fused_block(
     """
     if not isinstance(backend, BlockBackend):
         return None
-    (weight, bias), weights, cast = conv_weights(dwconv), mlp_weights(mlp), autocast_dtype(x.device)
+    (weight, bias), weights, cast = conv_weights(dwconv, keeps_size), mlp_weights(mlp), autocast_dtype(x.device)
     dtype = cast or x.dtype
     if weights is None or not drop_path.idle or has_hooks(drop_path) or has_hooks(dwconv):
         return None

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from sparse_ops import functional
 from sparse_ops.active_set import ActiveSet
 from sparse_ops.backend import Backend
+from sparse_ops.checks import keeps_size, takes_patches
 from sparse_ops.grid import MLP, Grid, GRNScope
 from sparse_ops.layers import call_in_place_of, conv_weights, mlp_weights
 from sparse_ops.pointwise import autocast_dtype, pointwise_linear
@@ -51,18 +52,18 @@ class SparseGrid(Grid):
         return backend.native_grid(self.active, self.grn_scope) or SparseGrid(self.active, backend, self.grn_scope)
 
     def stem(self, layer: nn.Conv2d, images: Tensor) -> Tensor:
-        weight, bias = conv_weights(layer)
+        weight, bias = conv_weights(layer, takes_patches)
         return call_in_place_of(
             layer, lambda images: pointwise_linear(self.active.gather_patches(images), weight, bias), images
         )
 
     def depthwise(self, layer: nn.Conv2d, x: Tensor) -> Tensor:
-        weight, bias = conv_weights(layer)
+        weight, bias = conv_weights(layer, keeps_size)
         backend = self.serving(autocast_dtype(x.device) or x.dtype, weight.shape[-1])
         return call_in_place_of(layer, lambda x: functional.depthwise_conv(x, weight, bias, self.active, backend), x)
 
     def downsample(self, layer: nn.Conv2d, x: Tensor) -> Tensor:
-        weight, bias = conv_weights(layer)
+        weight, bias = conv_weights(layer, takes_patches)
         # Four consecutive rows are one 2×2 group in the order (0,0), (0,1), (1,0), (1,1): see morton_coordinates.
         return call_in_place_of(
             layer, lambda x: pointwise_linear(x.reshape(-1, 4 * x.shape[1]), weight.permute(0, 2, 3, 1), bias), x

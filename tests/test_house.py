@@ -48,6 +48,7 @@ NEW_BELOW = [
     "conformance_block.py",
     "conformance_maps.py",
     "residual.py",
+    "checks.py",
     "map_grid.py",
     "map_kernels.py",
     "backends/cpu/maps.py",

@@ -81,7 +81,7 @@ def parse_arguments() -> argparse.Namespace:
         "such a .pth says nothing of the images and classes, and is replaced with --overwrite",
     )
     parser.add_argument(
-        "--seed", type=int, default=0, help="of the fresh head, and of the image and mask of --verify (0)"
+        "--seed", type=_cli.seed, default=0, help="of the fresh head, and of the image and mask of --verify (0)"
     )
     parser.add_argument(
         "--verify",

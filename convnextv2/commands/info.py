@@ -55,9 +55,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("model", metavar="NAME", help=text)
     parser.add_argument("--fcmae", action="store_true", help="the masked autoencoder of a variant, not its classifier")
     parser.add_argument("--img-size", type=_cli.image_size, help="pixels, 224 or 192x256; default: 224, or the model's")
-    parser.add_argument("--patch-size", type=_cli.positive_int, default=32, help="of a variant: 32, 16 or 8")
-    parser.add_argument("--in-chans", type=_cli.positive_int, default=3, help="channels of a variant's images")
-    parser.add_argument("--num-classes", type=int, default=1000, help="outputs of a variant's head; 0: no head")
+    text = "of a variant: 32, 16 or 8; default: 32"
+    parser.add_argument("--patch-size", type=_cli.positive_int, help=text)
+    parser.add_argument("--in-chans", type=_cli.positive_int, help="channels of a variant's images; default: 3")
+    parser.add_argument("--num-classes", type=int, help="outputs of a variant's head; 0: no head; default: 1000")
     parser.add_argument("--mask-ratio", type=float, help="of pre-training; default: the model's, 0.6")
     parser.add_argument("--layers", action="store_true", help="list single layers instead of blocks")
     parser.add_argument("--json", action="store_true", help="all of it as JSON, on standard output")
@@ -68,6 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from convnextv2.weights.figures import beside
 
     network = build(options)
+    refuse_unused(parser, options, network)
     masked = isinstance(network.model, FCMAE)
     if options.mask_ratio is not None and not (masked or network.pretrains):
         parser.error("--mask-ratio is for a masked autoencoder; a classifier masks nothing (see --fcmae)")
@@ -93,6 +95,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     _cli.say(f"one image of {height}×{width} pixels: {parameters:,} parameters, {work / 1e9:.3g} G multiply-adds")
 
 
+def refuse_unused(parser: argparse.ArgumentParser, options: argparse.Namespace, network: Network) -> None:
+    """End the program if an option says what the network that was named has settled."""
+    from convnextv2 import FCMAE
+
+    shape = "fcmae", "patch_size", "in_chans", "num_classes"
+    masked = isinstance(network.model, FCMAE)
+    for name in shape[3 if masked else 4 :] if network.pretrains else shape:
+        if getattr(options, name) not in (None, False):
+            kind = "a masked autoencoder" if network.pretrains else "a checkpoint, which says what it is"
+            parser.error(f"--{name.replace('_', '-')} is not for {kind}")
+
+
 def build(options: argparse.Namespace) -> Network:
     """The network asked for, without memory for its weights."""
     import torch
@@ -112,7 +126,7 @@ def build(options: argparse.Namespace) -> Network:
     if file is None and (path.suffix or len(path.parts) > 1):
         raise CheckpointError(f"{path}: no such checkpoint")
     variant = options.model if file is None else file.variant
-    encoder = encoder_config(variant, in_chans=options.in_chans, patch_size=options.patch_size)
+    encoder = encoder_config(variant, in_chans=options.in_chans or 3, patch_size=options.patch_size or 32)
     size = options.img_size or ((224, 224) if file is None else (file.resolution, file.resolution))
     known = published_of(encoder)
     if file is not None and file.flops is not None:
@@ -121,7 +135,8 @@ def build(options: argparse.Namespace) -> Network:
         if options.fcmae or (file is not None and file.kind == "fcmae"):
             ratio = MASK_RATIO if options.mask_ratio is None else options.mask_ratio
             return Network(create_fcmae(encoder, img_size=size, mask_ratio=ratio), size, known, True)
-        return Network(create_model(encoder, num_classes=options.num_classes), size, known, True)
+        classes = 1000 if options.num_classes is None else options.num_classes
+        return Network(create_model(encoder, num_classes=classes), size, known, True)
 
 
 def of_checkpoint(given: str) -> FCMAE | ConvNeXtV2:

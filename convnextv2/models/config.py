@@ -45,7 +45,7 @@ class EncoderConfig:
             object.__setattr__(self, name, value)
             if len(value) != NUM_STAGES or not all(_is_count(v) for v in value):
                 raise ValueError(f"{name} must be four positive integers, got {value}")
-        if self.patch_size not in PATCH_SIZES:
+        if not _is_count(self.patch_size) or self.patch_size not in PATCH_SIZES:
             raise ValueError(f"patch_size must be one of {PATCH_SIZES}, got {self.patch_size}")
         if not _is_count(self.in_chans):
             raise ValueError(f"in_chans must be at least 1, got {self.in_chans}")
@@ -151,7 +151,7 @@ def check_image_size(size: tuple[int, ...], patch_size: int, *, dense: bool = Fa
         raise ValueError(
             f"image size {size[0]} × {size[1]} is smaller than the patch size {patch_size}, the network's total stride"
         )
-    if len(size) != 2 or (not dense and any(s < 1 or s % patch_size for s in size)):
+    if len(size) != 2 or (not dense and any(isinstance(s, float) or s < 1 or s % patch_size for s in size)):
         near = tuple(max(1, round(s / patch_size)) * patch_size for s in size)
         raise ValueError(
             f"image size {' × '.join(map(str, size))} is not divisible by the patch size {patch_size}; "
@@ -216,7 +216,7 @@ def config_from_dict(data: Mapping[str, Any]) -> EncoderConfig | FCMAEConfig | C
         raise ValueError(f"{kind} has no field {', '.join(sorted(unknown))}; written by a newer version?")
     try:
         if "encoder" in values:
-            values["encoder"] = config_from_dict({"kind": "EncoderConfig", **values["encoder"]})
+            values["encoder"] = config_from_dict({**values["encoder"], "kind": "EncoderConfig"})
         if not 0 <= values.get("mask_ratio", 0) <= 1:
             raise ValueError(f"mask_ratio must be between 0 and 1, got {values['mask_ratio']}")
         return cls(**values)

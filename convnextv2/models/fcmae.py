@@ -94,8 +94,8 @@ class FCMAE(Recomputing):
             ratio = self.config.mask_ratio if mask_ratio is None else mask_ratio
             keep = keep_count(gh * gw, ratio)  # in every image: known without a look at the mask
             mask = random_mask(batch, gh * gw, ratio, generator=generator, noise=noise, device=images.device)
-        elif mask_ratio is not None:
-            raise ValueError("give a mask or a mask_ratio, not both")
+        elif any(given is not None for given in (mask_ratio, noise, generator)):
+            raise ValueError("give a mask or a mask_ratio, generator or noise to draw one with, not both")
         elif tuple(mask.shape) not in ((batch, gh, gw), (batch, gh * gw)):
             expected = f"a mask [{batch}, {gh * gw}] for a patch grid of {gh}×{gw}"
             raise ValueError(f"expected {expected}, got {tuple(mask.shape)}")
@@ -111,7 +111,8 @@ class FCMAE(Recomputing):
     def _backends(self, device: torch.device) -> tuple[Backend, Backend]:
         """Those of the encoder and the decoder, warmed up for a step, which they do once."""
         config, dtype = self.config, autocast_dtype(device) or self.mask_token.dtype
-        decoder_kernel = self.decoder[0].get_parameter("dwconv.weight").shape[-1]
+        block: Any = self.decoder[0]
+        decoder_kernel = block.dwconv.kernel_size[0]
         parts = (config.encoder.stages, config.encoder.kernel_size), ([(1, config.decoder_dim)], decoder_kernel)
         found = [resolve_backend(self.backend, device, dtype, kernel_size) for _, kernel_size in parts]
         if not torch.compiler.is_compiling():

@@ -24,7 +24,12 @@ def valid_loss(pred: Tensor, images: Tensor, valid: Tensor, hidden: ActiveSet, e
         hidden: the masked patches.
         eps: of the normalisation of targets by mean and unbiased variance of the pixels with data of a patch; None for
             targets that are not normalised.
+
+    Raises:
+        ValueError: if ``valid`` is of another shape than the images.
     """
+    if valid.shape != images.shape:
+        raise ValueError(f"expected `valid` {tuple(images.shape)}, as the images, got {tuple(valid.shape)}")
 
     def rows(values: Tensor) -> Tensor:
         patches, channels = hidden.gather_patches(values).float(), values.shape[1]

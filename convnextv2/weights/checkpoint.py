@@ -28,7 +28,7 @@ from convnextv2.data.transforms import Preprocessing, preprocessing_from_metadat
 from convnextv2.files import atomic_path, finite
 from convnextv2.models.config import config_from_dict, config_to_dict
 from convnextv2.weights.beside import about_folder
-from convnextv2.weights.guard import DEEPEST, SUFFIXES, CheckpointError, check_state, check_zip, plain
+from convnextv2.weights.guard import COMPILED, DEEPEST, SUFFIXES, CheckpointError, check_state, check_zip, plain
 from convnextv2.weights.names import published, resolve_path
 from convnextv2.weights.old_format import check_old_format
 from convnextv2.weights.stated import Config, stated_metadata
@@ -182,7 +182,7 @@ def _find_state(content: Any, path: Path) -> tuple[Mapping[str, Any], str | None
 
 def clean_state_dict(state: Mapping[str, Any]) -> dict[str, Tensor]:
     """Names without the prefixes of wrappers: ``module.`` (data parallel, EMA) and ``_orig_mod.`` (torch.compile)."""
-    result = {name.replace("_orig_mod.", ""): value for name, value in state.items() if name != "n_averaged"}
+    result = {name.replace(COMPILED, ""): value for name, value in state.items() if name != "n_averaged"}
     while result and all(name.startswith("module.") for name in result):
         result = {name.removeprefix("module."): value for name, value in result.items()}
     return result

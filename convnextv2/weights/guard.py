@@ -104,6 +104,10 @@ def _check_name(name: str, path: Path, harmless: re.Pattern[str]) -> None:
         )
 
 
+COMPILED = "_orig_mod."
+"""What torch.compile adds to names."""
+
+
 def check_state(state: Mapping[Any, Any], size: int) -> None:
     """Refuse what is no plain tensor of numbers that are all in the file, of ``size`` bytes.
 
@@ -114,6 +118,9 @@ def check_state(state: Mapping[Any, Any], size: int) -> None:
 
     if len(state) > MOST_ENTRIES:
         raise CheckpointError(f"holds {len(state):,} tensors, more than any network of ours has")
+    plain_names = {str(name).replace(COMPILED, "") for name in state}
+    if len(plain_names) < len(state):
+        raise CheckpointError(f"holds weights of the same name with and without {COMPILED}; keep one of the two sets")
     seen, left = set[int](), size
     for name, value in state.items():
         if not isinstance(name, str):

@@ -21,7 +21,7 @@ def _without_numbers(name: str, **options: Any) -> Any:
     import timm
     from accelerate import init_empty_weights
 
-    with init_empty_weights():  # not torch's meta device: timm 1.0.15 takes drop rates out of a tensor
+    with init_empty_weights():  # not torch's meta device: older timm takes drop rates out of a tensor
         return timm.create_model(name, **options)
 
 
@@ -92,7 +92,11 @@ def load_timm(state_dict: Mapping[str, Tensor], config: EncoderConfig, **options
 
 
 def timm_loading(state_dict: Mapping[str, Tensor], config: EncoderConfig, path: str) -> list[str]:
-    """A layout's ``loading`` for timm; raises what :func:`load_timm` does."""
+    """A layout's ``loading`` for timm; raises what :func:`load_timm` does, and CheckpointError for another pooling."""
+    if "head.norm.weight" in state_dict and len(state_dict["head.norm.weight"]) != config.dims[-1]:
+        raise CheckpointError(
+            "timm pools by the mean alone, and this classifier does not; leave its head out, or export it"
+        )
     load_timm({key: value.to("meta") for key, value in state_dict.items()}, config)
     name, options = _call(state_dict, config)
     shown = ", ".join(f"{key}={value!r}" for key, value in {**options, "checkpoint_path": path}.items())

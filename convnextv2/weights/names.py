@@ -46,11 +46,15 @@ def resolve_path(given: str | os.PathLike[str]) -> Path:
         OSError: if the cache cannot be read or written.
     """
     path, text = Path(given), os.fspath(given)
+    if not text:
+        raise CheckpointError("no such file or folder: the path of the checkpoint is empty")
     # Of os.path, which do not raise, as Path's do, for what is too long for a path.
     if os.path.isfile(path):  # noqa: PTH113
         return path
     if os.path.isdir(path):  # noqa: PTH112
         return _in_folder(path)
+    if os.path.exists(path):  # noqa: PTH110
+        raise CheckpointError(f"{shown(text)}: is not a regular file")
     text = SPOILT.sub(r"\1://", text)
     scheme = scheme_of(text)
     try:

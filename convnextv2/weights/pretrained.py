@@ -14,7 +14,7 @@ from convnextv2.models.config import VARIANTS, ClassifierConfig, EncoderConfig, 
 from convnextv2.models.pooling import pooling_of
 from convnextv2.weights.checkpoint import Checkpoint, load_checkpoint
 from convnextv2.weights.loading import init_classifier
-from convnextv2.weights.reading import read_checkpoint
+from convnextv2.weights.reading import Weights, read_checkpoint
 from convnextv2.weights.zoo import PUBLISHED
 
 _logger = logging.getLogger(__name__)
@@ -42,8 +42,8 @@ def create_model(
     pretrained: bool | str | os.PathLike[str] = False,
     num_classes: int | None = None,
     drop_path_rate: float = 0.0,
-    in_chans: int = 3,
-    patch_size: int = 32,
+    in_chans: int | None = None,
+    patch_size: int | None = None,
     head_init_scale: float = 1.0,
     backend: str = "auto",
 ) -> ConvNeXtV2:
@@ -57,7 +57,8 @@ def create_model(
             ``num_classes`` outputs; else the head is fresh, which is logged as a warning.
         num_classes: outputs of the head; 0 for none. Left out: as many as the checkpoint's head has, else 1000.
         head_init_scale: of a fresh head, as :class:`~convnextv2.models.config.ClassifierConfig`.
-        drop_path_rate, in_chans, patch_size: as ``EncoderConfig``; taken from a configuration where one is given.
+        drop_path_rate: as ``EncoderConfig``; taken from a configuration where one is given.
+        in_chans, patch_size: likewise; left out they are the checkpoint's, and 3 and 32 without one.
         backend: of the blocks on a processor: ``auto``, ``torch`` or ``cpu``, as :class:`ConvNeXtV2`.
 
     Raises:
@@ -75,22 +76,26 @@ def create_model(
                 f"{name!r} names weights: say `pretrained`=True, or name its network {PUBLISHED[name].variant!r}"
             )
         source, name = name, PUBLISHED[name].variant
-    encoder = encoder_config(name, drop_path_rate=drop_path_rate, in_chans=in_chans, patch_size=patch_size)
+    asked = {"in_chans": in_chans, "patch_size": patch_size}
+    given: dict[str, Any] = {key: value for key, value in asked.items() if value is not None}
+    encoder = encoder_config(name, drop_path_rate=drop_path_rate, **given)
     if source is False:
         classes = 1000 if num_classes is None else num_classes
         return classifier.create_model(encoder, num_classes=classes, head_init_scale=head_init_scale, backend=backend)
     if isinstance(source, bool):
         source = default_weights(variant_name(encoder) or "a custom network")
-    return _from_checkpoint(
-        load_checkpoint(source), ClassifierConfig(encoder, 1, head_init_scale), num_classes, backend
-    )
+    checkpoint = load_checkpoint(source)
+    weights = read_checkpoint(checkpoint)
+    if isinstance(name, str):
+        own = {"in_chans": weights.config.in_chans, "patch_size": weights.config.patch_size}
+        encoder = replace(encoder, **{**own, **given})
+    return _from_checkpoint(checkpoint, weights, ClassifierConfig(encoder, 1, head_init_scale), num_classes, backend)
 
 
 def _from_checkpoint(
-    checkpoint: Checkpoint, config: ClassifierConfig, num_classes: int | None, backend: str
+    checkpoint: Checkpoint, weights: Weights, config: ClassifierConfig, num_classes: int | None, backend: str
 ) -> ConvNeXtV2:
     """The classifier with the checkpoint's weights, and with its head where that has as many outputs."""
-    weights = read_checkpoint(checkpoint)
     classes = (weights.num_classes or 1000) if num_classes is None else num_classes
     config = replace(config, num_classes=classes)
     if weights.head and classes in (0, weights.num_classes):

@@ -166,11 +166,6 @@ def read_weights(state_dict: Mapping[str, Tensor]) -> Weights:
     return Weights(layout, config, encoder, decoder, head, names, bool(narrow))
 
 
-def infer_config(state_dict: Mapping[str, Tensor]) -> Config:
-    """:func:`weights_config` of what :func:`read_weights` reads; raises what that does."""
-    return weights_config(read_weights(state_dict))
-
-
 def weights_config(weights: Weights) -> Config:
     """Configuration of a network with these: an FCMAEConfig if there is a decoder (image size and mask ratio are
     not in the weights: 7×7 patches and 0.6), a ClassifierConfig if there is a final norm, else an EncoderConfig."""

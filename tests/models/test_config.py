@@ -67,6 +67,7 @@ def test_variant_names():
         ({"dims": (8, 8, 8, 8.5)}, "dims must be four positive integers"),
         ({"patch_size": 4}, "patch_size must be one of"),
         ({"patch_size": 24}, "patch_size must be one of"),
+        ({"patch_size": 16.0}, "patch_size must be one of"),
         ({"in_chans": 0}, "in_chans must be at least 1"),
         ({"kernel_size": 6}, "kernel_size must be odd"),
         ({"drop_path_rate": 1.0}, "drop_path_rate"),
@@ -89,6 +90,7 @@ def test_a_patch_is_eight_cells_after_the_stem(patch, stride):
         ({"img_size": (224, 220)}, "224 × 220 is not divisible by the patch size 32; the nearest that is: 224 × 224"),
         ({"img_size": (0, 32)}, "not divisible"),
         ({"img_size": (102400, 102400)}, "image size 102400 × 102400 is of more than 67,108,864 pixels"),
+        ({"img_size": (32.0, 32.0)}, "not divisible"),
         ({"img_size": (1, 1)}, "the nearest that is: 32 × 32"),
         ({"decoder_depth": 0}, "decoder_depth and decoder_dim must be positive"),
         ({"decoder_dim": 0}, "decoder_depth and decoder_dim must be positive"),
@@ -139,6 +141,12 @@ def test_foreign_configurations_are_refused(change, message):
     del data["dims"]
     with pytest.raises(ValueError, match=r"incomplete EncoderConfig|unknown|no field"):
         config_from_dict(data)
+
+
+def test_an_encoder_is_no_other_configuration():
+    data = config_to_dict(ClassifierConfig(encoder_config("atto"), 2))
+    with pytest.raises(ValueError, match="EncoderConfig has no field"):
+        config_from_dict({**data, "encoder": data})
 
 
 def test_scopes_of_grn_are_those_of_the_operations() -> None:

@@ -12,7 +12,7 @@ from torch import nn
 
 from convnextv2 import ClassifierConfig, ConvNeXtV2, create_model
 from convnextv2.weights import load_model, save_checkpoint
-from convnextv2.weights.layouts import foreign_name
+from convnextv2.weights.layouts import get_layout
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def pair() -> tuple[ConvNeXtV2, nn.Module]:
 @pytest.mark.parametrize("coarse", [False, True])
 def test_layers_are_grouped_as_timm_groups_its_own(pair: tuple[ConvNeXtV2, nn.Module], coarse: bool) -> None:
     ours, theirs = (group_parameters(model, model.group_matcher(coarse), reverse=True) for model in pair)
-    assert {foreign_name(name, "timm"): layer for name, layer in ours.items()} == theirs
+    assert {get_layout("timm").name_of(name): layer for name, layer in ours.items()} == theirs
     assert len(set(ours.values())) == (6 if coarse else 10)
 
 
@@ -38,7 +38,7 @@ def test_timms_optimizer_gives_every_parameter_the_rate_and_decay_of_timms_own(
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         groups = create_optimizer_v2(model, "adamw", weight_decay=0.05, layer_decay=0.5).param_groups
         found.append({names[id(p)]: (g["lr_scale"], g["weight_decay"]) for g in groups for p in g["params"]})
-    ours, theirs = {foreign_name(name, "timm"): value for name, value in found[0].items()}, found[1]
+    ours, theirs = {get_layout("timm").name_of(name): value for name, value in found[0].items()}, found[1]
     assert ours == theirs
     assert pair[0].no_weight_decay() == {name for name, _ in pair[0].named_parameters() if "grn" in name}
     assert ours["stages.0.blocks.0.mlp.grn.weight"][1] == 0

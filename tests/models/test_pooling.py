@@ -17,7 +17,7 @@ from convnextv2.models.pooling import maps_of, pool
 from convnextv2.weights.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from convnextv2.weights.loaders import load_timm, official_loading
 from convnextv2.weights.loading import init_classifier, load_model
-from convnextv2.weights.reading import infer_config, read_weights, write_layout
+from convnextv2.weights.reading import read_weights, weights_config, write_layout
 from sparse_ops.grid import DenseGrid
 
 CONFIG = ClassifierConfig(tiny_config(), 5, pooling="mean_std")
@@ -114,7 +114,7 @@ def test_files_of_the_published_pooling_are_as_before() -> None:
 
 def test_other_projects_have_no_such_head(model: ConvNeXtV2) -> None:
     weights = read_weights(model.state_dict())
-    assert infer_config(model.state_dict()) == model.config
+    assert weights_config(read_weights(model.state_dict())) == model.config
     with pytest.raises(CheckpointError, match="does not take the weights"):
         load_timm(write_layout(weights, "timm"), weights.config)
     lines = official_loading(write_layout(weights, "official-dense"), weights.config, "x.safetensors")

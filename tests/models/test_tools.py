@@ -1,6 +1,7 @@
 """Tools that call layers find them: hooks, summaries, FLOP counters, feature extractors, adapters, transforms."""
 
 import copy
+import re
 
 import pytest
 import timm
@@ -186,6 +187,75 @@ def test_adapters_on_a_sparse_grid_are_trained_or_refused(backend):
         with pytest.raises(TypeError, match="AdaptedConv does more than that"):
             model(torch.randn(2, 3, 64, 64))
         setattr(place, name, own)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_forward_of_a_layer_of_its_own_is_called_or_refused(backend):
+    model = create_fcmae(tiny_config(), img_size=64, backend=backend)
+    block, called = model.encoder.stages[0][0], []
+    linear = block.pwconv1.forward
+    block.pwconv1.forward = lambda x: (called.append(1), linear(x))[1]
+    model(torch.randn(2, 3, 64, 64))
+    assert called == [1]
+    block.dwconv.forward = own = lambda x: x
+    block.dwconv.register_forward_hook(lambda *seen: None)
+    with pytest.raises(TypeError, match="Conv2d does more than that"):
+        model(torch.randn(2, 3, 64, 64))
+    assert block.dwconv.forward is own
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_convolutions_of_another_geometry_are_refused_on_a_sparse_grid(backend):
+    model = create_fcmae(tiny_config(), img_size=64, backend=backend)
+    (stem, reduce, *_), block = model.encoder.downsample_layers, model.encoder.stages[0][0]
+    usual = {"groups": 8, "padding": 3}
+    unusual = (
+        {"dilation": 2, "padding": 6},
+        {"stride": 2},
+        {"padding": 0},
+        {"padding_mode": "circular"},
+        {"groups": 1},
+    )
+    cases = [(block, "dwconv", nn.Conv2d(8, 8, 7, **{**usual, **changes})) for changes in unusual]
+    cases += [(reduce, "1", nn.Conv2d(8, reduce[1].out_channels, 2, 1)), (stem, "0", nn.Conv2d(3, 8, 4, 2))]
+    for place, name, layer in cases:
+        own = getattr(place, name)
+        setattr(place, name, layer)
+        with pytest.raises(TypeError, match=re.escape(f"{layer} is none that")):
+            model(torch.randn(2, 3, 64, 64))
+        setattr(place, name, own)
+    block.dwconv = nn.Conv2d(8, 8, 7, **{**usual, "padding": "same"})
+    model(torch.randn(2, 3, 64, 64)).loss.backward()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda block: setattr(block, "pwconv1", nn.Linear(8, 32, bias=False)),
+        lambda block: setattr(block, "norm", nn.LayerNorm(8, eps=1e-6, elementwise_affine=False)),
+        lambda block: setattr(block, "norm", nn.LayerNorm(8, eps=1e-6, bias=False)),
+    ],
+)
+def test_layers_without_some_weights_run_on_a_sparse_grid(backend, change):
+    encoder = Encoder(tiny_config(patch_size=16))
+    change(encoder.stages[0][0])
+    encoder.double()
+    images = images_for(VISIBLE, dtype=torch.float64)
+    oracle = MaskedDenseGrid(VISIBLE, dtype=torch.float64)
+    expected = as_rows(encoder(images, oracle), oracle, VISIBLE, 1)
+    torch.testing.assert_close(encoder(images, sparse_grid(backend)), expected)
+
+
+def test_functional_calls_and_parametrizations_reach_the_decoder():
+    model = create_fcmae(tiny_config(), img_size=64)
+    images, noise = torch.randn(2, 3, 64, 64), torch.rand(2, 4)
+    expected = model(images, noise=noise).loss
+    weights = {name: value.detach() for name, value in model.named_parameters()}
+    found = torch.func.functional_call(model, weights, (images,), {"noise": noise}).loss
+    torch.testing.assert_close(found, expected)
+    weight_norm(model.decoder[0].dwconv)
+    torch.testing.assert_close(model(images, noise=noise).loss, expected)
 
 
 @pytest.mark.parametrize(

@@ -82,16 +82,19 @@ def test_the_dense_network_is_compared_with_timm(tmp_path):
 
 def test_epochs_are_measured_against_the_step(image_folder, tmp_path):
     photos = image_folder({"": 9}, name="photos")
-    options = "--images", 9, "--batch-size", 4, "--img-size", 64, "--repeats", 1, "--workers", 0
+    options = "--images", 9, "--batch-size", 2, "--turn", 2, "--img-size", 64, "--repeats", 1, "--workers", 1
     done = run("epoch.py", photos, *options, "--ways", "files", "cache", "--json", tmp_path / "out.json")
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "out.json").read_text())
     assert report["options"]["data"] == str(Path(*photos.parts[-2:]))  # no folder of somebody
     assert [(row["way"], row["images"]) for row in report["results"]] == [("files", 8), ("cache", 8)]
     for row in report["results"]:
-        (pace,), (step,) = row["epoch_images_per_s"], row["step_images_per_s"]
-        assert row["ratio"] == pytest.approx(pace / step)
-        assert row["first_ratio"] == pytest.approx(row["first_epoch_images_per_s"][0] / step)
+        paces = zip(row["loaded_images_per_s"], row["bare_images_per_s"], strict=True)
+        ratios = [loaded / bare for loaded, bare in paces]
+        assert len(ratios) == 2  # of the second epoch
+        assert row["ratio"] == pytest.approx(sum(ratios) / 2, rel=1e-2)
+        assert row["ratio_se"] == pytest.approx(abs(ratios[0] - ratios[1]) / 2, abs=2e-2)
+        assert row["first_ratio"] > 0
     done = run("epoch.py", photos, *options[2:], "--images", 12)
     assert done.returncode == 1
     assert done.stderr.endswith("expected 12 images, found 9; say --images\n")

@@ -1,4 +1,6 @@
 import json
+import os
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -203,6 +205,10 @@ def test_a_size_that_cannot_be_masked_is_told(script: Any) -> None:
         (["atto", "--mask-ratio", "0.5", "--img-size", "100"], "divisible"),
         (["convnextv2_atto_1k_384_ema"], "unknown model"),
         (["atto", "--num-classes", "-1"], "num_classes"),
+        (["convnextv2_atto_1k_224_fcmae", "--num-classes", "3"], "--num-classes is not for a masked autoencoder"),
+        (["atto", "--fcmae", "--num-classes", "3"], "--num-classes is not for a masked autoencoder"),
+        ([""], "no such file"),
+        ([os.devnull], "is not a regular file"),
     ],
 )
 def test_errors(script: Any, arguments: list[str], word: str) -> None:

@@ -268,6 +268,11 @@ def _not_only_tensors(folder: Path) -> Path:
     return folder / "a.pth"
 
 
+def _two_of_a_name(folder: Path) -> Path:
+    torch.save({"weight": torch.ones(1), "_orig_mod.weight": torch.zeros(1)}, folder / "a.pth")
+    return folder / "a.pth"
+
+
 def _no_tensors(folder: Path) -> Path:
     save_checkpoint(folder / "a.safetensors", {}, None)
     return folder / "a.safetensors"
@@ -287,6 +292,7 @@ def _no_tensors(folder: Path) -> Path:
         (_a_number, "holds no weights"),
         (_not_only_tensors, "'version' in the state dict is str"),
         (_no_tensors, "holds no weights"),
+        (_two_of_a_name, "of the same name with and without _orig_mod"),
     ],
 )
 def test_unusable_files_get_one_clear_line(tmp_path, make, message):

@@ -150,7 +150,7 @@ def test_transformers_names():
 def test_every_tensor_has_a_name_of_its_own_in_every_layout():
     names = {"encoder": list(Encoder(ENCODER).state_dict()), "head": ["norm.weight", "norm.bias", "head.weight"]}
     for layout in layouts.LAYOUTS:
-        foreign = [layouts.foreign_name(name, layout) for name in itertools.chain(*names.values())]
+        foreign = [layouts.get_layout(layout).name_of(name) for name in itertools.chain(*names.values())]
         assert len(set(foreign)) == len(foreign)
 
 

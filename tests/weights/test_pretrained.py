@@ -11,6 +11,7 @@ from serving import folder_server
 
 import convnextv2
 from convnextv2 import ClassifierConfig, ConvNeXtV2, EncoderConfig, create_fcmae, create_model
+from convnextv2.models.config import encoder_config
 from convnextv2.weights import save_checkpoint, zoo
 from convnextv2.weights.checkpoint import CheckpointError
 from convnextv2.weights.pretrained import default_weights
@@ -110,6 +111,17 @@ def test_a_pretraining_gives_the_encoder(tmp_path, caplog):
     assert made.head.out_features == 1000
     assert torch.equal(made.stages[0][0].dwconv.weight, fcmae.encoder.stages[0][0].dwconv.weight)
     assert ["freshly initialised: norm, head" in line for line in caplog.messages] == [True]
+
+
+def test_patch_size_and_channels_are_the_files_unless_asked_for(tmp_path):
+    small = create_model("convnextv2_atto", patch_size=8, in_chans=1, num_classes=3)
+    save_checkpoint(tmp_path / "best.safetensors", small, small.config)
+    made = create_model("convnextv2_atto", pretrained=tmp_path)
+    assert made.config == small.config
+    assert torch.equal(made.downsample_layers[0][0].weight, small.downsample_layers[0][0].weight)
+    adapted = create_model("convnextv2_atto", pretrained=tmp_path, in_chans=3).config.encoder
+    assert (adapted.patch_size, adapted.in_chans) == (8, 3)
+    assert create_model("convnextv2_atto").config.encoder == encoder_config("convnextv2_atto")
 
 
 @pytest.mark.parametrize("pooling", ["mean_std", "stages"])

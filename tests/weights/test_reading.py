@@ -7,16 +7,16 @@ from weights_helpers import ENCODER, fcmae, randomise, same, sparse_official
 from convnextv2 import FCMAEConfig, create_model
 from convnextv2.models.config import ClassifierConfig
 from convnextv2.weights.checkpoint import Checkpoint, CheckpointError
-from convnextv2.weights.reading import encoder_state_dict, infer_config, read_weights, write_layout
+from convnextv2.weights.reading import encoder_state_dict, read_weights, weights_config, write_layout
 
 
 def test_published_encoder_and_classifier_layouts():
     classifier = randomise(create_model(ENCODER, num_classes=5))
     state = classifier.state_dict()
-    assert infer_config(state) == ClassifierConfig(ENCODER, 5)
+    assert weights_config(read_weights(state)) == ClassifierConfig(ENCODER, 5)
     encoder = {name: value for name, value in state.items() if name.split(".")[0] not in ("norm", "head")}
-    assert infer_config(encoder) == ENCODER
-    assert isinstance(infer_config(fcmae().state_dict()), FCMAEConfig)
+    assert weights_config(read_weights(encoder)) == ENCODER
+    assert isinstance(weights_config(read_weights(fcmae().state_dict())), FCMAEConfig)
     assert same(encoder_state_dict(Checkpoint(state)), encoder)
     assert same(write_layout(read_weights(state), "official-dense"), state)
 
@@ -46,7 +46,7 @@ def test_half_a_head_is_an_error(name):
 
 def test_norm_without_head_is_allowed():
     state = create_model(ENCODER, num_classes=0).state_dict()
-    assert infer_config(state) == ClassifierConfig(ENCODER, 0)
+    assert weights_config(read_weights(state)) == ClassifierConfig(ENCODER, 0)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

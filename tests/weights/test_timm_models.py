@@ -37,6 +37,18 @@ def path(tmp_path) -> str:
     return str(tmp_path / "checkpoint.safetensors")
 
 
+def test_stems_of_other_types_are_timms_or_refused():
+    own, theirs = (
+        timm.create_model(name, features_only=True, stem_type="overlap").feature_info.reduction()
+        for name in (ATTO, "convnextv2_atto")
+    )
+    assert own == theirs
+    with pytest.raises(ValueError, match="'overlap' is of patch size 32 alone, got 16"):
+        timm.create_model(f"{ATTO}_patch16", stem_type="overlap")
+    with pytest.raises(ValueError, match="one size as kernel_sizes"):
+        timm.create_model(ATTO, kernel_sizes=(3, 5, 7, 7))
+
+
 def test_names_are_registered():
     assert timm.is_model(ATTO)
     assert set(timm.list_models("fcmae_*")) == {

@@ -36,11 +36,6 @@ def get_layout(name: str) -> Layout:
     return LAYOUTS[name]
 
 
-def foreign_name(name: str, layout: str) -> str:
-    """The name in ``layout`` of a tensor of the dense network, of its head, or of the decoder."""
-    return get_layout(layout).name_of(name)
-
-
 def detect_layout(state_dict: Mapping[str, Tensor]) -> str:
     """Name of the layout that the names of a state dict follow; CheckpointError if it is none of ConvNeXt V2's."""
     for layout in LAYOUTS.values():

@@ -17,6 +17,7 @@ from torch import Tensor
 from sparse_ops.pointwise import MLPWeights
 
 INTERFACE_VERSION = 6
+INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
 MLP_PARAMETERS = MLPWeights._fields
 MLP_OUTPUTS = ("h", "mean", "rstd", "norms", "out")
@@ -58,6 +59,8 @@ MLP = structure(
 @cache
 def load() -> tuple[ctypes.CDLL | None, str | None]:
     """The library, or why there is none."""
+    if (wanted := os.environ.get("SPARSE_OPS_CPU")) not in (None, "", *INSTRUCTION_SETS):
+        return None, f"SPARSE_OPS_CPU={wanted} is none of {', '.join(INSTRUCTION_SETS)}"
     named = os.environ.get("SPARSE_OPS_CPU_LIBRARY")
     found = [Path(named)] if named else sorted(Path(__file__).parent.glob("_cpu*.so"))
     if not found:

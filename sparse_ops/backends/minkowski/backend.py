@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from sparse_ops.active_set import ActiveSet
 from sparse_ops.backend import Backend
 from sparse_ops.backends.minkowski import layers
+from sparse_ops.checks import keeps_size, takes_patches
 from sparse_ops.grid import MLP, Grid, GRNScope
 from sparse_ops.layers import conv_weights
 from sparse_ops.sparse_grid import SparseGrid
@@ -132,12 +133,12 @@ class MinkowskiGrid(SparseGrid):
             return layers.with_features(x, layer(x.F))
 
     def depthwise(self, layer: nn.Conv2d, x: Any) -> Any:
-        weight, bias = conv_weights(layer)
+        weight, bias = conv_weights(layer, keeps_size)
         with self._full_precision():
             return layers.depthwise_conv(x, weight.transpose(2, 3).flatten(1).t(), bias, weight.shape[-1])
 
     def downsample(self, layer: nn.Conv2d, x: Any) -> Any:
-        weight, bias = conv_weights(layer)
+        weight, bias = conv_weights(layer, takes_patches)
         with self._full_precision():
             kernel = weight.transpose(2, 3).flatten(2).permute(2, 1, 0)
             return layers.strided_conv(x, kernel, bias, 2, self.down().coordinates.key)
