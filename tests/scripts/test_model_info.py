@@ -1,6 +1,5 @@
 import json
 import os
-import json
 import re
 from pathlib import Path
 from typing import Any
