@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -106,6 +106,13 @@ def parse_arguments() -> argparse.Namespace:
             f"--num-classes needs a number of at least 1, and a layout with a head (not {', '.join(headless)})"
         )
     return args
+
+
+def still_true(metadata: Mapping[str, Any], new: Sequence[str]) -> dict[str, Any]:
+    """What was said about weights that also holds with those that are ``new``: classes and scores are a head's."""
+    if not any(name.startswith("head.") for name in new):
+        return dict(metadata)
+    return {key: value for key, value in metadata.items() if not key.startswith(("classes", "class_names", "val_"))}
 
 
 def add_head(weights: Weights, num_classes: int, seed: int) -> tuple[Weights, list[str]]:
@@ -253,8 +260,7 @@ def main() -> None:
             )
         say(f"verified: {verification}")
     if target is None:
-        left = {"weights"} | ({"classes", "class_names"} if any(name.startswith("head.") for name in new) else set())
-        metadata = {key: value for key, value in checkpoint.metadata.items() if key not in left}
+        metadata = {key: value for key, value in still_true(checkpoint.metadata, new).items() if key != "weights"}
         metadata |= {"converted_from": source.layout, "layout": to.name}
         with output_file(args.output, stream_suffix=SUFFIXES[1 if args.flat else 0]) as path:
             if args.flat:
@@ -264,7 +270,7 @@ def main() -> None:
     else:
         exported = source_of(checkpoint, weights)
         if new:
-            exported = replace(exported, class_names=())  # of the head that was
+            exported = replace(exported, class_names=(), metadata=still_true(exported.metadata, new))
         options = {"check": args.verify, "seed": args.seed, "overwrite": args.overwrite}
         try:
             found = export(exported, target.name, args.output, **options)

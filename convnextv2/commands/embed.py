@@ -1,7 +1,8 @@
 """Write features of images to a file, and show what the features take for alike.
 
-CHECKPOINT is of any kind, a run folder, or an encoder in an ONNX file. DATA is a folder of images, labelled by its
-first folders or not, one image, or 'digits'. Images that cannot be read are left out and told. Examples:
+CHECKPOINT is of pre-training or classification, a run folder, or an encoder in an ONNX file. DATA is a folder of
+images, labelled by its first folders or not, one image, or 'digits'. Images that cannot be read are left out and told.
+Examples:
   fcmae embed runs/pretrain photos --output features.npz
   fcmae embed runs/finetune photos --pooling model --output features.parquet
   fcmae embed runs/pretrain photos --neighbours 5 --outliers 20 --map map.png

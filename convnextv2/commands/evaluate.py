@@ -98,7 +98,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     _cli.add_reading(parser)
     options = parser.parse_args(arguments)
     places = [path for path in (options.output, options.confusion, options.calibration) if path is not None]
-    if len(set(places)) < len(places):
+    if len({path.resolve() for path in places}) < len(places):
         parser.error("--output, --confusion and --calibration need places of their own")
     if options.k is not None and options.what != "knn":
         parser.error(f"--k is for knn, not for {options.what}")

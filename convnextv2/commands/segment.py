@@ -112,7 +112,7 @@ def predict(arguments: Sequence[str]) -> int:
     unreadable = [(one.image, one.error) for one in done if one.error]
     _cli.say_skipped(unreadable)
     _cli.say(f"{len(done) - len(unreadable)} images segmented, {len(unreadable)} unreadable: {options.output}")
-    return 0
+    return 0 if len(unreadable) < len(done) else 2
 
 
 def evaluate(arguments: Sequence[str]) -> int:
@@ -133,7 +133,7 @@ def evaluate(arguments: Sequence[str]) -> int:
     if not 0 < options.val_fraction < 1:
         parser.error(f"argument --val-fraction: must be between 0 and 1, got {options.val_fraction}")
     places = [path for path in (options.output, options.confusion) if path is not None]
-    if len(set(places)) < len(places):
+    if len({path.resolve() for path in places}) < len(places):
         parser.error("--output and --confusion need places of their own")
     for path in places:
         kind = RESULT if path == options.output else PICTURE
@@ -168,10 +168,12 @@ def evaluate(arguments: Sequence[str]) -> int:
 
 def pairs_of(segmenter: LoadedSegmenter, options: argparse.Namespace) -> PairSource:
     """The pairs to evaluate on; what was left out is told."""
-    from convnextv2.segmentation.pairs import PairSource, find_files, find_parts
+    from convnextv2.segmentation.pairs import IMAGES, PairSource, find_files, find_parts
 
     data, wanted = options.data, segmenter.wanted(options.max_pixels)
-    if options.all and not (data / "val").is_dir():
+    if (data / "val" / IMAGES).is_dir():
+        files = find_files(data / "val", segmenter.in_chans, wanted)
+    elif options.all:
         files = find_files(data, segmenter.in_chans, wanted)
     else:
         _, files = find_parts(data, segmenter.in_chans, wanted, options.val_fraction, options.seed)
@@ -188,7 +190,8 @@ def classes_for(segmenter: LoadedSegmenter, data: Path) -> Classes:
     if values.keys() != set(own.names):
         others = ", ".join(sorted(values.keys() ^ set(own.names)))
         raise DataError(f"{file}: has other classes than the checkpoint; not in both: {others}")
-    return Classes(own.names, tuple(values[name] for name in own.names), own.ignored)
+    there = tuple(values[name] for name in own.names)
+    return Classes(own.names, there, None if own.ignored in there else own.ignored)
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"train": train, "predict": predict, "evaluate": evaluate}

@@ -130,7 +130,8 @@ def _of_onnx(path: Path, pooling: str | None, device: torch.device, img_size: tu
     if pooling == "stages":
         raise ValueError(f"{path}: gives the map of the last stage alone; take the pooling mean or mean_std")
     how = (pooling if pooling in POOLINGS else "mean") if network.maps else None
-    return Embedder(network, network.channels, *prepared, how, _about(path, how or "of the file", *prepared))
+    about = _about(path, how or "of the file", *prepared)
+    return Embedder(network, network.channels, *prepared, how, about, loaded.metadata)
 
 
 def _about(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -54,10 +56,11 @@ class OnnxNetwork(nn.Module):
 
 @dataclass(frozen=True)
 class OnnxEncoder:
-    """The network of a file, and how its images are prepared: mean, std, (H, W)."""
+    """The network of a file, how its images are prepared: mean, std, (H, W); and all that the file says of them."""
 
     network: OnnxNetwork
     preprocessing: Preprocessing
+    metadata: Mapping[str, Any] = field(default_factory=dict)
 
 
 def load_onnx(
@@ -80,7 +83,7 @@ def load_onnx(
     height, width = network.size
     fixed = (224, 224) if height is None or width is None else (height, width)
     try:
-        metadata = session.get_modelmeta().custom_metadata_map
+        metadata = {name: _plain(text) for name, text in session.get_modelmeta().custom_metadata_map.items()}
         mean, std, own = preprocessing_from_metadata(metadata, network.channels, fixed)
     except ValueError as error:
         raise CheckpointError(f"{path}: {one_line(error)}") from error
@@ -88,7 +91,15 @@ def load_onnx(
     if any(side not in (None, wanted) for side, wanted in zip(network.size, size, strict=True)):
         told = "×".join(str(side or "any") for side in network.size)
         raise ValueError(f"{path}: takes images of {told} pixels, not of {size[0]}×{size[1]}; say its size")
-    return OnnxEncoder(network, (mean, std, size))
+    return OnnxEncoder(network, (mean, std, size), metadata)
+
+
+def _plain(text: str) -> Any:
+    """A value that was written as JSON; the text of other programs as it is."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
 
 
 def _session(path: Path, device: torch.device) -> Any:

@@ -17,10 +17,9 @@ from convnextv2.export.refusal import ExportError
 from convnextv2.export.source import Run, Source
 from convnextv2.models.classifier import ConvNeXtV2
 from convnextv2.models.layers import EPS
+from convnextv2.weights.beside import OURS
 from convnextv2.weights.layouts import get_layout
 
-KEY = "sparse_fcmae"
-"""Entry of ``config.json`` with what was said about the weights."""
 KERNEL_SIZE = 7
 """Of transformers' network, which has no other."""
 BICUBIC = 3
@@ -42,8 +41,11 @@ def _quietly(library: Any) -> Iterator[None]:
 
 def processor_options(source: Source) -> dict[str, Any] | None:
     """What transformers' CLIPImageProcessor, the one that resizes and crops at any size, needs to give our pixels;
-    None where it cannot: for images that are not square or have not three channels, or of which nothing is known."""
+    None where it cannot: for images that are not square, not of 8 bits or have not three channels, or of which nothing
+    is known."""
     if source.preprocessing is None or source.network.encoder_config.in_chans != 3:
+        return None
+    if source.metadata.get("pixels") == "native":
         return None
     mean, std, (height, width) = source.preprocessing
     if height != width:
@@ -73,7 +75,7 @@ def write(source: Source, path: Path) -> Run:
         layer_norm_eps=EPS,
         **size,
         **(labels if source.num_classes else {}),
-        **{KEY: source.about()},
+        **{OURS: source.about()},
     )
     classes = library.ConvNextV2ForImageClassification if source.num_classes else library.ConvNextV2Model
     theirs = classes(about)
@@ -109,7 +111,7 @@ def is_one(path: Path) -> bool:
         about = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except ValueError:
         return False
-    return isinstance(about, dict) and KEY in about
+    return isinstance(about, dict) and OURS in about
 
 
 def loading(source: Source, path: str) -> list[str]:

@@ -55,12 +55,16 @@ def build_segmentation_datasets(
     Raises:
         DataError: naming the file, if there is no usable pair, an image or a mask is alone, their sizes differ, or a
             mask holds a value of no class.
-        ValueError: if classes are named wrongly.
+        ValueError: if classes are named wrongly, or native images are to be jittered in colour.
     """
     root = Path(data)
     wanted = with_statistics(wanted, mean)
     images = root / "train" / IMAGES if (root / "train").is_dir() else root / IMAGES
     wanted = replace(wanted, pixels="native" if looks_native(images, wanted) else "photo")
+    if wanted.native and augmentation is not None and augmentation.color_jitter:
+        raise ValueError(
+            "`color_jitter` is for photographs of 8 bits; these images are of other values, so set it to 0"
+        )
     parts = find_parts(root, in_chans, wanted, val_fraction, seed)
     classes = find_classes(root, names, ignored, parts[0], wanted)
     (train, train_files), (val, val_files) = (open_pairs(files, in_chans, classes, wanted) for files in parts)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from convnextv2.data.decoding import Wanted
-from convnextv2.data.reading import as_trained
+from convnextv2.data.reading import as_trained, display_ranges
 from convnextv2.data.transforms import Statistics
 from convnextv2.models.config import check_image_size
 from convnextv2.segmentation.config import SegmenterConfig
@@ -58,7 +58,7 @@ def init_segmenter(
     taken, new = {f"{ENCODER}{name}": value for name, value in weights.encoder.items()}, ["decoder", "head"]
     state, there = model.state_dict(), segmenter_config(checkpoint)
     here = model.config
-    if there is not None and (there.decoder, there.decoder_width) == (here.decoder, here.decoder_width):
+    if there is not None and _decoder(there) == _decoder(here):
         same = there.class_names == here.class_names
         taken |= {
             name: value
@@ -69,6 +69,11 @@ def init_segmenter(
     load_strict(model, {**state, **taken}, checkpoint.path)
     note = f"; {adapted}" if adapted else ""
     return f"{checkpoint.path}: {len(taken)} tensors loaded; freshly initialised: {', '.join(new) or 'nothing'}{note}"
+
+
+def _decoder(config: SegmenterConfig) -> tuple[object, ...]:
+    """What two decoders have in common whose weights fit: UNet has a block more above a stem of stride 4."""
+    return config.decoder, config.decoder_width, config.decoder == "unet" and config.encoder.stem_stride == 4
 
 
 @dataclass(frozen=True)
@@ -88,6 +93,12 @@ class LoadedSegmenter:
     def wanted(self, max_pixels: int) -> Wanted:
         """What is wanted of image files: to be read as those of the training were."""
         return as_trained(Wanted(max_pixels), self.metadata)
+
+    @property
+    def ranges(self) -> list[tuple[float, float]]:
+        """Least and greatest value to show of each channel of images that are no photographs; empty for these."""
+        native = self.metadata.get("pixels") == "native"
+        return display_ranges(self.metadata, self.statistics) if native else []
 
     @property
     def in_chans(self) -> int:

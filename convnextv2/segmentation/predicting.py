@@ -27,12 +27,12 @@ from convnextv2.outputs import OutputError
 from convnextv2.segmentation.datasets import EvaluatedPairs, WholeImages
 from convnextv2.segmentation.loading import LoadedSegmenter
 from convnextv2.segmentation.masks import Classes, palette, title
-from convnextv2.segmentation.pairs import PairSource
+from convnextv2.segmentation.pairs import IMAGES, MASKS, PairSource
 from convnextv2.segmentation.scenes import large_scene, write_classes
 from convnextv2.segmentation.scores import PixelScores, confusion_of, pixel_scores
 from convnextv2.segmentation.windows import Pixels, Windows, class_maps
 
-MASKS, OVERLAYS = "masks", "overlays"
+OVERLAYS = "overlays"
 MANY = 64
 """Images from which on processes decode them, unless told otherwise."""
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
@@ -125,6 +125,8 @@ def check_folder(output: Path, inputs: Iterable[str | Path], overwrite: bool) ->
         inside = real.is_dir() and any(place.is_relative_to(real) for place in (output.resolve(), *written))
         if inside or any(real.is_relative_to(place) for place in written):
             raise OutputError(f"{title(output)}: lies among what is read, {title(given)}; choose another folder")
+    if (output / IMAGES).is_dir():
+        raise OutputError(f"{title(output)}: holds {IMAGES}/, whose masks may lie in {MASKS}/; choose another folder")
     if output.is_dir() and any(output.iterdir()) and not overwrite:
         raise OutputError(f"{title(output)}: is not empty; choose another folder, or say `overwrite`")
 
@@ -190,7 +192,7 @@ def predict_files(
         image, numbers = kept.pop(index).numpy(), classes.numpy()
         pictures = [mask_picture(numbers, segmenter.classes)]
         if overlays:
-            pictures.append(Image.fromarray(overlay(image, numbers, opacity)))
+            pictures.append(Image.fromarray(overlay(image, numbers, opacity, segmenter.ranges)))
         for place, picture in zip(places[index], pictures, strict=True):
             with atomic_path(place) as temporary:
                 picture.save(temporary, format="PNG")
@@ -226,17 +228,33 @@ def mask_picture(numbers: NDArray[np.uint8], classes: Classes) -> Image.Image:
     return picture
 
 
-def overlay(image: NDArray[Any], numbers: NDArray[np.uint8], opacity: float) -> NDArray[np.uint8]:
+def overlay(
+    image: NDArray[Any], numbers: NDArray[np.uint8], opacity: float, ranges: Sequence[tuple[float, float]] = ()
+) -> NDArray[np.uint8]:
     """``[H, W, 3]``: an image ``[H, W, C]`` (of more than three channels the first three) under the colours of its
-    classes; the first class is left as it is."""
-    shown = image[..., :3] if image.shape[-1] >= 3 else np.repeat(image[..., :1], 3, -1)
-    result = np.array(to_bytes(shown if shown.dtype == np.uint8 else np.nan_to_num(shown)))
-    colours = palette(256)
+    classes; the first class is left as it is. Of images that are no bytes ``ranges`` are shown, by channel."""
+    channels = [0, 1, 2] if image.shape[-1] >= 3 else [0, 0, 0]
+    result, colours = np.empty((*image.shape[:2], 3), np.uint8), palette(256)
     for rows in bands(result.shape):
-        part, chosen = result[rows], numbers[rows]
-        mixed = (1 - opacity) * part + opacity * colours[chosen]
-        result[rows] = np.where(chosen[..., None] > 0, mixed.round().astype(np.uint8), part)
+        part, classes = (
+            _bytes(image[rows][..., channels], [ranges[c] for c in channels] if ranges else ()),
+            numbers[rows],
+        )
+        mixed = (1 - opacity) * part + opacity * colours[classes]
+        result[rows] = np.where(classes[..., None] > 0, mixed.round().astype(np.uint8), part)
     return result
+
+
+def _bytes(image: NDArray[Any], ranges: Sequence[tuple[float, float]]) -> NDArray[np.uint8]:
+    """An image ``[H, W, 3]`` as bytes, black where there is no data: those that it has, the ranges spread over 0 to
+    255, or without these the whole range of its type."""
+    if image.dtype == np.uint8:
+        return image
+    if not ranges:
+        return np.asarray(to_bytes(np.nan_to_num(image)))
+    low, high = np.asarray(ranges, np.float32).T
+    shares = np.nan_to_num((image - low) / (high - low)).clip(0, 1)
+    return (shares * 255).round().astype(np.uint8)
 
 
 def evaluate_pairs(

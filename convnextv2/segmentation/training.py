@@ -119,12 +119,7 @@ class SegmentTask(Task[SegmentOptions]):
     def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, int]:
         images, masks = batch
         logits, target = model(images).float(), masks.long()
-        how: dict[str, Any] = {"ignore_index": IGNORED, "label_smoothing": self.options.smoothing, "reduction": "sum"}
-        # The library's mean of a batch whose pixels are all ignored is NaN.
-        loss = F.cross_entropy(logits, target, **how) / (target != IGNORED).sum().clamp(min=1)
-        if self._dice is not None:
-            loss = loss + self.options.dice * self._dice(logits, target)
-        return loss, len(images)
+        return image_losses(logits, target, self.options.smoothing, self.options.dice, self._dice).mean(), len(images)
 
     def evaluate(self, accelerator: Accelerator, model: nn.Module, loaders: Sequence[Any]) -> Outcome:
         confusion, images = validate(
@@ -151,6 +146,25 @@ class SegmentTask(Task[SegmentOptions]):
     def pictures(self, folder: RunFolder, model: Any, examples: Tensor, epoch: int, best: Outcome | None) -> None:
         if best is not None:
             save_confusion_matrix(folder.path / "confusion_matrix.png", best.details, self._classes.names)
+
+
+def image_losses(logits: Tensor, target: Tensor, smoothing: float, weight: float, dice: Any) -> Tensor:
+    """``[B]``: of each image by itself, whatever shares a batch with it, so that a run is the same in any number of
+    processes: the mean cross entropy of its pixels of a class, 0 without any, and ``weight`` times its Dice loss.
+
+    Args:
+        logits: ``[B, K, H, W]``.
+        target: ``[B, H, W]``, int64; :data:`~.masks.IGNORED` for pixels of no class.
+        smoothing: of labels.
+        weight, dice: of the library's loss, which is asked of one image at a time; None for none.
+    """
+    how: dict[str, Any] = {"ignore_index": IGNORED, "label_smoothing": smoothing, "reduction": "none"}
+    losses = F.cross_entropy(logits, target, **how).flatten(1).sum(1)
+    losses = losses / (target != IGNORED).flatten(1).sum(1).clamp(min=1)
+    if dice is None:
+        return losses
+    parts = zip(logits.split(1), target.split(1), strict=True)
+    return losses + weight * torch.stack([dice(ours, wanted) for ours, wanted in parts])
 
 
 @torch.no_grad()

@@ -14,6 +14,8 @@ from convnextv2.weights.guard import CheckpointError
 
 NAMES = ("model.safetensors", "pytorch_model.bin")
 """Of weights in a folder of either."""
+OURS = "sparse_fcmae"
+"""Entry of ``config.json`` with what was said about weights that were exported here."""
 MOST = 2**24
 """Bytes of such a file; the largest list of classes that is known, ImageNet-22K, has one million."""
 
@@ -21,7 +23,8 @@ logger = logging.getLogger(__name__)
 
 
 def about_folder(weights: Path) -> dict[str, Any]:
-    """``mean``, ``std``, ``img_size`` and ``class_names`` where ``config.json`` or ``preprocessor_config.json`` say so.
+    """``mean``, ``std``, ``img_size`` and ``class_names`` where ``config.json`` or ``preprocessor_config.json`` say so,
+    and of an export of ours whatever was said.
 
     Args:
         weights: a file; what lies beside one of another name than :data:`NAMES` says nothing.
@@ -35,7 +38,9 @@ def about_folder(weights: Path) -> dict[str, Any]:
     config, processor = (_read(weights.with_name(f"{name}config.json")) for name in ("", "preprocessor_"))
     if "architecture" in config:  # timm's
         return _of_timm(config)
-    found: dict[str, Any] = {"mean": processor.get("image_mean"), "std": processor.get("image_std")}
+    ours = config.get(OURS)
+    found: dict[str, Any] = dict(ours) if isinstance(ours, Mapping) else {}
+    found |= {name: processor[f"image_{name}"] for name in ("mean", "std") if f"image_{name}" in processor}
     cropped = processor.get("do_center_crop") and processor.get("crop_size")
     size = cropped or processor.get("size")
     if isinstance(size, Mapping):

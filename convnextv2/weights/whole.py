@@ -13,13 +13,18 @@ OLD_FORMAT = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19."
 """How files begin that torch wrote before version 1.6: a pickle of a magic number."""
 
 
+EXPORTED = (".onnx", ".pt2")
+
+
 def check_start(path: Path) -> bytes:
     """The first bytes of the file, once they do not show that it is something else altogether.
 
     Raises:
-        CheckpointError: if it is empty, a web page, or a pointer to a file.
+        CheckpointError: if it is empty, a web page, a pointer to a file, or an exported program.
         OSError: if it cannot be opened.
     """
+    if path.suffix in EXPORTED:
+        raise CheckpointError(f"{path}: is a program that was exported; give the checkpoint that it was made from")
     with path.open("rb") as file:
         start = file.read(64)
     text = start.lstrip().lower()

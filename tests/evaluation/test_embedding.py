@@ -140,6 +140,23 @@ def test_an_encoder_in_an_onnx_file(pretrained: Path, photos: Path, tmp_path: Pa
     assert found["features"].shape == (9, 3, 3, 24)
 
 
+@pytest.mark.slow
+def test_native_images_are_read_alike_from_an_onnx_file(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = create_fcmae(EncoderConfig((1, 1, 1, 1), (8, 8, 16, 16)), img_size=64, decoder_dim=8)
+    said = {"mean": [1800.0] * 3, "std": [90.0] * 3, "img_size": [64, 64], "pixels": "native", "crop": "area"}
+    save_checkpoint(tmp_path / "a.safetensors", model, model.config, said)
+    (tmp_path / "in").mkdir()
+    for number in range(3):
+        values = np.random.default_rng(number).integers(1600, 2000, (64, 64, 3)).astype(np.uint16)
+        np.save(tmp_path / "in" / f"{number}.npy", values)
+    export(source_of(load_checkpoint(tmp_path / "a.safetensors")), "onnx", tmp_path / "a.onnx", check=False)
+    plain, _ = written(tmp_path / "a.safetensors", tmp_path / "in", tmp_path)
+    found, _ = written(tmp_path / "a.onnx", tmp_path / "in", tmp_path)
+    assert np.ptp(plain["features"], axis=0).max() > 1e-3
+    np.testing.assert_allclose(found["features"], plain["features"], rtol=0, atol=1e-5)
+
+
 def graph(
     path: Path, shape: list[Any], outputs: dict[str, list[Any]], kind: int = TensorProto.FLOAT, **said: str
 ) -> Path:

@@ -22,7 +22,7 @@ from convnextv2.data.transforms import image_transform
 from convnextv2.export import TARGETS, export, source_of
 from convnextv2.export import onnx as onnx_room
 from convnextv2.export import transformers as transformers_room
-from convnextv2.weights import init_classifier, load_checkpoint, load_model, save_checkpoint
+from convnextv2.weights import CheckpointError, init_classifier, load_checkpoint, load_model, save_checkpoint
 
 ENCODER = EncoderConfig((1, 1, 2, 1), (8, 16, 16, 24))
 MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.25, 0.3]
@@ -265,6 +265,37 @@ def test_an_earlier_folder_is_replaced_and_what_was_added_to_it_is_not(convert, 
     error = convert("new/folder/model.safetensors", "new/folder", "--to", "transformers", fails=True)
     assert "lies in it; choose another name" in error
     assert Path("new/folder/README.md").read_text() == "mine"
+
+
+def test_what_was_said_of_the_images_comes_back(convert, classifier):
+    model, said = classifier(), {"mean": [1800.0] * 3, "std": [90.0] * 3, "img_size": [64, 96], "pixels": "native"}
+    said |= {"crop": "area", "value_ranges": [[0.0, 4000.0]] * 3, "val_top1": 36.0}
+    save_checkpoint("classifier.safetensors", model, model.config, said)
+    out = convert("classifier.safetensors", "folder", "--to", "transformers", "--no-verify")
+    assert "no image processor" in out
+    assert not Path("folder/preprocessor_config.json").exists()
+    assert said.items() <= load_checkpoint("folder").metadata.items()
+    convert("folder", "back.safetensors")
+    assert said.items() <= load_checkpoint("back.safetensors").metadata.items()
+
+
+@pytest.mark.parametrize("to", ["fcmae", "transformers"])
+def test_scores_and_classes_of_a_head_go_with_it(convert, classifier, to):
+    model = classifier()
+    about = {"mean": MEAN, "std": STD, "img_size": [64, 64], "class_names": list(NAMES), "val_top1": 36.0}
+    save_checkpoint("classifier.safetensors", model.state_dict(), None, about)
+    target = ("back.safetensors", "--to", "official-dense") if to == "fcmae" else ("folder", "--to", to, "--no-verify")
+    convert("classifier.safetensors", *target, "--num-classes", 3)
+    found = load_checkpoint(target[0]).metadata
+    assert "mean" in found
+    assert not {"class_names", "val_top1"} & found.keys()
+
+
+def test_exports_are_no_checkpoints(tmp_path):
+    for name in (tmp_path / "a.onnx", tmp_path / "a.pt2"):
+        name.write_bytes(b"anything")
+        with pytest.raises(CheckpointError, match="is a program that was exported; give the checkpoint"):
+            load_checkpoint(name)
 
 
 def test_a_fresh_head_takes_no_names_of_the_old_one(convert, classifier):

@@ -267,6 +267,19 @@ def test_other_channels_are_changed_too(tmp_path: Path) -> None:
         TrainTransform((8, 8), ((0.0,) * 5, (1.0,) * 5), PairAugmentation(color_jitter=0.4))
 
 
+def test_colours_of_native_images_are_not_jittered(tmp_path: Path) -> None:
+    root = make_parts(tmp_path / "set", (4, 1))
+    for path in root.rglob("images/*"):
+        values = np.asarray(Image.open(path).convert("L")).astype(np.uint16) * 9
+        Image.fromarray(values).save(path.with_suffix(".tif"))
+        path.unlink()
+    how: dict[str, Any] = {"augmentation": PairAugmentation(color_jitter=0.4)}
+    with pytest.raises(ValueError, match="`color_jitter` is for photographs of 8 bits"):
+        build_segmentation_datasets(root, (32, 32), 1, **how)
+    training, _, _ = build_segmentation_datasets(root, (32, 32), 1)
+    assert training[0][0].std() > 0.1
+
+
 def test_gray_images_have_one_channel(tmp_path: Path) -> None:
     root = make_parts(tmp_path / "set", (4, 1))
     training, validation, _ = build_segmentation_datasets(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +167,56 @@ def test_no_input_is_written_over(script: Any, checkpoint: Path, tmp_path: Path)
     refused("would both be called 000.png", images, root / "masks", "--output", tmp_path / "o")
     assert {path: path.read_bytes() for path in root.rglob("*.png")} == before
     assert not (tmp_path / "o").exists()
+
+
+def test_masks_of_the_data_are_not_written_over(script: Any, checkpoint: Path, tmp_path: Path) -> None:
+    root = make_pairs(tmp_path / "set", 2)
+    before = {path: path.read_bytes() for path in root.rglob("*.png")}
+    result = script("segment", "predict", checkpoint, root / "images", "--output", root, "--overwrite", *CPU)
+    assert result.status == 2
+    assert "holds images/, whose masks may lie in masks/; choose another folder" in result.err
+    assert {path: path.read_bytes() for path in root.rglob("*.png")} == before
+
+
+def test_overlays_of_native_images_can_be_seen(script: Any, tmp_path: Path) -> None:
+    ranges = [[600.0, 3600.0]] * 5
+    path = make_checkpoint(tmp_path / "net.safetensors", 5, pixels="native", crop="area", value_ranges=ranges)
+    values = np.random.default_rng(0).uniform(600, 3600, (40, 50, 5)).astype(np.float32)
+    np.save(tmp_path / "x.npy", values)
+    options = "--output", tmp_path / "out", "--opacity", 1e-6, *CPU
+    result = script("segment", "predict", path, tmp_path / "x.npy", *options)
+    assert result.status == 0, result.err
+    shown = np.asarray(Image.open(tmp_path / "out" / "overlays" / "x.png")).astype(float)
+    assert np.abs(shown - (values[..., :3] - 600) / 3000 * 255).max() <= 1
+
+
+def test_nothing_read_is_a_failure(script: Any, checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n cut")
+    result = script("segment", "predict", checkpoint, tmp_path / "in", "--output", tmp_path / "out", *CPU)
+    assert (result.status, "0 images segmented, 1 unreadable" in result.out) == (2, True)
+
+
+def test_a_part_for_validation_is_taken_and_no_class_is_ignored(script: Any, checkpoint: Path, tmp_path: Path) -> None:
+    data = make_parts(tmp_path / "set", (2, 3))
+    both = script("segment", "evaluate", checkpoint, data, *CPU)
+    assert both.status == 0, both.err
+    shutil.rmtree(data / "train")
+    assert script("segment", "evaluate", checkpoint, data, *CPU).out == both.out
+    for path in (data / "val" / "masks").iterdir():
+        Image.fromarray(np.array([0, 1, 255], np.uint8)[np.asarray(Image.open(path))]).save(path)
+    (data / "classes.json").write_text('{"ground": 0, "disc": 1, "square": 255}')
+    assert script("segment", "evaluate", checkpoint, data, *CPU).out == both.out
+
+
+def test_one_place_by_two_names_is_told(
+    script: Any, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    places = "--output", "x.json", "--confusion", tmp_path / "x.json"
+    result = script("segment", "evaluate", checkpoint, make_pairs(tmp_path / "set", 2), "--all", *places, *CPU)
+    assert result.status == 2
+    assert "--output and --confusion need places of their own" in result.err
 
 
 def test_other_values_of_the_same_classes_are_evaluated(script: Any, checkpoint: Path, tmp_path: Path) -> None:

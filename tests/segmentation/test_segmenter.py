@@ -138,6 +138,15 @@ def test_it_starts_from_another_segmenter(tmp_path: Path) -> None:
     assert told.endswith("initialised: decoder, head")
 
 
+def test_a_unet_of_another_stem_gives_its_encoder_alone(tmp_path: Path) -> None:
+    """Above a stem of stride 4 it has a block more."""
+    source = segmenter("unet", patch_size=16)
+    save_checkpoint(tmp_path / "x.safetensors", source, source.config)
+    for patch_size, new in ((16, "nothing"), (8, "nothing"), (32, "decoder, head")):
+        told = init_segmenter(segmenter("unet", patch_size=patch_size), tmp_path / "x.safetensors")
+        assert f"initialised: {new}" in told, patch_size
+
+
 def test_its_file_rebuilds_it(tmp_path: Path) -> None:
     model = segmenter("unet", patch_size=8, in_chans=5, drop_path_rate=0.1)
     about = {"mean": [0.1] * 5, "std": [2.0] * 5, "img_size": [48, 64], "class_values": [0, 7, 255], "ignore_index": 9}

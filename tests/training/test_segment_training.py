@@ -24,7 +24,7 @@ from convnextv2.report.page import facts
 from convnextv2.report.runs import read_run
 from convnextv2.segmentation import SegmentOptions, load_segmenter, segment
 from convnextv2.segmentation.predicting import Running, evaluate_pairs
-from convnextv2.segmentation.training import SegmentTask
+from convnextv2.segmentation.training import SegmentTask, image_losses
 from convnextv2.segmentation.windows import Windows
 from convnextv2.training import RunStoppedError, finetune
 from convnextv2.weights import CheckpointError, save_checkpoint
@@ -199,6 +199,23 @@ def test_a_killed_run_goes_on_and_processes_share_one(pairs: Path, tmp_path: Pat
         assert other["step"] == row["step"]
         assert other["train_loss"] == pytest.approx(row["train_loss"], rel=1e-5)
         assert other["val_miou"] == pytest.approx(row["val_miou"], abs=0.2)  # rounding turns the nearest decisions
+
+
+def test_an_image_has_its_own_loss_in_any_batch() -> None:
+    from segmentation_models_pytorch.losses import DiceLoss
+
+    torch.manual_seed(0)
+    logits, target = torch.randn(4, 3, 8, 8), torch.randint(0, 3, (4, 8, 8))
+    target[1, :, :5], target[2] = 255, 255
+    dice = DiceLoss("multiclass", ignore_index=255)
+    for given in (None, dice):
+        together = image_losses(logits, target, 0.1, 0.5, given)
+        alone = [image_losses(logits[i : i + 1], target[i : i + 1], 0.1, 0.5, given)[0] for i in range(4)]
+        torch.testing.assert_close(together, torch.stack(alone))
+        expected = torch.nn.functional.cross_entropy(logits[1:2], target[1:2], ignore_index=255, label_smoothing=0.1)
+        expected = expected + (0 if given is None else 0.5 * dice(logits[1:2], target[1:2]))
+        torch.testing.assert_close(together[1], expected)
+        assert together[2] == 0
 
 
 def test_a_batch_of_ignored_pixels_does_no_harm(tmp_path: Path) -> None:
