@@ -100,8 +100,8 @@ def refuse_unused(parser: argparse.ArgumentParser, options: argparse.Namespace, 
     from convnextv2 import FCMAE
 
     shape = "fcmae", "patch_size", "in_chans", "num_classes"
-    masked = isinstance(network.model, FCMAE)
-    for name in shape[3 if masked else 4 :] if network.pretrains else shape:
+    of_a_name = shape[-1:] if isinstance(network.model, FCMAE) else ()
+    for name in of_a_name if network.pretrains else shape:
         if getattr(options, name) not in (None, False):
             kind = "a masked autoencoder" if network.pretrains else "a checkpoint, which says what it is"
             parser.error(f"--{name.replace('_', '-')} is not for {kind}")
