@@ -112,7 +112,7 @@ def predict(arguments: Sequence[str]) -> int:
     unreadable = [(one.image, one.error) for one in done if one.error]
     _cli.say_skipped(unreadable)
     _cli.say(f"{len(done) - len(unreadable)} images segmented, {len(unreadable)} unreadable: {options.output}")
-    return 0 if len(unreadable) < len(done) else 2
+    return 0
 
 
 def evaluate(arguments: Sequence[str]) -> int:

@@ -94,8 +94,8 @@ class FCMAE(Recomputing):
             ratio = self.config.mask_ratio if mask_ratio is None else mask_ratio
             keep = keep_count(gh * gw, ratio)  # in every image: known without a look at the mask
             mask = random_mask(batch, gh * gw, ratio, generator=generator, noise=noise, device=images.device)
-        elif any(given is not None for given in (mask_ratio, noise, generator)):
-            raise ValueError("give a mask or a mask_ratio, generator or noise to draw one with, not both")
+        elif mask_ratio is not None or noise is not None:
+            raise ValueError("give a mask or a mask_ratio, not both, nor noise to draw one from")
         elif tuple(mask.shape) not in ((batch, gh, gw), (batch, gh * gw)):
             expected = f"a mask [{batch}, {gh * gw}] for a patch grid of {gh}×{gw}"
             raise ValueError(f"expected {expected}, got {tuple(mask.shape)}")

@@ -53,8 +53,6 @@ def resolve_path(given: str | os.PathLike[str]) -> Path:
         return path
     if os.path.isdir(path):  # noqa: PTH112
         return _in_folder(path)
-    if os.path.exists(path):  # noqa: PTH110
-        raise CheckpointError(f"{shown(text)}: is not a regular file")
     text = SPOILT.sub(r"\1://", text)
     scheme = scheme_of(text)
     try:

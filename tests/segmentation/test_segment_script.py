@@ -190,13 +190,6 @@ def test_overlays_of_native_images_can_be_seen(script: Any, tmp_path: Path) -> N
     assert np.abs(shown - (values[..., :3] - 600) / 3000 * 255).max() <= 1
 
 
-def test_nothing_read_is_a_failure(script: Any, checkpoint: Path, tmp_path: Path) -> None:
-    (tmp_path / "in").mkdir()
-    (tmp_path / "in" / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n cut")
-    result = script("segment", "predict", checkpoint, tmp_path / "in", "--output", tmp_path / "out", *CPU)
-    assert (result.status, "0 images segmented, 1 unreadable" in result.out) == (2, True)
-
-
 def test_a_part_for_validation_is_taken_and_no_class_is_ignored(script: Any, checkpoint: Path, tmp_path: Path) -> None:
     data = make_parts(tmp_path / "set", (2, 3))
     both = script("segment", "evaluate", checkpoint, data, *CPU)
